@@ -1,0 +1,257 @@
+"""The Rust core. Tensors are torch CPU tensors or numpy arrays of float32, float16 or (torch) bfloat16; none is copied."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal, final
+
+from typing_extensions import Self, TypeVar, disjoint_base
+
+__version__: str
+
+_Tensor = TypeVar("_Tensor")
+
+@final
+@disjoint_base
+class PagedKvCache:
+    """Pages of one group of layers: layers of the same heads, `head_dim` and window, which share block tables.
+
+    A *sequence* is a list of tokens, stored in *blocks* of `block_size`. A *step* takes some sequences forward:
+    `begin_step` finds the blocks of its tokens (all or none), each layer appends and attends, and `commit` makes the
+    tokens the sequences' own. While a step is open its sequences cannot be forked, freed, truncated or stepped.
+
+    Args:
+        num_layers: layers of the group.
+        num_kv_heads: key/value heads of a layer.
+        head_dim: channels of a head, a multiple of 16 up to 256.
+        format: how pages hold their tokens, one of `kvarn_rs.FORMATS`.
+        block_size: tokens of a block: 16, 32, 64 or 128.
+        num_blocks: blocks of the pool, allocated at once; `None` grows as needed.
+        dtype: element type of `raw` pages: `float32`, `float16` or `bfloat16`. Other formats take any.
+        window: tokens that a query sees, itself included; blocks wholly outside are released as steps begin.
+
+    Raises:
+        UnknownFormatError, ConfigError, UnsupportedError: naming the setting and what it may be.
+    """
+
+    def __new__(
+        cls,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        format: str = "int8",
+        block_size: int = 128,
+        num_blocks: int | None = None,
+        dtype: str = "float32",
+        window: int | None = None,
+    ) -> Self: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int | None: ...
+    @property
+    def window(self) -> int | None: ...
+    def new_sequence(self) -> int:
+        """A sequence without tokens."""
+    def fork(self, sequence: int) -> int:
+        """A sequence with the same tokens; blocks are shared until one of the two writes into them.
+
+        Raises:
+            UnknownSequenceError, OpenStepError
+        """
+    def free(self, sequence: int) -> None:
+        """Gives the sequence's blocks back.
+
+        Raises:
+            UnknownSequenceError, OpenStepError
+        """
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keeps the first `length` tokens.
+
+        Raises:
+            RollbackError: it has fewer, or the window has released tokens that the next query would see.
+            UnknownSequenceError, OpenStepError
+        """
+    def seq_len(self, sequence: int) -> int:
+        """Committed tokens."""
+    def first_held(self, sequence: int) -> int:
+        """First token that the window has not released; 0 without a window."""
+    def block_table(self, sequence: int) -> list[int]:
+        """Block ids in order; 2**32 - 1 where the window released a block."""
+    def match_prefix(self, token_ids: Sequence[int]) -> int:
+        """A new sequence that shares the longest published prefix: whole blocks, and never the last token.
+
+        `seq_len` says how many tokens it found.
+        """
+    def publish_prefix(self, sequence: int, token_ids: Sequence[int]) -> int:
+        """Makes the full blocks of a sequence, whose tokens are `token_ids`, findable; returns how many are new.
+
+        Raises:
+            ConfigError: fewer ids than committed tokens.
+            UnknownSequenceError
+        """
+    def begin_step(
+        self,
+        sequences: Sequence[int],
+        num_new: int | Sequence[int] | None = None,
+        *,
+        mask: object = None,
+        retain: bool = False,
+    ) -> Step:
+        """Finds the blocks of a step's tokens, or raises and changes nothing.
+
+        Args:
+            sequences: their ids, in the order of the step's rows.
+            num_new: rows of each sequence (an int: the same for all); every row is a token.
+            mask: in place of `num_new`, a bool tensor `[B, T]`: token or padding. Padding takes no slot.
+            retain: release nothing out of the window, so that a later `truncate` may come back to it.
+
+        Raises:
+            OutOfBlocksError: with `needed` and `free`.
+            UnknownSequenceError, OpenStepError, ConfigError
+        """
+    def dequantize(self, layer: int, sequence: int, k: object, v: object, *, start: int = 0) -> None:
+        """Decodes tokens `start..start + n` into `k` and `v`, `[1, num_kv_heads, n, head_dim]` each.
+
+        Tokens of an open step count once `layer` has been appended.
+
+        Raises:
+            ShapeError: tokens that the sequence does not hold.
+            UnknownSequenceError, DtypeError, StrideError, DeviceError
+        """
+    def stats(self) -> dict[str, Any]:
+        """Blocks and bytes: `blocks_in_use`, `peak_blocks`, `free_blocks` (`None` when the pool grows), `open_blocks`
+        (with room left), `bytes_in_use`, `peak_bytes`, `allocated_bytes`, `bytes_per_block`, `bytes_per_token` (all
+        layers together), `num_sequences`, `cow_copies`.
+        """
+    def reset(self) -> None:
+        """Forgets every sequence, step and prefix; keeps the memory."""
+    def copy(self) -> PagedKvCache:
+        """A cache with the same sequences, of its own memory.
+
+        Raises:
+            OpenStepError: while a step is open.
+        """
+    def __deepcopy__(self, _memo: object) -> PagedKvCache: ...
+
+@final
+@disjoint_base
+class Step:
+    """A step in progress. As a context manager it commits at the end, and aborts when an exception leaves the block.
+
+    A step that is garbage collected while open is aborted.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of its tensors, padding included."""
+    @property
+    def is_open(self) -> bool:
+        """Neither committed nor aborted."""
+    def append(self, layer: int, k: object, v: object) -> None:
+        """Writes a layer's keys and values, `[B, num_kv_heads, T, head_dim]` each, with `B * T = num_rows`.
+
+        Sequences of different lengths are packed: `[1, num_kv_heads, num_rows, head_dim]`. `raw` pages take their own
+        dtype only.
+
+        Raises:
+            NonFiniteError: naming row, head and channel; nothing was written.
+            ShapeError, DtypeError, StrideError, DeviceError, StaleStepError
+        """
+    def attend(
+        self,
+        layer: int,
+        q: _Tensor,
+        k: object,
+        v: object,
+        out: _Tensor | None = None,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: object = None,
+    ) -> _Tensor:
+        """Causal attention of the step's queries to everything their sequences hold, the step's tokens included.
+
+        Args:
+            layer: one that this step has appended.
+            q: `[B, num_q_heads, T, head_dim]`; `num_q_heads` is a multiple of `num_kv_heads`.
+            k: the step's own keys again, as appended, or `None`. With them, the tokens of a prefill (more than 16 new
+                ones) attend to each other unquantized; without, everything is read from pages.
+            v: the step's own values again, or `None`.
+            out: receives the result, of `q`'s shape; made like `q` when `None`. Rows of padding become zeros.
+            scale: factor on the scores; `head_dim ** -0.5` when `None`.
+            window: tokens that a query sees, itself included, where smaller than the cache's.
+            softcap: scores become `softcap * tanh(scores / softcap)`.
+            sinks: `[num_q_heads]`, a logit that takes part in the softmax and has no value.
+
+        Raises:
+            OpenStepError: the layer has no keys and values of this step yet.
+            ShapeError, DtypeError, StrideError, DeviceError, ConfigError, StaleStepError
+        """
+    def commit(self) -> None:
+        """Makes the step's tokens the sequences' own.
+
+        Raises:
+            OpenStepError: a layer has not been appended; the step stays open.
+            StaleStepError
+        """
+    def abort(self) -> None:
+        """Forgets the step: its sequences are as before it.
+
+        Raises:
+            StaleStepError
+        """
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        _exc_value: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> Literal[False]: ...
+
+def formats() -> list[str]:
+    """Names of the cache formats, from the largest to the smallest."""
+
+def simd_level() -> str:
+    """The SIMD level of new caches: the machine's fastest, or the one that `KVARN_SIMD` names."""
+
+def num_threads() -> int:
+    """Threads that the kernels use: `RAYON_NUM_THREADS`, or one a core."""
+
+def page_bytes(format: str, head_dim: int, block_size: int = 128, dtype: str = "bfloat16") -> int:
+    """Bytes of one block of one key/value head.
+
+    Raises:
+        UnknownFormatError, UnsupportedError, ConfigError
+    """
+
+def capacity(
+    storage: str,
+    groups: Sequence[tuple[int, int, int, int | None]],
+    block_size: int,
+    context: int,
+    memory_bytes: int,
+) -> tuple[int, int, int, int]:
+    """(`sequence_bytes`, `open_bytes`, `tokens`, `sequences`) that fit when every sequence is `context` tokens long.
+
+    Args:
+        storage: a cache format (`raw` in bf16), or `bf16` or `fp8` for an engine's own cache.
+        groups: (`num_layers`, `num_kv_heads`, `head_dim`, `window` or `None`) of layers that store tokens alike.
+        block_size: tokens of a block.
+        context: tokens of a sequence.
+        memory_bytes: memory for the cache.
+
+    Raises:
+        UnknownFormatError, UnsupportedError, ConfigError
+    """

@@ -1,0 +1,118 @@
+//! The memory of the pages: slabs of zeroed, cache-line aligned records that never move.
+
+use crate::paging::BlockId;
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+
+const ALIGNMENT: usize = 64;
+/// Slabs are about this large: few allocations, and little held by a short sequence.
+const SLAB_BYTES: usize = 1 << 20;
+
+/// One layer's blocks. A block is `num_kv_heads` records in a row.
+#[derive(Debug, Clone)]
+pub struct Arena {
+    slabs: Vec<Slab>,
+    blocks_per_slab: usize,
+    num_kv_heads: usize,
+    record_bytes: usize,
+}
+
+impl Arena {
+    pub fn new(num_kv_heads: usize, record_bytes: usize) -> Self {
+        let blocks_per_slab = (SLAB_BYTES / (num_kv_heads * record_bytes)).max(1);
+        Self { slabs: Vec::new(), blocks_per_slab, num_kv_heads, record_bytes }
+    }
+
+    pub fn block_bytes(&self) -> usize {
+        self.num_kv_heads * self.record_bytes
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.slabs.iter().map(|slab| slab.bytes).sum()
+    }
+
+    pub fn num_blocks(&self) -> usize {
+        self.slabs.len() * self.blocks_per_slab
+    }
+
+    pub fn grow(&mut self, num_blocks: usize) {
+        let slab_bytes = self.blocks_per_slab * self.block_bytes();
+        while self.num_blocks() < num_blocks {
+            self.slabs.push(Slab::zeroed(slab_bytes));
+        }
+    }
+
+    pub fn copy_block(&mut self, source: BlockId, destination: BlockId) {
+        let bytes = self.block_bytes();
+        let (from, to) = (self.at(source, 0), self.at(destination, 0));
+        // SAFETY: both blocks lie in slabs that `at` found, `bytes` long; `copy` allows them to be the same block.
+        unsafe { std::ptr::copy(from, to, bytes) };
+    }
+
+    /// The record of (block, head), to read.
+    pub fn record(&self, block: BlockId, head: usize) -> &[u8] {
+        // SAFETY: `at` checked that the record lies in its slab; `&self` keeps writers out but for `record_mut`'s callers,
+        // who hold the arena exclusively.
+        unsafe { std::slice::from_raw_parts(self.at(block, head), self.record_bytes) }
+    }
+
+    /// The record of (block, head), to write.
+    ///
+    /// # Safety
+    /// The caller holds the arena exclusively and asks for each record once at a time.
+    #[allow(clippy::mut_from_ref)] // exclusive by contract: records are written side by side
+    pub unsafe fn record_mut(&self, block: BlockId, head: usize) -> &mut [u8] {
+        // SAFETY: `at` checked that the record lies in its slab; the caller keeps records apart.
+        unsafe { std::slice::from_raw_parts_mut(self.at(block, head), self.record_bytes) }
+    }
+
+    fn at(&self, block: BlockId, head: usize) -> *mut u8 {
+        let block = block.0 as usize;
+        let slab = &self.slabs[block / self.blocks_per_slab];
+        let offset = (block % self.blocks_per_slab) * self.block_bytes() + head * self.record_bytes;
+        assert!(head < self.num_kv_heads && offset + self.record_bytes <= slab.bytes);
+        slab.base.wrapping_add(offset)
+    }
+}
+
+#[derive(Debug)]
+struct Slab {
+    base: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: a slab owns its memory; access follows the borrows of `Arena`.
+unsafe impl Send for Slab {}
+// SAFETY: as above.
+unsafe impl Sync for Slab {}
+
+impl Slab {
+    fn layout(bytes: usize) -> Layout {
+        Layout::from_size_align(bytes, ALIGNMENT).expect("a slab is far smaller than the address space")
+    }
+
+    fn zeroed(bytes: usize) -> Self {
+        let layout = Self::layout(bytes);
+        // SAFETY: records are never empty, so the layout has a size.
+        let base = unsafe { alloc_zeroed(layout) };
+        if base.is_null() {
+            handle_alloc_error(layout);
+        }
+        Self { base, bytes }
+    }
+}
+
+impl Clone for Slab {
+    fn clone(&self) -> Self {
+        let copy = Self::zeroed(self.bytes);
+        // SAFETY: two allocations of `bytes` bytes.
+        unsafe { std::ptr::copy_nonoverlapping(self.base, copy.base, self.bytes) };
+        copy
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with the same layout.
+        unsafe { dealloc(self.base, Self::layout(self.bytes)) };
+    }
+}

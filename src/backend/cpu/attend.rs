@@ -1,0 +1,254 @@
+//! Attend: decode cuts the history into splits and merges them by their log-sum-exp; prefill is in [`super::prefill`].
+
+use super::generic::{Rows, Scratch, Tile};
+use super::{Cpu, PARALLEL_VALUES};
+use crate::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
+use crate::error::{Error, Result};
+use crate::format::MAX_HEAD_DIM;
+use crate::paging::BlockId;
+use crate::plan::{SequencePlan, Split, StepPlan, splits};
+use rayon::prelude::*;
+
+/// One call of attend, checked: what every job reads.
+pub(super) struct Attention<'a> {
+    pub cpu: &'a Cpu,
+    pub layer: usize,
+    pub plan: &'a StepPlan,
+    pub q: TensorView<'a>,
+    pub options: AttendOptions<'a>,
+    pub out: &'a TensorViewMut<'a>,
+    /// Query heads that share a key/value head.
+    pub group: usize,
+    pub scale: f32,
+}
+
+/// Query rows of one (sequence, head): all of them in decode, a chunk in prefill. Row `r` is query head `r % group` of
+/// the head's group at the sequence's new token `r / group`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowRange {
+    pub sequence: usize,
+    pub head: usize,
+    pub first: usize,
+    pub count: usize,
+}
+
+/// One split of the history of one (sequence, head).
+struct Job<'a> {
+    rows: RowRange,
+    split: Split,
+    part: &'a mut [f32],
+}
+
+impl Cpu {
+    pub(super) fn attend_step(
+        &self,
+        layer: usize,
+        plan: &StepPlan,
+        q: TensorView<'_>,
+        fresh: Option<Fresh<'_>>,
+        options: AttendOptions<'_>,
+        out: &TensorViewMut<'_>,
+    ) -> Result<()> {
+        let attention = self.check_attend(layer, plan, q, fresh, options, out)?;
+        attention.zero_padding();
+        let (prefill, decode): (Vec<_>, Vec<_>) =
+            (0..plan.sequences.len()).partition(|&s| plan.sequences[s].is_prefill());
+        attention.decode(&decode);
+        attention.prefill(&prefill, fresh);
+        Ok(())
+    }
+
+    fn check_attend<'a>(
+        &'a self,
+        layer: usize,
+        plan: &'a StepPlan,
+        q: TensorView<'a>,
+        fresh: Option<Fresh<'_>>,
+        options: AttendOptions<'a>,
+        out: &'a TensorViewMut<'a>,
+    ) -> Result<Attention<'a>> {
+        let num_q_heads = q.shape()[1];
+        if num_q_heads == 0 || !num_q_heads.is_multiple_of(self.num_kv_heads) {
+            let expected = format!("a multiple of {} heads in dimension 1", self.num_kv_heads);
+            return Err(Error::Shape { name: "q", expected, got: q.shape().to_vec() });
+        }
+        q.check("q", num_q_heads, plan.num_rows, self.head_dim)?;
+        out.check("out", num_q_heads, plan.num_rows, self.head_dim)?;
+        if let Some(fresh) = fresh {
+            fresh.k.check("k", self.num_kv_heads, plan.num_rows, self.head_dim)?;
+            fresh.v.check("v", self.num_kv_heads, plan.num_rows, self.head_dim)?;
+        }
+        let scale = options.scale.unwrap_or(1.0 / (self.head_dim as f32).sqrt());
+        if !scale.is_finite() {
+            return Err(Error::Config(format!("scale must be finite, got {scale}")));
+        }
+        if options.softcap.is_some_and(|cap| !cap.is_finite() || cap <= 0.0) {
+            return Err(Error::Config(format!("softcap must be positive, got {:?}", options.softcap)));
+        }
+        if options.window == Some(0) {
+            return Err(Error::Config("window must be at least 1 token".to_owned()));
+        }
+        if let Some(sinks) = options.sinks {
+            if sinks.len() != num_q_heads {
+                let expected = format!("[{num_q_heads}]");
+                return Err(Error::Shape { name: "sinks", expected, got: vec![sinks.len()] });
+            }
+            if let Some(sink) = sinks.iter().find(|sink| sink.is_nan() || **sink == f32::INFINITY) {
+                return Err(Error::Config(format!("sinks must be logits below infinity, got {sink}")));
+            }
+        }
+        let group = num_q_heads / self.num_kv_heads;
+        Ok(Attention { cpu: self, layer, plan, q, options, out, group, scale })
+    }
+}
+
+impl Attention<'_> {
+    pub(super) fn sequence(&self, index: usize) -> &SequencePlan {
+        &self.plan.sequences[index]
+    }
+
+    fn zero_padding(&self) {
+        let zeros = [0f32; MAX_HEAD_DIM];
+        for (row, _) in self.plan.slot_mapping.iter().enumerate().filter(|(_, slot)| **slot < 0) {
+            for head in 0..self.q.shape()[1] {
+                // SAFETY: no job has started; this thread alone writes.
+                unsafe { self.out.write_row(row, head, &zeros[..self.cpu.head_dim]) };
+            }
+        }
+    }
+
+    /// (row of the step, query head) of row `r`.
+    fn row_of(&self, rows: RowRange, r: usize) -> (usize, usize) {
+        let (token, member) = ((rows.first + r) / self.group, (rows.first + r) % self.group);
+        (self.sequence(rows.sequence).token_rows[token] as usize, rows.head * self.group + member)
+    }
+
+    /// Gathers the scaled queries of `rows` and what each of them sees.
+    pub(super) fn gather(&self, rows: RowRange, q: &mut [f32], visible: &mut Vec<(usize, usize)>) {
+        let sequence = self.sequence(rows.sequence);
+        visible.clear();
+        for (r, q) in q.chunks_exact_mut(self.cpu.head_dim).enumerate() {
+            let (row, head) = self.row_of(rows, r);
+            self.q.read_row(row, head, q);
+            q.iter_mut().for_each(|x| *x *= self.scale);
+            let position = sequence.context_len + (rows.first + r) / self.group;
+            visible.push(sequence.visible(position, self.options.window));
+        }
+    }
+
+    /// The page of a block, as the sequence's positions see it.
+    pub(super) fn page(&self, sequence: &SequencePlan, block: usize, head: usize) -> Tile<'_> {
+        let id: BlockId = sequence.block_table[block];
+        Tile {
+            first: block * self.cpu.block_size,
+            tokens: self.cpu.block_size,
+            record: self.cpu.layers[self.layer].record(id, head),
+            layout: self.cpu.layout,
+        }
+    }
+
+    pub(super) fn attend_tile(&self, tile: &Tile<'_>, rows: &mut Rows<'_>, scratch: &mut Scratch) {
+        // SAFETY: the kernels' level is available (`dispatch::kernels` checked it).
+        unsafe { (self.cpu.kernels.attend_tile)(tile, rows, self.options.softcap, scratch) };
+    }
+
+    /// Writes a row's output from its final state. A sink logit takes part in the softmax and has no value.
+    pub(super) fn finish(&self, rows: RowRange, r: usize, max: f32, sum: f32, acc: &mut [f32]) {
+        let (row, head) = self.row_of(rows, r);
+        let mut total = sum;
+        let mut rescale = 1.0;
+        if let Some(sinks) = self.options.sinks {
+            let top = max.max(sinks[head]);
+            rescale = (max - top).exp();
+            total = sum * rescale + (sinks[head] - top).exp();
+        }
+        let factor = rescale / total;
+        acc.iter_mut().for_each(|x| *x *= factor);
+        // SAFETY: each (row, head) belongs to one row of one job.
+        unsafe { self.out.write_row(row, head, acc) };
+    }
+
+    fn decode(&self, sequences: &[usize]) {
+        let head_dim = self.cpu.head_dim;
+        let part_len = |count: usize| count * (head_dim + 2);
+        let mut plans: Vec<(RowRange, Vec<Split>)> = Vec::new();
+        let (mut total, mut values) = (0, 0);
+        for &index in sequences {
+            let sequence = self.sequence(index);
+            if sequence.num_new() == 0 {
+                continue;
+            }
+            let count = sequence.num_new() * self.group;
+            let (start, _) = sequence.visible(sequence.context_len, self.options.window);
+            let cuts: Vec<Split> = splits(start, sequence.seq_len()).collect();
+            values += (sequence.seq_len() - start) * head_dim * self.cpu.num_kv_heads;
+            for head in 0..self.cpu.num_kv_heads {
+                total += cuts.len() * part_len(count);
+                plans.push((RowRange { sequence: index, head, first: 0, count }, cuts.clone()));
+            }
+        }
+        let mut parts = vec![0f32; total];
+        let mut jobs = Vec::new();
+        let mut rest = parts.as_mut_slice();
+        for (rows, cuts) in &plans {
+            for &split in cuts {
+                let (part, tail) = rest.split_at_mut(part_len(rows.count));
+                rest = tail;
+                jobs.push(Job { rows: *rows, split, part });
+            }
+        }
+        if values >= PARALLEL_VALUES && jobs.len() > 1 {
+            jobs.par_iter_mut().for_each_init(Default::default, |scratch, job| self.decode_split(job, scratch));
+        } else {
+            let mut scratch = Default::default();
+            jobs.iter_mut().for_each(|job| self.decode_split(job, &mut scratch));
+        }
+        drop(jobs);
+        let mut rest = parts.as_mut_slice();
+        for (rows, cuts) in &plans {
+            let (own, tail) = rest.split_at_mut(cuts.len() * part_len(rows.count));
+            rest = tail;
+            self.combine(*rows, own);
+        }
+    }
+
+    fn decode_split(&self, job: &mut Job<'_>, (scratch, q, visible): &mut (Scratch, Vec<f32>, Vec<(usize, usize)>)) {
+        let Job { rows, split, part } = job;
+        let sequence = self.sequence(rows.sequence);
+        q.resize(rows.count * self.cpu.head_dim, 0.0);
+        self.gather(*rows, q, visible);
+        for (start, end) in visible.iter_mut() {
+            (*start, *end) = ((*start).max(split.start), (*end).min(split.end));
+        }
+        let (max, part) = part.split_at_mut(rows.count);
+        let (sum, acc) = part.split_at_mut(rows.count);
+        max.fill(f32::NEG_INFINITY);
+        let mut state = Rows { head_dim: self.cpu.head_dim, q, visible, max, sum, acc };
+        let block_size = self.cpu.block_size;
+        for block in split.start / block_size..split.end.div_ceil(block_size) {
+            self.attend_tile(&self.page(sequence, block, rows.head), &mut state, scratch);
+        }
+    }
+
+    /// Merges the splits of one (sequence, head), in order.
+    fn combine(&self, rows: RowRange, parts: &mut [f32]) {
+        let (count, head_dim) = (rows.count, self.cpu.head_dim);
+        let (first, others) = parts.split_at_mut(count * (head_dim + 2));
+        for r in 0..count {
+            let own = others.chunks_exact(count * (head_dim + 2));
+            let top = own.clone().map(|part| part[r]).fold(first[r], f32::max);
+            let rescale = (first[r] - top).exp();
+            let mut sum = first[count + r] * rescale;
+            let acc = &mut first[2 * count + r * head_dim..][..head_dim];
+            acc.iter_mut().for_each(|x| *x *= rescale);
+            for part in own {
+                let weight = (part[r] - top).exp();
+                sum += weight * part[count + r];
+                for (x, y) in acc.iter_mut().zip(&part[2 * count + r * head_dim..]) {
+                    *x += weight * y;
+                }
+            }
+            self.finish(rows, r, top, sum, acc);
+        }
+    }
+}

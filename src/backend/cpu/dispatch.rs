@@ -1,0 +1,111 @@
+//! The one door to the kernels: a table of entry points a level, chosen once.
+
+use super::generic::{Rows, Scratch, Tile, attend_tile, unpack};
+use super::scalar::Scalar;
+use crate::error::{Error, Result};
+use crate::format::TokenPage;
+
+/// An instruction set that the kernels are built for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Any machine.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+}
+
+impl Level {
+    /// Every level, the fastest last.
+    pub const ALL: [Self; 2] = [Self::Scalar, Self::Avx2];
+
+    /// The name used in every interface.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+        }
+    }
+
+    /// Does this machine have it?
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 => false,
+        }
+    }
+
+    /// The fastest level of this machine.
+    #[must_use]
+    pub fn best() -> Self {
+        Self::ALL.into_iter().rfind(|level| level.is_available()).unwrap_or(Self::Scalar)
+    }
+
+    /// The level called `name`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an unknown name, [`Error::Unsupported`] for one that this machine lacks.
+    pub fn parse(name: &str) -> Result<Self> {
+        let Some(level) = Self::ALL.into_iter().find(|level| level.name() == name) else {
+            let known = Self::ALL.map(Self::name).join(", ");
+            return Err(Error::Config(format!("unknown SIMD level {name:?}; known levels: {known}")));
+        };
+        if level.is_available() {
+            Ok(level)
+        } else {
+            Err(Error::Unsupported(format!("this machine does not have SIMD level {name}")))
+        }
+    }
+}
+
+/// The entry points of a level. Calling one is sound on a machine that has the level.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernels {
+    /// See [`attend_tile`].
+    pub attend_tile: unsafe fn(&Tile<'_>, &mut Rows<'_>, Option<f32>, &mut Scratch),
+    /// See [`unpack`].
+    pub unpack: unsafe fn(TokenPage, &[u8], &mut [f32]),
+}
+
+/// The kernels of an available level.
+pub fn kernels(level: Level) -> Kernels {
+    assert!(level.is_available(), "the level was checked when it was chosen");
+    match level {
+        Level::Scalar => Kernels { attend_tile: attend_tile::<Scalar>, unpack: unpack::<Scalar> },
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => Kernels { attend_tile: x86::attend_tile_avx2, unpack: x86::unpack_avx2 },
+        #[cfg(not(target_arch = "x86_64"))]
+        Level::Avx2 => unreachable!("not available here"),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::super::avx2::Avx2;
+    use super::{Rows, Scratch, Tile, TokenPage, attend_tile, unpack};
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn attend_tile_avx2(
+        tile: &Tile<'_>,
+        rows: &mut Rows<'_>,
+        softcap: Option<f32>,
+        scratch: &mut Scratch,
+    ) {
+        // SAFETY: the instructions are on.
+        unsafe { attend_tile::<Avx2>(tile, rows, softcap, scratch) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn unpack_avx2(page: TokenPage, record: &[u8], out: &mut [f32]) {
+        // SAFETY: the instructions are on.
+        unsafe { unpack::<Avx2>(page, record, out) }
+    }
+}

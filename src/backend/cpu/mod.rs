@@ -1,0 +1,159 @@
+//! The CPU backend: records in host memory, kernels chosen by [`dispatch`], threads by rayon.
+//!
+//! Results depend neither on the number of threads nor on what else is in the batch: work is cut at fixed places, and
+//! the pieces are merged in order.
+
+mod append;
+mod arena;
+mod attend;
+mod dispatch;
+mod generic;
+mod page;
+mod page_kernel;
+mod prefill;
+mod scalar;
+mod simd;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
+pub use dispatch::Level;
+
+use super::{AttendOptions, Backend, Fresh, TensorView, TensorViewMut};
+use crate::error::{Error, Result};
+use crate::format::{Dtype, Format, MAX_HEAD_DIM};
+use crate::paging::BlockId;
+use crate::plan::StepPlan;
+use arena::Arena;
+use dispatch::Kernels;
+use page::PageLayout;
+
+/// Below this many values touched, waking threads costs more than it brings.
+const PARALLEL_VALUES: usize = 1 << 16;
+
+/// What the pages of a cache look like.
+#[derive(Debug, Clone, Copy)]
+pub struct CpuConfig {
+    /// How pages hold their tokens.
+    pub format: Format,
+    /// Element type of `raw` pages.
+    pub dtype: Dtype,
+    /// Layers.
+    pub num_layers: usize,
+    /// Key/value heads of a layer.
+    pub num_kv_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Tokens of a block.
+    pub block_size: usize,
+}
+
+/// Pages in host memory, and the level that reads them.
+#[derive(Debug, Clone)]
+pub struct Cpu {
+    layout: PageLayout,
+    num_kv_heads: usize,
+    head_dim: usize,
+    block_size: usize,
+    layers: Vec<Arena>,
+    kernels: Kernels,
+}
+
+impl Cpu {
+    /// An empty backend; `level` must be available on this machine.
+    #[must_use]
+    pub fn new(config: CpuConfig, level: Level) -> Self {
+        let CpuConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size } = config;
+        let layout = PageLayout::new(format, dtype, head_dim, block_size);
+        let arena = Arena::new(num_kv_heads, layout.bytes());
+        Self {
+            layout,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            layers: vec![arena; num_layers],
+            kernels: dispatch::kernels(level),
+        }
+    }
+
+    fn check_block(&self, block: Option<BlockId>) -> Result<()> {
+        let num_blocks = self.layers.first().map_or(0, Arena::num_blocks);
+        match block {
+            Some(BlockId(id)) if id as usize >= num_blocks => Err(Error::UnknownBlock { id, num_blocks }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Bytes of host memory that the pages take, used or not.
+    #[must_use]
+    pub fn allocated_bytes(&self) -> usize {
+        self.layers.iter().map(Arena::bytes).sum()
+    }
+}
+
+impl Backend for Cpu {
+    fn grow(&mut self, num_blocks: usize) {
+        self.layers.iter_mut().for_each(|arena| arena.grow(num_blocks));
+    }
+
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) {
+        for arena in &mut self.layers {
+            copies.iter().for_each(|&(source, destination)| arena.copy_block(source, destination));
+        }
+    }
+
+    fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()> {
+        self.check_block(plan.max_block)?;
+        self.append_step(layer, plan, fresh)
+    }
+
+    fn attend(
+        &self,
+        layer: usize,
+        plan: &StepPlan,
+        q: TensorView<'_>,
+        fresh: Option<Fresh<'_>>,
+        options: AttendOptions<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        self.check_block(plan.max_block)?;
+        self.attend_step(layer, plan, q, fresh, options, &out)
+    }
+
+    fn dequantize(
+        &self,
+        layer: usize,
+        block_table: &[BlockId],
+        start: usize,
+        k: TensorViewMut<'_>,
+        v: TensorViewMut<'_>,
+    ) -> Result<()> {
+        let count = k.shape()[0] * k.shape()[2];
+        k.check("k", self.num_kv_heads, count, self.head_dim)?;
+        v.check("v", self.num_kv_heads, count, self.head_dim)?;
+        if start + count > block_table.len() * self.block_size {
+            return Err(Error::Shape {
+                name: "k",
+                expected: format!("at most {} tokens from {start} on", block_table.len() * self.block_size),
+                got: k.shape().to_vec(),
+            });
+        }
+        let read = start / self.block_size..(start + count).div_ceil(self.block_size);
+        self.check_block(block_table[read].iter().copied().max())?;
+        let mut values = [0f32; MAX_HEAD_DIM];
+        let values = &mut values[..self.head_dim];
+        for position in start..start + count {
+            let (block, token) = (block_table[position / self.block_size], position % self.block_size);
+            for head in 0..self.num_kv_heads {
+                let record = self.layers[layer].record(block, head);
+                page::read_k(self.layout, record, token, values);
+                // SAFETY: `&mut self`-like exclusivity of the view: this thread alone writes it.
+                unsafe { k.write_row(position - start, head, values) };
+                page::read_v(self.layout, record, token, values);
+                // SAFETY: as above.
+                unsafe { v.write_row(position - start, head, values) };
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,239 @@
+//! Scores and sums over one page, as it is stored: what differs between formats.
+
+use super::simd::Simd;
+use crate::format::order::{DEPTH, LANES};
+use crate::format::{MAX_HEAD_DIM, RawPage, TokenPage};
+
+/// Most query rows that a kernel takes at once.
+pub const MAX_ROWS: usize = 6;
+/// Most tokens of a page: the distance between two rows of weights.
+pub const TILE_TOKENS: usize = 128;
+
+/// One page of one head, read by `R` query rows at once.
+///
+/// # Safety
+/// Methods run on a machine with `S`'s instructions; panels lie within the page; `q` is `[R, head_dim]`, `scaled`
+/// `[R, MAX_HEAD_DIM]`, `weights` `[R, TILE_TOKENS]`, `acc` `[R, head_dim]`.
+pub unsafe trait PageKernel<S: Simd> {
+    /// Rows that fit the registers.
+    const ROWS: usize;
+
+    /// Writes the queries as [`Self::scores`] wants them; gives what every score of a row has in common.
+    unsafe fn prepare<const R: usize>(&self, q: *const f32, scaled: *mut f32) -> [f32; R];
+
+    /// Products of the rows with the sixteen tokens of `panel`.
+    unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32) -> [S::F; R];
+
+    /// `acc += weights * V` over the panels `first..end`; may change the weights.
+    unsafe fn accumulate<const R: usize>(&self, first: usize, end: usize, weights: *mut f32, acc: *mut f32);
+}
+
+/// An element type of `raw` pages.
+pub trait Element: Copy {
+    /// Reads sixteen elements from element `index` on.
+    ///
+    /// # Safety
+    /// They lie behind `base`; the machine has `S`'s instructions.
+    unsafe fn load<S: Simd>(base: *const u8, index: usize) -> S::F;
+}
+
+macro_rules! element {
+    ($name:ident, $bits:ty, $load:ident) => {
+        #[derive(Debug, Clone, Copy)]
+        pub struct $name;
+
+        impl Element for $name {
+            #[inline(always)]
+            unsafe fn load<S: Simd>(base: *const u8, index: usize) -> S::F {
+                // SAFETY: passed on to the caller.
+                unsafe { S::$load(base.cast::<$bits>().add(index)) }
+            }
+        }
+    };
+}
+element!(F32, f32, load);
+element!(F16, u16, load_f16);
+element!(Bf16, u16, load_bf16);
+
+/// A `raw` page: K `[token/16][channel][16 tokens]`, V `[token][channel]`.
+pub struct RawKernel<E> {
+    k: *const u8,
+    v: *const u8,
+    head_dim: usize,
+    element: E,
+}
+
+impl<E: Element> RawKernel<E> {
+    pub fn new(page: RawPage, record: &[u8], element: E) -> Self {
+        debug_assert!(record.len() >= page.bytes());
+        let k = record[page.k()..].as_ptr();
+        Self { k, v: record[page.v()..].as_ptr(), head_dim: page.head_dim, element }
+    }
+}
+
+// SAFETY: reads stay within the record that `new` was given, by the caller's panels.
+unsafe impl<S: Simd, E: Element> PageKernel<S> for RawKernel<E> {
+    const ROWS: usize = 6;
+
+    #[inline(always)]
+    unsafe fn prepare<const R: usize>(&self, q: *const f32, scaled: *mut f32) -> [f32; R] {
+        let _ = self.element;
+        for r in 0..R {
+            // SAFETY: `[R, head_dim]` into `[R, MAX_HEAD_DIM]`.
+            unsafe {
+                std::ptr::copy_nonoverlapping(q.add(r * self.head_dim), scaled.add(r * MAX_HEAD_DIM), self.head_dim);
+            }
+        }
+        [0.0; R]
+    }
+
+    #[inline(always)]
+    unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32) -> [S::F; R] {
+        // SAFETY: see the trait.
+        unsafe {
+            let mut sums = [S::splat(0.0); R];
+            let first = panel * LANES * self.head_dim;
+            for d in 0..self.head_dim {
+                let k = E::load::<S>(self.k, first + d * LANES);
+                for r in 0..R {
+                    sums[r] = S::mul_add(S::splat(*scaled.add(r * MAX_HEAD_DIM + d)), k, sums[r]);
+                }
+            }
+            sums
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn accumulate<const R: usize>(&self, first: usize, end: usize, weights: *mut f32, acc: *mut f32) {
+        // SAFETY: see the trait.
+        unsafe {
+            for channel in (0..self.head_dim).step_by(LANES) {
+                let mut sums = [S::splat(0.0); R];
+                for r in 0..R {
+                    sums[r] = S::load(acc.add(r * self.head_dim + channel));
+                }
+                for t in first * LANES..end * LANES {
+                    let v = E::load::<S>(self.v, t * self.head_dim + channel);
+                    for r in 0..R {
+                        sums[r] = S::mul_add(S::splat(*weights.add(r * TILE_TOKENS + t)), v, sums[r]);
+                    }
+                }
+                for r in 0..R {
+                    S::store(acc.add(r * self.head_dim + channel), sums[r]);
+                }
+            }
+        }
+    }
+}
+
+/// An INT8 page: codes in [`crate::format::CodeOrder::Cpu`].
+///
+/// ```text
+/// q . K^[t] = q . k_channel_mean + k_token_scale[t] * sum_d (q_d * k_channel_scale[d]) * code[t,d]
+/// sum_t p[t] V^[t,d] = sum_t (p[t] * v_token_scale[t]) * code[t,d] + sum_t p[t] * v_token_zero_point[t]
+/// ```
+pub struct Int8Kernel<'a> {
+    pub page: TokenPage,
+    pub record: &'a [u8],
+}
+
+impl Int8Kernel<'_> {
+    #[inline(always)]
+    fn halves(&self, offset: usize) -> *const u16 {
+        self.record[offset..].as_ptr().cast()
+    }
+}
+
+// SAFETY: reads stay within the record, by its layout and the caller's panels.
+unsafe impl<S: Simd> PageKernel<S> for Int8Kernel<'_> {
+    const ROWS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn prepare<const R: usize>(&self, q: *const f32, scaled: *mut f32) -> [f32; R] {
+        let head_dim = self.page.head_dim;
+        let mean = self.halves(self.page.k_channel_mean());
+        let scale = self.halves(self.page.k_channel_scale());
+        // SAFETY: see the trait.
+        unsafe {
+            let mut sums = [S::splat(0.0); R];
+            for d in (0..head_dim).step_by(LANES) {
+                let (mean, scale) = (S::load_f16(mean.add(d)), S::load_f16(scale.add(d)));
+                for r in 0..R {
+                    let q = S::load(q.add(r * head_dim + d));
+                    sums[r] = S::mul_add(q, mean, sums[r]);
+                    S::store(scaled.add(r * MAX_HEAD_DIM + d), S::mul(q, scale));
+                }
+            }
+            let mut common = [0.0; R];
+            for r in 0..R {
+                common[r] = S::sum(sums[r]);
+            }
+            common
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32) -> [S::F; R] {
+        let head_dim = self.page.head_dim;
+        // SAFETY: see the trait.
+        unsafe {
+            let codes = self.record.as_ptr().add(self.page.k_codes() + panel * LANES * head_dim);
+            let mut sums = [S::splat(0.0); R];
+            for d in (0..head_dim).step_by(DEPTH) {
+                let k = S::load_i8x4(codes.add(d * LANES));
+                for j in 0..DEPTH {
+                    for r in 0..R {
+                        sums[r] = S::mul_add(S::splat(*scaled.add(r * MAX_HEAD_DIM + d + j)), k[j], sums[r]);
+                    }
+                }
+            }
+            let token_scale = S::load_f16(self.halves(self.page.k_token_scale()).add(panel * LANES));
+            for r in 0..R {
+                sums[r] = S::mul(sums[r], token_scale);
+            }
+            sums
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn accumulate<const R: usize>(&self, first: usize, end: usize, weights: *mut f32, acc: *mut f32) {
+        let head_dim = self.page.head_dim;
+        let scale = self.halves(self.page.v_token_scale());
+        let zero_point = self.halves(self.page.v_token_zero_point());
+        // SAFETY: see the trait.
+        unsafe {
+            let mut zeros = [S::splat(0.0); R];
+            for panel in first..end {
+                let t = panel * LANES;
+                let (scale, zero_point) = (S::load_f16(scale.add(t)), S::load_f16(zero_point.add(t)));
+                for r in 0..R {
+                    let weight = S::load(weights.add(r * TILE_TOKENS + t));
+                    zeros[r] = S::mul_add(weight, zero_point, zeros[r]);
+                    S::store(weights.add(r * TILE_TOKENS + t), S::mul(weight, scale));
+                }
+            }
+            let mut common = [0.0; R];
+            for r in 0..R {
+                common[r] = S::sum(zeros[r]);
+            }
+            let codes = self.record.as_ptr().add(self.page.v_codes());
+            for channel in (0..head_dim).step_by(LANES) {
+                let mut sums = [S::splat(0.0); R];
+                for r in 0..R {
+                    sums[r] = S::add(S::load(acc.add(r * head_dim + channel)), S::splat(common[r]));
+                }
+                for t in (first * LANES..end * LANES).step_by(DEPTH) {
+                    let v = S::load_u8x4(codes.add(t * head_dim + channel * DEPTH));
+                    for j in 0..DEPTH {
+                        for r in 0..R {
+                            sums[r] = S::mul_add(S::splat(*weights.add(r * TILE_TOKENS + t + j)), v[j], sums[r]);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    S::store(acc.add(r * head_dim + channel), sums[r]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Attention of a prefill: many query rows a head, cut into chunks that run side by side.
+//!
+//! A page is decoded once for all rows of a chunk, into one page of scratch a thread; the step's own tokens, where
+//! given, are read unquantized, from pages of f32 laid out like `raw` ones.
+
+use super::attend::{Attention, RowRange};
+use super::generic::{Rows, Scratch, Tile};
+use super::page::PageLayout;
+use super::page_kernel::TILE_TOKENS;
+use crate::backend::Fresh;
+use crate::format::{CodeOrder, Dtype, RawPage};
+use rayon::prelude::*;
+
+/// Query rows of a chunk: enough to make decoding a page cheap, few enough for their state to stay in cache.
+const CHUNK_ROWS: usize = 48;
+
+/// One sequence's own tokens, unquantized: `[num_kv_heads, tiles]` pages of f32.
+struct FreshPages {
+    page: RawPage,
+    tiles: usize,
+    values: Vec<f32>,
+}
+
+#[derive(Default)]
+struct Worker {
+    scratch: Scratch,
+    q: Vec<f32>,
+    visible: Vec<(usize, usize)>,
+    max: Vec<f32>,
+    sum: Vec<f32>,
+    acc: Vec<f32>,
+    unpacked: Vec<f32>,
+}
+
+impl Attention<'_> {
+    pub(super) fn prefill(&self, sequences: &[usize], fresh: Option<Fresh<'_>>) {
+        // `raw` pages hold the fresh tokens as they are.
+        let fresh = if self.cpu.layout.is_raw() { None } else { fresh };
+        for &index in sequences {
+            let packed = fresh.map(|fresh| self.pack(index, fresh));
+            let num_rows = self.sequence(index).num_new() * self.group;
+            let chunks = num_rows.div_ceil(CHUNK_ROWS);
+            // The last chunks see the most: they go first.
+            (0..chunks * self.cpu.num_kv_heads).into_par_iter().with_max_len(1).for_each_init(
+                Worker::default,
+                |worker, job| {
+                    let (chunk, head) = (chunks - 1 - job / self.cpu.num_kv_heads, job % self.cpu.num_kv_heads);
+                    let first = chunk * CHUNK_ROWS;
+                    let count = CHUNK_ROWS.min(num_rows - first);
+                    self.chunk(RowRange { sequence: index, head, first, count }, packed.as_ref(), worker);
+                },
+            );
+        }
+    }
+
+    fn chunk(&self, range: RowRange, fresh: Option<&FreshPages>, worker: &mut Worker) {
+        let (head_dim, block_size) = (self.cpu.head_dim, self.cpu.block_size);
+        let sequence = self.sequence(range.sequence);
+        let Worker { scratch, q, visible, max, sum, acc, unpacked } = worker;
+        q.resize(range.count * head_dim, 0.0);
+        self.gather(range, q, visible);
+        let start = visible.iter().map(|range| range.0).min().unwrap_or(0);
+        let end = visible.iter().map(|range| range.1).max().unwrap_or(0);
+        max.clear();
+        max.resize(range.count, f32::NEG_INFINITY);
+        sum.clear();
+        sum.resize(range.count, 0.0);
+        acc.clear();
+        acc.resize(range.count * head_dim, 0.0);
+
+        let history_end = if fresh.is_some() { end.min(sequence.context_len) } else { end };
+        // Pages end where the fresh tokens begin, though the first of them may share a block with the history.
+        let seen: Vec<(usize, usize)> = visible.iter().map(|&(s, e)| (s, e.min(history_end))).collect();
+        let mut rows = Rows { head_dim, q, visible: &seen, max, sum, acc };
+        for block in start / block_size..history_end.div_ceil(block_size) {
+            let mut tile = self.page(sequence, block, range.head);
+            if let PageLayout::Int8(page) = tile.layout {
+                let raw = RawPage { head_dim, block_size, dtype: Dtype::F32 };
+                unpacked.resize(raw.bytes() / 4, 0.0);
+                // SAFETY: the kernels' level is available.
+                unsafe { (self.cpu.kernels.unpack)(page, tile.record, unpacked) };
+                tile.record = as_bytes(unpacked);
+                tile.layout = PageLayout::Raw(raw);
+            }
+            self.attend_tile(&tile, &mut rows, scratch);
+        }
+        if let Some(fresh) = fresh {
+            rows.visible = visible;
+            let from = start.saturating_sub(sequence.context_len) / TILE_TOKENS;
+            for index in from..(end - sequence.context_len).div_ceil(TILE_TOKENS) {
+                self.attend_tile(&fresh.tile(range.head, index, sequence.context_len), &mut rows, scratch);
+            }
+        }
+        for r in 0..range.count {
+            let (max, sum) = (rows.max[r], rows.sum[r]);
+            self.finish(range, r, max, sum, &mut rows.acc[r * head_dim..(r + 1) * head_dim]);
+        }
+    }
+
+    fn pack(&self, index: usize, fresh: Fresh<'_>) -> FreshPages {
+        let sequence = self.sequence(index);
+        let head_dim = self.cpu.head_dim;
+        let page = RawPage { head_dim, block_size: TILE_TOKENS, dtype: Dtype::F32 };
+        let tiles = sequence.num_new().div_ceil(TILE_TOKENS);
+        let mut values = vec![0f32; self.cpu.num_kv_heads * tiles * page.bytes() / 4];
+        values.par_chunks_exact_mut(page.bytes() / 4).enumerate().for_each(|(job, values)| {
+            let (head, tile) = (job / tiles, job % tiles);
+            let (k, v) = values.split_at_mut(page.v() / 4);
+            let rows = sequence.token_rows.chunks(TILE_TOKENS).nth(tile).unwrap_or_default();
+            let mut row_k = [0f32; crate::format::MAX_HEAD_DIM];
+            for (token, &row) in rows.iter().enumerate() {
+                fresh.k.read_row(row as usize, head, &mut row_k[..head_dim]);
+                for (d, &x) in row_k[..head_dim].iter().enumerate() {
+                    k[CodeOrder::Cpu.raw_k(head_dim, token, d)] = x;
+                }
+                fresh.v.read_row(row as usize, head, &mut v[token * head_dim..(token + 1) * head_dim]);
+            }
+        });
+        FreshPages { page, tiles, values }
+    }
+}
+
+impl FreshPages {
+    fn tile(&self, head: usize, index: usize, context_len: usize) -> Tile<'_> {
+        let page = self.page.bytes() / 4;
+        Tile {
+            first: context_len + index * TILE_TOKENS,
+            tokens: TILE_TOKENS,
+            record: as_bytes(&self.values[(head * self.tiles + index) * page..][..page]),
+            layout: PageLayout::Raw(self.page),
+        }
+    }
+}
+
+fn as_bytes(values: &[f32]) -> &[u8] {
+    // SAFETY: any f32 is four initialized bytes.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}

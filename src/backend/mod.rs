@@ -1,0 +1,76 @@
+//! Do it on one device. A backend executes a [`crate::plan::StepPlan`] and decides nothing.
+
+pub mod cpu;
+pub mod view;
+
+pub use view::{TensorView, TensorViewMut};
+
+use crate::error::Result;
+use crate::paging::BlockId;
+use crate::plan::StepPlan;
+
+/// What attention is asked for, besides tensors and plan.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttendOptions<'a> {
+    /// Factor on the scores; 1/sqrt(head_dim) when `None`.
+    pub scale: Option<f32>,
+    /// A query sees this many tokens at most, itself included.
+    pub window: Option<usize>,
+    /// Scores become `softcap * tanh(score / softcap)`.
+    pub softcap: Option<f32>,
+    /// One logit a query head that takes part in the softmax and has no value (attention sinks), `[num_q_heads]`.
+    pub sinks: Option<&'a [f32]>,
+}
+
+impl AttendOptions<'_> {
+    /// Plain causal attention.
+    pub const PLAIN: Self = Self { scale: None, window: None, softcap: None, sinks: None };
+}
+
+/// The keys and values of a step's own tokens, `[B, num_kv_heads, T, head_dim]` each.
+#[derive(Debug, Clone, Copy)]
+pub struct Fresh<'a> {
+    /// Keys.
+    pub k: TensorView<'a>,
+    /// Values.
+    pub v: TensorView<'a>,
+}
+
+/// The verbs of a device. Every layer has its own pages; block ids are the same in all of them.
+pub trait Backend {
+    /// Makes room for block ids below `num_blocks`; never shrinks. The other verbs refuse ids without room
+    /// ([`crate::Error::UnknownBlock`]); `copy_blocks` takes only ids that have it.
+    fn grow(&mut self, num_blocks: usize);
+
+    /// Copies whole blocks in every layer, in order, as `(source, destination)`.
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]);
+
+    /// Writes the step's keys and values, `[B, num_kv_heads, T, head_dim]`, into the pages of `layer`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`], or [`crate::Error::NonFinite`] for a NaN or infinity at a row that is a token. Nothing
+    /// is written then.
+    fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()>;
+
+    /// Attends with `q`, `[B, num_q_heads, T, head_dim]`, to what `layer` holds, causally, and writes `out` of the same
+    /// shape; rows of padding become zeros. With `fresh`, a prefill's own tokens attend to each other unquantized.
+    fn attend(
+        &self,
+        layer: usize,
+        plan: &StepPlan,
+        q: TensorView<'_>,
+        fresh: Option<Fresh<'_>>,
+        options: AttendOptions<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()>;
+
+    /// Decodes positions `start..` of a sequence into `k` and `v`, `[1, num_kv_heads, n, head_dim]` each.
+    fn dequantize(
+        &self,
+        layer: usize,
+        block_table: &[BlockId],
+        start: usize,
+        k: TensorViewMut<'_>,
+        v: TensorViewMut<'_>,
+    ) -> Result<()>;
+}

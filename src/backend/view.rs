@@ -1,0 +1,220 @@
+//! Borrowed host tensors of any outer strides: what the caller's memory looks like, checked once.
+
+use crate::error::{Error, Result};
+use crate::format::Dtype;
+use half::{bf16, f16};
+use std::marker::PhantomData;
+
+/// A read-only tensor `[B, heads, T, head_dim]`, last dimension contiguous. Row `r` of a step is `(b, t) = (r / T, r % T)`.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    raw: RawView,
+    data: PhantomData<&'a [u8]>,
+}
+
+/// Like [`TensorView`], written to.
+#[derive(Debug)]
+pub struct TensorViewMut<'a> {
+    raw: RawView,
+    data: PhantomData<&'a mut [u8]>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct RawView {
+    base: *mut u8,
+    dtype: Dtype,
+    shape: [usize; 4],
+    /// Of the first three dimensions, in elements.
+    strides: [isize; 3],
+}
+
+// SAFETY: a view is a borrowed slice with strides; sharing it is sharing `&[u8]`.
+unsafe impl Send for TensorView<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for TensorView<'_> {}
+// SAFETY: a view is an exclusively borrowed slice with strides.
+unsafe impl Send for TensorViewMut<'_> {}
+// SAFETY: writes through `&self` go through an unsafe function whose caller keeps rows apart.
+unsafe impl Sync for TensorViewMut<'_> {}
+
+impl RawView {
+    fn new(name: &'static str, base: *mut u8, dtype: Dtype, shape: [usize; 4], strides: [isize; 4]) -> Result<Self> {
+        if strides[3] != 1 && shape[3] > 1 {
+            return Err(Error::Stride { name, strides: strides.to_vec() });
+        }
+        Ok(Self { base, dtype, shape, strides: [strides[0], strides[1], strides[2]] })
+    }
+
+    fn from_slice(name: &'static str, len: usize, base: *mut u8, dtype: Dtype, shape: [usize; 4]) -> Result<Self> {
+        if shape.iter().product::<usize>() != len {
+            return Err(Error::Shape { name, expected: format!("{len} elements"), got: shape.to_vec() });
+        }
+        let [_, heads, rows, width] = shape.map(|n| n as isize);
+        Self::new(name, base, dtype, shape, [heads * rows * width, rows * width, width, 1])
+    }
+
+    fn check(&self, name: &'static str, heads: usize, num_rows: usize, head_dim: usize) -> Result<()> {
+        let [batch, own_heads, rows, width] = self.shape;
+        if own_heads == heads && batch * rows == num_rows && width == head_dim {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            name,
+            expected: format!("[B, {heads}, T, {head_dim}] with B * T = {num_rows} rows"),
+            got: self.shape.to_vec(),
+        })
+    }
+
+    /// First element of (row, head).
+    #[inline(always)]
+    fn at(&self, row: usize, head: usize) -> *mut u8 {
+        let (b, t) = (row / self.shape[2], row % self.shape[2]);
+        debug_assert!(b < self.shape[0] && head < self.shape[1]);
+        let elements =
+            b as isize * self.strides[0] + head as isize * self.strides[1] + t as isize * self.strides[2];
+        self.base.wrapping_offset(elements * self.dtype.bytes() as isize)
+    }
+}
+
+impl<'a> TensorView<'a> {
+    /// A view of foreign memory; strides in elements.
+    ///
+    /// # Safety
+    /// Every element that `shape` and `strides` reach is initialized, aligned memory of `dtype`, not written during `'a`.
+    ///
+    /// # Errors
+    /// [`Error::Stride`] when the last dimension is not contiguous.
+    pub unsafe fn from_raw(
+        name: &'static str,
+        base: *const u8,
+        dtype: Dtype,
+        shape: [usize; 4],
+        strides: [isize; 4],
+    ) -> Result<Self> {
+        Ok(Self { raw: RawView::new(name, base.cast_mut(), dtype, shape, strides)?, data: PhantomData })
+    }
+
+    /// A contiguous f32 tensor.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the slice has another number of elements.
+    pub fn from_slice(name: &'static str, data: &'a [f32], shape: [usize; 4]) -> Result<Self> {
+        let base = data.as_ptr().cast_mut().cast();
+        Ok(Self { raw: RawView::from_slice(name, data.len(), base, Dtype::F32, shape)?, data: PhantomData })
+    }
+
+    /// The shape.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 4] {
+        self.raw.shape
+    }
+
+    /// Checks heads, rows and channels.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming both.
+    pub fn check(&self, name: &'static str, heads: usize, num_rows: usize, head_dim: usize) -> Result<()> {
+        self.raw.check(name, heads, num_rows, head_dim)
+    }
+
+    /// Checks the element type.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] naming both.
+    pub fn check_dtype(&self, name: &'static str, dtype: Dtype) -> Result<()> {
+        if self.raw.dtype == dtype {
+            return Ok(());
+        }
+        Err(Error::Dtype { name, expected: dtype.name().to_owned(), got: self.raw.dtype.name().to_owned() })
+    }
+
+    /// Copies one token row of one head into `out` (`head_dim` values), widened to f32.
+    #[inline(always)]
+    pub fn read_row(&self, row: usize, head: usize, out: &mut [f32]) {
+        let at = self.raw.at(row, head);
+        let len = out.len().min(self.raw.shape[3]);
+        match self.raw.dtype {
+            // SAFETY: `from_raw`'s caller vouched for every element that shape and strides reach.
+            Dtype::F32 => out[..len].copy_from_slice(unsafe { std::slice::from_raw_parts(at.cast::<f32>(), len) }),
+            Dtype::F16 => {
+                // SAFETY: as above.
+                let row = unsafe { std::slice::from_raw_parts(at.cast::<f16>(), len) };
+                half::slice::HalfFloatSliceExt::convert_to_f32_slice(row, &mut out[..len]);
+            }
+            Dtype::Bf16 => {
+                // SAFETY: as above.
+                let row = unsafe { std::slice::from_raw_parts(at.cast::<bf16>(), len) };
+                out.iter_mut().zip(row).for_each(|(x, y)| *x = f32::from_bits(u32::from(y.to_bits()) << 16));
+            }
+        }
+    }
+}
+
+impl<'a> TensorViewMut<'a> {
+    /// A view of foreign memory; strides in elements.
+    ///
+    /// # Safety
+    /// Every element that `shape` and `strides` reach is memory of `dtype`, aligned, reached once, and neither read nor
+    /// written by anyone else during `'a`.
+    ///
+    /// # Errors
+    /// [`Error::Stride`] when the last dimension is not contiguous.
+    pub unsafe fn from_raw(
+        name: &'static str,
+        base: *mut u8,
+        dtype: Dtype,
+        shape: [usize; 4],
+        strides: [isize; 4],
+    ) -> Result<Self> {
+        Ok(Self { raw: RawView::new(name, base, dtype, shape, strides)?, data: PhantomData })
+    }
+
+    /// A contiguous f32 tensor.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the slice has another number of elements.
+    pub fn from_slice(name: &'static str, data: &'a mut [f32], shape: [usize; 4]) -> Result<Self> {
+        let base = data.as_mut_ptr().cast();
+        Ok(Self { raw: RawView::from_slice(name, data.len(), base, Dtype::F32, shape)?, data: PhantomData })
+    }
+
+    /// The shape.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 4] {
+        self.raw.shape
+    }
+
+    /// Checks heads, rows and channels.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming both.
+    pub fn check(&self, name: &'static str, heads: usize, num_rows: usize, head_dim: usize) -> Result<()> {
+        self.raw.check(name, heads, num_rows, head_dim)
+    }
+
+    /// Writes one token row of one head from f32, rounding to the tensor's type.
+    ///
+    /// # Safety
+    /// No other thread writes the same (row, head) at the same time.
+    #[inline(always)]
+    pub unsafe fn write_row(&self, row: usize, head: usize, values: &[f32]) {
+        let at = self.raw.at(row, head);
+        let len = values.len().min(self.raw.shape[3]);
+        match self.raw.dtype {
+            // SAFETY: `from_raw`'s caller vouched for every element; the row is ours by this function's contract.
+            Dtype::F32 => unsafe {
+                std::slice::from_raw_parts_mut(at.cast::<f32>(), len).copy_from_slice(&values[..len]);
+            },
+            Dtype::F16 => {
+                // SAFETY: as above.
+                let row = unsafe { std::slice::from_raw_parts_mut(at.cast::<f16>(), len) };
+                half::slice::HalfFloatSliceExt::convert_from_f32_slice(row, &values[..len]);
+            }
+            Dtype::Bf16 => {
+                // SAFETY: as above.
+                let row = unsafe { std::slice::from_raw_parts_mut(at.cast::<bf16>(), len) };
+                row.iter_mut().zip(values).for_each(|(y, x)| *y = bf16::from_f32(*x));
+            }
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! What was asked for, and the rules that relate two settings.
+
+pub mod capacity;
+pub mod env;
+
+use crate::error::{Error, Result};
+use crate::format::{self, Dtype, Format};
+
+/// The settings of one cache: the pages of a group of layers of one shape.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// How pages hold their tokens.
+    pub format: Format,
+    /// Element type of `raw` pages; other formats take keys and values of any.
+    pub dtype: Dtype,
+    /// Layers that share the block tables.
+    pub num_layers: usize,
+    /// Key/value heads of a layer.
+    pub num_kv_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Tokens of a block.
+    pub block_size: usize,
+    /// Blocks of the pool; `None` grows as needed.
+    pub num_blocks: Option<usize>,
+    /// Sliding window in tokens, the query itself included; `None` sees everything.
+    pub window: Option<usize>,
+}
+
+impl CacheConfig {
+    /// An `int8` cache of growing size, blocks of 128 tokens, no window.
+    #[must_use]
+    pub const fn new(num_layers: usize, num_kv_heads: usize, head_dim: usize) -> Self {
+        Self {
+            format: Format::Int8,
+            dtype: Dtype::F32,
+            num_layers,
+            num_kv_heads,
+            head_dim,
+            block_size: 128,
+            num_blocks: None,
+            window: None,
+        }
+    }
+
+    /// Is this a cache that can be built?
+    ///
+    /// # Errors
+    /// [`Error::Config`] or [`Error::Unsupported`], naming the setting and what it may be.
+    pub fn validate(&self) -> Result<()> {
+        if self.num_layers == 0 || self.num_kv_heads == 0 {
+            return Err(Error::Config(format!(
+                "num_layers and num_kv_heads must be at least 1, got {} and {}",
+                self.num_layers, self.num_kv_heads
+            )));
+        }
+        if !format::supports_head_dim(self.head_dim) {
+            return Err(Error::Unsupported(format!(
+                "head_dim {}: pages hold multiples of {} up to {}",
+                self.head_dim,
+                format::HEAD_DIM_MULTIPLE,
+                format::MAX_HEAD_DIM
+            )));
+        }
+        if !format::supports_block_size(self.block_size) {
+            return Err(Error::Config(format!(
+                "block_size must be one of {:?}, got {}",
+                format::BLOCK_SIZES,
+                self.block_size
+            )));
+        }
+        if self.num_blocks == Some(0) || self.num_blocks.is_some_and(|n| n >= u32::MAX as usize) {
+            return Err(Error::Config(format!("num_blocks must be in 1..{}, got {:?}", u32::MAX, self.num_blocks)));
+        }
+        if self.window == Some(0) {
+            return Err(Error::Config("window must be at least 1 token".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Bytes of one block in every layer.
+    #[must_use]
+    pub const fn block_bytes(&self) -> usize {
+        self.num_layers
+            * self.num_kv_heads
+            * format::record_bytes(self.format, self.dtype, self.head_dim, self.block_size)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_built_is_refused_by_name() {
+        let good = CacheConfig::new(2, 4, 64);
+        assert_eq!(good.validate(), Ok(()));
+        for (bad, word) in [
+            (CacheConfig { head_dim: 72, ..good.clone() }, "head_dim 72"),
+            (CacheConfig { head_dim: 272, ..good.clone() }, "head_dim 272"),
+            (CacheConfig { block_size: 48, ..good.clone() }, "block_size"),
+            (CacheConfig { num_layers: 0, ..good.clone() }, "num_layers"),
+            (CacheConfig { num_blocks: Some(0), ..good.clone() }, "num_blocks"),
+            (CacheConfig { window: Some(0), ..good.clone() }, "window"),
+        ] {
+            let message = bad.validate().unwrap_err().to_string();
+            assert!(message.contains(word), "{message}");
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Where each field of a record starts, in bytes from the record's first. A record is one (block, kv head).
+
+use super::kind::{Dtype, Format};
+
+/// Records start on multiples of this many bytes.
+pub const RECORD_ALIGNMENT: usize = 16;
+
+const F16_BYTES: usize = 2;
+
+/// Offsets of an INT8 page's record.
+///
+/// | field | type | shape |
+/// |---|---|---|
+/// | `k_codes` | i8, -127 to 127 | `[block_size, head_dim]`, in a [`super::CodeOrder`] |
+/// | `v_codes` | u8 | `[block_size, head_dim]`, in a [`super::CodeOrder`] |
+/// | `k_token_scale` | f16 | `[block_size]` |
+/// | `v_token_scale` | f16 | `[block_size]` |
+/// | `v_token_zero_point` | f16 | `[block_size]`, in units of V |
+/// | `k_channel_mean` | f16 | `[head_dim]` |
+/// | `k_channel_scale` | f16 | `[head_dim]` |
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenPage {
+    /// Channels of one head.
+    pub head_dim: usize,
+    /// Tokens of one page.
+    pub block_size: usize,
+}
+
+impl TokenPage {
+    /// Offset of the K codes.
+    #[must_use]
+    pub const fn k_codes(self) -> usize {
+        0
+    }
+    /// Offset of the V codes.
+    #[must_use]
+    pub const fn v_codes(self) -> usize {
+        self.block_size * self.head_dim
+    }
+    /// Offset of the K scales, one a token.
+    #[must_use]
+    pub const fn k_token_scale(self) -> usize {
+        2 * self.block_size * self.head_dim
+    }
+    /// Offset of the V scales, one a token.
+    #[must_use]
+    pub const fn v_token_scale(self) -> usize {
+        self.k_token_scale() + F16_BYTES * self.block_size
+    }
+    /// Offset of the V zero points, one a token.
+    #[must_use]
+    pub const fn v_token_zero_point(self) -> usize {
+        self.v_token_scale() + F16_BYTES * self.block_size
+    }
+    /// Offset of the K means, one a channel.
+    #[must_use]
+    pub const fn k_channel_mean(self) -> usize {
+        self.v_token_zero_point() + F16_BYTES * self.block_size
+    }
+    /// Offset of the K scales, one a channel.
+    #[must_use]
+    pub const fn k_channel_scale(self) -> usize {
+        self.k_channel_mean() + F16_BYTES * self.head_dim
+    }
+    /// Bytes of the record.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        (self.k_channel_scale() + F16_BYTES * self.head_dim).next_multiple_of(RECORD_ALIGNMENT)
+    }
+}
+
+/// Offsets of a `raw` page's record: K, then V, each `[block_size, head_dim]` elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RawPage {
+    /// Channels of one head.
+    pub head_dim: usize,
+    /// Tokens of one page.
+    pub block_size: usize,
+    /// Element type.
+    pub dtype: Dtype,
+}
+
+impl RawPage {
+    /// Offset of K.
+    #[must_use]
+    pub const fn k(self) -> usize {
+        0
+    }
+    /// Offset of V.
+    #[must_use]
+    pub const fn v(self) -> usize {
+        self.block_size * self.head_dim * self.dtype.bytes()
+    }
+    /// Bytes of the record.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        (2 * self.v()).next_multiple_of(RECORD_ALIGNMENT)
+    }
+}
+
+/// Bytes of the record of one (block, kv head); `dtype` is the element type of `raw` pages and says nothing of others.
+#[must_use]
+pub const fn record_bytes(format: Format, dtype: Dtype, head_dim: usize, block_size: usize) -> usize {
+    match format {
+        Format::Raw => RawPage { head_dim, block_size, dtype }.bytes(),
+        Format::Int8 => TokenPage { head_dim, block_size }.bytes(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn int8_takes_266_bytes_a_token_at_128_channels_and_136_at_64() {
+        assert_eq!(record_bytes(Format::Int8, Dtype::Bf16, 128, 128), 266 * 128);
+        assert_eq!(record_bytes(Format::Int8, Dtype::Bf16, 64, 128), 136 * 128);
+    }
+
+    #[test]
+    fn raw_takes_512_bytes_a_token_at_128_channels_in_bf16() {
+        assert_eq!(record_bytes(Format::Raw, Dtype::Bf16, 128, 128), 512 * 128);
+        assert_eq!(record_bytes(Format::Raw, Dtype::F32, 128, 16), 1024 * 16);
+    }
+}

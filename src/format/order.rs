@@ -1,0 +1,109 @@
+//! Where a code sits within its field. An order is a bijection from (token, channel) to an index.
+//!
+//! The *canonical* order is the oracle's and that of files: K and V both `[token][channel]`. A backend may keep its own:
+//!
+//! * `Cpu`, INT8 codes: sixteen lanes of four values, what a vector unit multiplies without a shuffle or a sum across
+//!   lanes. A lane of K is a token, `[token/16][channel/4][16 tokens][4 channels]`; a lane of V is a channel,
+//!   `[token/4][channel/16][16 channels][4 tokens]`.
+//! * `Cpu`, `raw` elements: K `[token/16][channel][16 tokens]`, V canonical.
+
+/// Lanes of a panel: tokens side by side in K, channels side by side in V.
+pub const LANES: usize = 16;
+
+/// Values of one lane side by side, in INT8 fields.
+pub const DEPTH: usize = 4;
+
+/// An order of the codes within a field of shape `[block_size, head_dim]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CodeOrder {
+    /// `[token][channel]`.
+    Canonical,
+    /// What the CPU kernels read.
+    Cpu,
+}
+
+impl CodeOrder {
+    /// Every order.
+    pub const ALL: [Self; 2] = [Self::Canonical, Self::Cpu];
+
+    /// Index of an INT8 K code.
+    #[must_use]
+    pub const fn k_code(self, head_dim: usize, token: usize, channel: usize) -> usize {
+        match self {
+            Self::Canonical => token * head_dim + channel,
+            Self::Cpu => {
+                token / LANES * LANES * head_dim
+                    + channel / DEPTH * (LANES * DEPTH)
+                    + token % LANES * DEPTH
+                    + channel % DEPTH
+            }
+        }
+    }
+
+    /// Index of an INT8 V code.
+    #[must_use]
+    pub const fn v_code(self, head_dim: usize, token: usize, channel: usize) -> usize {
+        match self {
+            Self::Canonical => token * head_dim + channel,
+            Self::Cpu => {
+                token / DEPTH * DEPTH * head_dim
+                    + channel / LANES * (LANES * DEPTH)
+                    + channel % LANES * DEPTH
+                    + token % DEPTH
+            }
+        }
+    }
+
+    /// Index of a `raw` K element.
+    #[must_use]
+    pub const fn raw_k(self, head_dim: usize, token: usize, channel: usize) -> usize {
+        match self {
+            Self::Canonical => token * head_dim + channel,
+            Self::Cpu => token / LANES * LANES * head_dim + channel * LANES + token % LANES,
+        }
+    }
+
+    /// Index of a `raw` V element: canonical in every order.
+    #[must_use]
+    pub const fn raw_v(self, head_dim: usize, token: usize, channel: usize) -> usize {
+        token * head_dim + channel
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{BLOCK_SIZES, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM};
+    use super::*;
+
+    fn assert_bijection(index: impl Fn(usize, usize) -> usize, block_size: usize, head_dim: usize) {
+        let mut hit = vec![false; block_size * head_dim];
+        for token in 0..block_size {
+            for channel in 0..head_dim {
+                let at = index(token, channel);
+                assert!(!hit[at], "index {at} is taken twice at token {token}, channel {channel}");
+                hit[at] = true;
+            }
+        }
+    }
+
+    #[test]
+    fn every_order_is_a_bijection() {
+        for order in CodeOrder::ALL {
+            for block_size in BLOCK_SIZES {
+                for head_dim in (HEAD_DIM_MULTIPLE..=MAX_HEAD_DIM).step_by(HEAD_DIM_MULTIPLE) {
+                    assert_bijection(|t, d| order.k_code(head_dim, t, d), block_size, head_dim);
+                    assert_bijection(|t, d| order.v_code(head_dim, t, d), block_size, head_dim);
+                    assert_bijection(|t, d| order.raw_k(head_dim, t, d), block_size, head_dim);
+                    assert_bijection(|t, d| order.raw_v(head_dim, t, d), block_size, head_dim);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn cpu_order_puts_four_channels_of_a_token_and_four_tokens_of_a_channel_side_by_side() {
+        let cpu = CodeOrder::Cpu;
+        assert_eq!([0, 1, 2, 3].map(|d| cpu.k_code(64, 5, 8 + d) - cpu.k_code(64, 5, 8)), [0, 1, 2, 3]);
+        assert_eq!([0, 1, 2, 3].map(|t| cpu.v_code(64, 4 + t, 9) - cpu.v_code(64, 4, 9)), [0, 1, 2, 3]);
+    }
+}

@@ -1,0 +1,70 @@
+//! kvarn keeps the key/value cache of an LLM quantized, in pages, and attends to it without unpacking it first.
+//!
+//! A token's life is four verbs:
+//!
+//! ```text
+//!          k, v (one step)                              q
+//!             |                                         |
+//!   append -> page (INT8 codes and their scales) -> attend --> out
+//!             ^                                         ^
+//!        slot_mapping                         block_table, seq_lens, splits
+//!             +--------------------+--------------------+
+//!                              StepPlan   integers only, made on the host
+//!                                  ^
+//!                                plan <- paging (block pool, block tables, prefix index)
+//! ```
+//!
+//! Start reading at [`cache`], the only file that orders the verbs; then [`format`] (what each byte means), [`quant`]
+//! (the specification, in scalar f32), [`paging`] and [`plan`] (integers), [`backend`] (the work). Imports point down:
+//!
+//! | layer | modules |
+//! |---|---|
+//! | words | [`error`], [`format`], [`config`] |
+//! | maths | [`quant`] |
+//! | places | [`paging`] |
+//! | intent | [`plan`] |
+//! | work | [`backend`] |
+//! | story | [`cache`] |
+//!
+//! ```
+//! use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
+//! use kvarn::{CacheConfig, PagedKvCache, plan::Rows};
+//!
+//! let mut cache = PagedKvCache::new(CacheConfig::new(1, 2, 64))?;
+//! let sequence = cache.new_sequence();
+//! let step = cache.begin_step(&[(sequence, Rows::All(1))], false)?;
+//! let (k, v, q) = (vec![0.5; 2 * 64], vec![0.25; 2 * 64], vec![1.0; 8 * 64]);
+//! let fresh = Fresh {
+//!     k: TensorView::from_slice("k", &k, [1, 2, 1, 64])?,
+//!     v: TensorView::from_slice("v", &v, [1, 2, 1, 64])?,
+//! };
+//! let mut out = vec![0.0; 8 * 64];
+//! cache.append(&step, 0, fresh)?;
+//! cache.attend(
+//!     &step,
+//!     0,
+//!     TensorView::from_slice("q", &q, [1, 8, 1, 64])?,
+//!     Some(fresh),
+//!     AttendOptions::PLAIN,
+//!     TensorViewMut::from_slice("out", &mut out, [1, 8, 1, 64])?,
+//! )?;
+//! cache.commit(&step)?;
+//! assert!(out.iter().all(|x| (x - 0.25).abs() < 1e-3));
+//! # Ok::<(), kvarn::Error>(())
+//! ```
+
+pub mod backend;
+pub mod cache;
+pub mod config;
+pub mod error;
+pub mod format;
+pub mod paging;
+pub mod plan;
+pub mod quant;
+
+#[cfg(feature = "python")]
+mod py;
+
+pub use cache::{PagedKvCache, Step};
+pub use config::CacheConfig;
+pub use error::{Error, Result};

@@ -1,0 +1,256 @@
+//! What will the next step do? A pure function from block tables and lengths to integers.
+//!
+//! A *step* appends some tokens to some sequences, in every layer, and lets their queries attend. Its tensors have
+//! `num_rows` token rows; a row is a token or padding. For each sequence `s`, with `c = context_lens[s]`:
+//!
+//! ```text
+//! rows of s            query_start_loc[s] .. query_start_loc[s+1]
+//! position of a token  c, c+1, .. c+num_new[s]-1 in row order; -1 for padding
+//! slot of a token      block_table[position / block_size] * block_size + position % block_size; -1 for padding
+//! a query sees         positions max(first_held, position + 1 - window) ..= position
+//! ```
+//!
+//! The same plan serves every layer. Backends execute it and decide nothing.
+
+mod open;
+mod split;
+
+pub use open::{PageOpen, Statistics};
+pub use split::{SPLIT_TOKENS, Split, splits};
+
+use crate::error::{Error, Result};
+use crate::paging::BlockId;
+
+/// More fresh tokens than this a sequence is a prefill: they attend to each other unquantized. Up to here it is decode
+/// (or the verification of drafts), which reads everything from pages.
+pub const DECODE_TOKENS: usize = 16;
+
+/// One sequence of a step, as its owner's tables say.
+#[derive(Debug, Clone, Copy)]
+pub struct SequenceInput<'a> {
+    /// Blocks of the sequence, those of the new tokens included; entries before `first_held` are not read.
+    pub block_table: &'a [BlockId],
+    /// Tokens before this step.
+    pub context_len: usize,
+    /// First token still held: 0 unless a sliding window released blocks. A multiple of the block size.
+    pub first_held: usize,
+    /// One entry a row: is it a token (`true`) or padding?
+    pub rows: Rows<'a>,
+}
+
+/// Which of a sequence's rows are tokens.
+#[derive(Debug, Clone, Copy)]
+pub enum Rows<'a> {
+    /// All of this many.
+    All(usize),
+    /// Those marked `true`.
+    Masked(&'a [bool]),
+}
+
+impl Rows<'_> {
+    /// Rows, padding included.
+    #[must_use]
+    pub fn num_rows(self) -> usize {
+        match self {
+            Self::All(count) => count,
+            Self::Masked(mask) => mask.len(),
+        }
+    }
+
+    /// Tokens.
+    #[must_use]
+    pub fn num_tokens(self) -> usize {
+        match self {
+            Self::All(count) => count,
+            Self::Masked(mask) => mask.iter().filter(|&&real| real).count(),
+        }
+    }
+
+    fn is_token(self, row: usize) -> bool {
+        match self {
+            Self::All(_) => true,
+            Self::Masked(mask) => mask[row],
+        }
+    }
+}
+
+/// One sequence of a planned step.
+#[derive(Debug, Clone)]
+pub struct SequencePlan {
+    /// Its blocks, those of the new tokens included.
+    pub block_table: Vec<BlockId>,
+    /// Tokens before this step.
+    pub context_len: usize,
+    /// First token still held.
+    pub first_held: usize,
+    /// Row of each new token, in order.
+    pub token_rows: Vec<u32>,
+}
+
+impl SequencePlan {
+    /// New tokens of this step.
+    #[must_use]
+    pub fn num_new(&self) -> usize {
+        self.token_rows.len()
+    }
+
+    /// Tokens after this step.
+    #[must_use]
+    pub fn seq_len(&self) -> usize {
+        self.context_len + self.num_new()
+    }
+
+    /// Is this step a prefill of the sequence: do its fresh tokens attend to each other unquantized?
+    #[must_use]
+    pub fn is_prefill(&self) -> bool {
+        self.num_new() > DECODE_TOKENS
+    }
+
+    /// The positions that the query at `position` sees, as a half-open range.
+    #[must_use]
+    pub fn visible(&self, position: usize, window: Option<usize>) -> (usize, usize) {
+        let end = position + 1;
+        let start = window.map_or(0, |window| end.saturating_sub(window));
+        (start.max(self.first_held), end)
+    }
+}
+
+/// The integers of one step.
+#[derive(Debug, Clone)]
+pub struct StepPlan {
+    /// Tokens of a block.
+    pub block_size: usize,
+    /// Token rows of the step's tensors, padding included.
+    pub num_rows: usize,
+    /// First row of each sequence, and `num_rows` last.
+    pub query_start_loc: Vec<usize>,
+    /// Slot of each row; -1 for padding.
+    pub slot_mapping: Vec<i64>,
+    /// The sequences.
+    pub sequences: Vec<SequencePlan>,
+    /// The pages that this step opens, and where their statistics come from.
+    pub opens: Vec<PageOpen>,
+    /// The largest block id that the step reads or writes.
+    pub max_block: Option<BlockId>,
+}
+
+impl StepPlan {
+    /// Plans a step over `inputs`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when a block table is too short for its tokens, or two sequences would write the same block.
+    pub fn new(block_size: usize, inputs: &[SequenceInput<'_>]) -> Result<Self> {
+        let mut plan = Self {
+            block_size,
+            num_rows: 0,
+            query_start_loc: vec![0],
+            slot_mapping: Vec::new(),
+            sequences: Vec::with_capacity(inputs.len()),
+            opens: Vec::new(),
+            max_block: None,
+        };
+        for input in inputs {
+            let seq_len = input.context_len + input.rows.num_tokens();
+            let needed = seq_len.div_ceil(block_size);
+            if input.block_table.len() < needed {
+                return Err(Error::Config(format!(
+                    "a block table of {} blocks cannot hold {seq_len} tokens in blocks of {block_size}",
+                    input.block_table.len()
+                )));
+            }
+            plan.push(input);
+        }
+        plan.check_written_blocks()?;
+        Ok(plan)
+    }
+
+    fn push(&mut self, input: &SequenceInput<'_>) {
+        let mut token_rows = Vec::with_capacity(input.rows.num_tokens());
+        for row in 0..input.rows.num_rows() {
+            if !input.rows.is_token(row) {
+                self.slot_mapping.push(-1);
+                continue;
+            }
+            let position = input.context_len + token_rows.len();
+            let block = input.block_table[position / self.block_size].0 as usize;
+            self.slot_mapping.push((block * self.block_size + position % self.block_size) as i64);
+            token_rows.push((self.num_rows + row) as u32);
+        }
+        let seq_len = input.context_len + token_rows.len();
+        let held = input.first_held / self.block_size..seq_len.div_ceil(self.block_size);
+        self.max_block = self.max_block.max(input.block_table.get(held).and_then(|held| held.iter().copied().max()));
+        self.num_rows += input.rows.num_rows();
+        self.query_start_loc.push(self.num_rows);
+        let sequence = SequencePlan {
+            block_table: input.block_table.to_vec(),
+            context_len: input.context_len,
+            first_held: input.first_held,
+            token_rows,
+        };
+        open::plan_opens(self.block_size, self.sequences.len(), &sequence, &mut self.opens);
+        self.sequences.push(sequence);
+    }
+
+    /// (sequence, index in its block table) of every block that this step writes.
+    pub fn written_blocks(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.sequences.iter().enumerate().flat_map(move |(index, sequence)| {
+            let first = sequence.context_len / self.block_size;
+            let end = if sequence.num_new() == 0 { first } else { sequence.seq_len().div_ceil(self.block_size) };
+            (first..end).map(move |block| (index, block))
+        })
+    }
+
+    /// Each written block is written through one sequence: what lets backends write blocks in parallel.
+    fn check_written_blocks(&self) -> Result<()> {
+        let mut written: Vec<BlockId> =
+            self.written_blocks().map(|(s, block)| self.sequences[s].block_table[block]).collect();
+        written.sort_unstable();
+        match written.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(Error::Config(format!("block {} would be written through two sequences", pair[0]))),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ids(ids: &[u32]) -> Vec<BlockId> {
+        ids.iter().copied().map(BlockId).collect()
+    }
+
+    #[test]
+    fn padding_has_no_slot_and_takes_no_position() {
+        let table = ids(&[7, 2]);
+        let mask = [false, true, true];
+        let input =
+            SequenceInput { block_table: &table, context_len: 15, first_held: 0, rows: Rows::Masked(&mask) };
+        let plan = StepPlan::new(16, &[input]).unwrap();
+        assert_eq!(plan.slot_mapping, [-1, 7 * 16 + 15, 2 * 16]);
+        assert_eq!((plan.num_rows, plan.sequences[0].num_new()), (3, 2));
+    }
+
+    #[test]
+    fn a_query_sees_its_window_and_nothing_released() {
+        let table = ids(&[0, 1, 2]);
+        let input = SequenceInput { block_table: &table, context_len: 40, first_held: 16, rows: Rows::All(1) };
+        let sequence = &StepPlan::new(16, &[input]).unwrap().sequences[0];
+        assert_eq!(sequence.visible(40, None), (16, 41));
+        assert_eq!(sequence.visible(40, Some(8)), (33, 41));
+    }
+
+    #[test]
+    fn two_sequences_cannot_write_one_block() {
+        let table = ids(&[3]);
+        let input = SequenceInput { block_table: &table, context_len: 0, first_held: 0, rows: Rows::All(1) };
+        assert!(matches!(StepPlan::new(16, &[input, input]), Err(Error::Config(_))));
+    }
+
+    #[test]
+    fn a_short_block_table_is_refused() {
+        let table = ids(&[3]);
+        let input = SequenceInput { block_table: &table, context_len: 10, first_held: 0, rows: Rows::All(7) };
+        assert!(matches!(StepPlan::new(16, &[input]), Err(Error::Config(_))));
+    }
+}

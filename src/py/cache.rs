@@ -1,0 +1,306 @@
+//! `PagedKvCache` and `Step`: the cache behind a lock, tensors behind views, the interpreter free while kernels run.
+
+use super::tensor::HostTensor;
+use super::{parse_dtype, parse_format};
+use crate::backend::{AttendOptions, Fresh};
+use crate::config::CacheConfig;
+use crate::paging::SequenceId;
+use crate::plan::Rows;
+use crate::{Error, Result, cache};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+type Shared = Arc<Mutex<cache::PagedKvCache>>;
+
+fn lock(cache: &Shared) -> MutexGuard<'_, cache::PagedKvCache> {
+    // A panic under the lock is a bug; it has been reported, and the cache is still the best answer there is.
+    cache.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Pages of one group of layers of one shape; see the stub for shapes and errors.
+#[pyclass(frozen, module = "kvarn_rs._core")]
+pub struct PagedKvCache {
+    inner: Shared,
+    config: CacheConfig,
+}
+
+/// A step in progress.
+#[pyclass(frozen, module = "kvarn_rs._core")]
+pub struct Step {
+    inner: Shared,
+    step: cache::Step,
+    num_rows: usize,
+}
+
+impl PagedKvCache {
+    fn wrap(cache: cache::PagedKvCache) -> Self {
+        let config = cache.config().clone();
+        Self { inner: Arc::new(Mutex::new(cache)), config }
+    }
+}
+
+#[pymethods]
+impl PagedKvCache {
+    #[new]
+    #[pyo3(signature = (*, num_layers, num_kv_heads, head_dim, format = "int8", block_size = 128, num_blocks = None,
+                        dtype = "float32", window = None))]
+    #[allow(clippy::too_many_arguments)] // keywords
+    fn new(
+        num_layers: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        format: &str,
+        block_size: usize,
+        num_blocks: Option<usize>,
+        dtype: &str,
+        window: Option<usize>,
+    ) -> Result<Self> {
+        let (format, dtype) = (parse_format(format)?, parse_dtype(dtype)?);
+        let config =
+            CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, num_blocks, window };
+        Ok(Self::wrap(cache::PagedKvCache::new(config)?))
+    }
+
+    #[getter]
+    fn format(&self) -> &'static str {
+        self.config.format.name()
+    }
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.config.dtype.name()
+    }
+    #[getter]
+    fn num_layers(&self) -> usize {
+        self.config.num_layers
+    }
+    #[getter]
+    fn num_kv_heads(&self) -> usize {
+        self.config.num_kv_heads
+    }
+    #[getter]
+    fn head_dim(&self) -> usize {
+        self.config.head_dim
+    }
+    #[getter]
+    fn block_size(&self) -> usize {
+        self.config.block_size
+    }
+    #[getter]
+    fn num_blocks(&self) -> Option<usize> {
+        self.config.num_blocks
+    }
+    #[getter]
+    fn window(&self) -> Option<usize> {
+        self.config.window
+    }
+
+    fn new_sequence(&self) -> u64 {
+        lock(&self.inner).new_sequence().0
+    }
+    fn fork(&self, sequence: u64) -> Result<u64> {
+        Ok(lock(&self.inner).fork(SequenceId(sequence))?.0)
+    }
+    fn free(&self, sequence: u64) -> Result<()> {
+        lock(&self.inner).free(SequenceId(sequence))
+    }
+    fn truncate(&self, sequence: u64, length: usize) -> Result<()> {
+        lock(&self.inner).truncate(SequenceId(sequence), length)
+    }
+    fn seq_len(&self, sequence: u64) -> Result<usize> {
+        Ok(lock(&self.inner).sequence(SequenceId(sequence))?.len())
+    }
+    fn first_held(&self, sequence: u64) -> Result<usize> {
+        Ok(lock(&self.inner).sequence(SequenceId(sequence))?.first_held())
+    }
+    fn block_table(&self, sequence: u64) -> Result<Vec<u32>> {
+        Ok(lock(&self.inner).block_table(SequenceId(sequence))?.iter().map(|block| block.0).collect())
+    }
+    fn match_prefix(&self, token_ids: Vec<u32>) -> u64 {
+        lock(&self.inner).match_prefix(&token_ids).0
+    }
+    fn publish_prefix(&self, sequence: u64, token_ids: Vec<u32>) -> Result<usize> {
+        lock(&self.inner).publish_prefix(SequenceId(sequence), &token_ids)
+    }
+
+    #[pyo3(signature = (sequences, num_new = None, *, mask = None, retain = false))]
+    fn begin_step(
+        &self,
+        py: Python<'_>,
+        sequences: Vec<u64>,
+        num_new: Option<&Bound<'_, PyAny>>,
+        mask: Option<&Bound<'_, PyAny>>,
+        retain: bool,
+    ) -> PyResult<Step> {
+        let masks = match mask {
+            // SAFETY: `mask` is borrowed for the call, and the interpreter is held.
+            Some(mask) => unsafe { HostTensor::new("mask", mask)?.to_bool_rows()? },
+            None => Vec::new(),
+        };
+        let rows: Vec<Rows<'_>> = match (num_new, mask) {
+            (None, Some(_)) => masks.iter().map(|mask| Rows::Masked(mask)).collect(),
+            (Some(num_new), None) => match num_new.extract::<usize>() {
+                Ok(count) => vec![Rows::All(count); sequences.len()],
+                Err(_) => num_new.extract::<Vec<usize>>()?.into_iter().map(Rows::All).collect(),
+            },
+            _ => return Err(Error::Config("begin_step takes either num_new or mask".to_owned()).into()),
+        };
+        if rows.len() != sequences.len() {
+            let (rows, sequences) = (rows.len(), sequences.len());
+            return Err(Error::Config(format!("{sequences} sequences, but rows for {rows}")).into());
+        }
+        let requests: Vec<_> = sequences.into_iter().map(SequenceId).zip(rows).collect();
+        let step = py.detach(|| lock(&self.inner).begin_step(&requests, retain))?;
+        let num_rows = step.plan().num_rows;
+        Ok(Step { inner: Arc::clone(&self.inner), step, num_rows })
+    }
+
+    #[pyo3(signature = (layer, sequence, k, v, *, start = 0))]
+    fn dequantize(
+        &self,
+        py: Python<'_>,
+        layer: usize,
+        sequence: u64,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        start: usize,
+    ) -> PyResult<()> {
+        let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
+        // SAFETY: the caller's references keep both alive during the call.
+        let (k, v) = unsafe { (k.view_mut()?, v.view_mut()?) };
+        Ok(py.detach(|| lock(&self.inner).dequantize(layer, SequenceId(sequence), start, k, v))?)
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = lock(&self.inner).stats();
+        let out = PyDict::new(py);
+        out.set_item("blocks_in_use", stats.blocks_in_use)?;
+        out.set_item("peak_blocks", stats.peak_blocks)?;
+        out.set_item("free_blocks", stats.free_blocks)?;
+        out.set_item("open_blocks", stats.open_blocks)?;
+        out.set_item("bytes_in_use", stats.bytes_in_use)?;
+        out.set_item("peak_bytes", stats.peak_bytes)?;
+        out.set_item("allocated_bytes", stats.allocated_bytes)?;
+        out.set_item("bytes_per_block", stats.bytes_per_block)?;
+        out.set_item("bytes_per_token", stats.bytes_per_token)?;
+        out.set_item("num_sequences", stats.num_sequences)?;
+        out.set_item("cow_copies", stats.cow_copies)?;
+        Ok(out)
+    }
+
+    fn reset(&self) {
+        lock(&self.inner).reset();
+    }
+    fn copy(&self) -> Result<Self> {
+        Ok(Self::wrap(lock(&self.inner).try_clone()?))
+    }
+    fn __deepcopy__(&self, _memo: &Bound<'_, PyAny>) -> Result<Self> {
+        self.copy()
+    }
+    fn __repr__(&self) -> String {
+        let CacheConfig { format, num_layers, num_kv_heads, head_dim, block_size, .. } = &self.config;
+        let format = format.name();
+        format!(
+            "PagedKvCache(format={format:?}, num_layers={num_layers}, num_kv_heads={num_kv_heads}, \
+             head_dim={head_dim}, block_size={block_size})"
+        )
+    }
+}
+
+#[pymethods]
+impl Step {
+    #[getter]
+    fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+    #[getter]
+    fn is_open(&self) -> bool {
+        lock(&self.inner).is_open(&self.step)
+    }
+
+    fn append(&self, py: Python<'_>, layer: usize, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
+        // SAFETY: the caller's references keep both alive during the call.
+        let fresh = unsafe { Fresh { k: k.view()?, v: v.view()? } };
+        Ok(py.detach(|| lock(&self.inner).append(&self.step, layer, fresh))?)
+    }
+
+    #[pyo3(signature = (layer, q, k, v, out = None, *, scale = None, window = None, softcap = None, sinks = None))]
+    #[allow(clippy::too_many_arguments)] // keywords
+    fn attend<'py>(
+        &self,
+        py: Python<'py>,
+        layer: usize,
+        q: &Bound<'py, PyAny>,
+        k: Option<&Bound<'py, PyAny>>,
+        v: Option<&Bound<'py, PyAny>>,
+        out: Option<&Bound<'py, PyAny>>,
+        scale: Option<f32>,
+        window: Option<usize>,
+        softcap: Option<f32>,
+        sinks: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let host_q = HostTensor::new("q", q)?;
+        // SAFETY: here and below, the caller's references keep the tensors alive during the call.
+        let q_view = unsafe { host_q.view()? };
+        let fresh = match (k, v) {
+            (None, None) => None,
+            (Some(k), Some(v)) => {
+                let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
+                Some(unsafe { Fresh { k: k.view()?, v: v.view()? } })
+            }
+            _ => return Err(Error::Config("attend takes both k and v, or neither".to_owned()).into()),
+        };
+        let sinks = match sinks {
+            Some(sinks) => Some(unsafe { HostTensor::new("sinks", sinks)?.to_vec()? }),
+            None => None,
+        };
+        let out = match out {
+            Some(out) => out.clone(),
+            None if q.hasattr("new_empty")? => q.call_method1("new_empty", (host_q.shape(),))?,
+            None => py.import("numpy")?.call_method1("empty", (host_q.shape(), q.getattr("dtype")?))?,
+        };
+        let host_out = HostTensor::new("out", &out)?;
+        let out_view = unsafe { host_out.view_mut()? };
+        let options = AttendOptions { scale, window, softcap, sinks: sinks.as_deref() };
+        py.detach(|| lock(&self.inner).attend(&self.step, layer, q_view, fresh, options, out_view))?;
+        Ok(out)
+    }
+
+    fn commit(&self) -> Result<()> {
+        lock(&self.inner).commit(&self.step)
+    }
+    fn abort(&self) -> Result<()> {
+        lock(&self.inner).abort(&self.step)
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+    #[pyo3(signature = (exc_type, _exc_value, _traceback))]
+    fn __exit__(
+        &self,
+        exc_type: &Bound<'_, PyAny>,
+        _exc_value: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> Result<bool> {
+        if self.is_open() {
+            let settled = if exc_type.is_none() { self.commit() } else { self.abort() };
+            if settled.is_err() && self.is_open() {
+                self.abort()?;
+            }
+            settled?;
+        }
+        Ok(false)
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        let mut cache = lock(&self.inner);
+        if cache.is_open(&self.step) {
+            // A step that nobody can finish any more is aborted; it was just seen open, so this cannot fail.
+            let _ = cache.abort(&self.step);
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! The Python module `kvarn_rs._core`.
+
+mod cache;
+mod errors;
+mod tensor;
+
+use crate::backend::cpu::Level;
+use crate::config::{capacity as planner, env};
+use crate::format::{Dtype, Format, record_bytes, supports_block_size, supports_head_dim};
+use crate::{Error, Result};
+use pyo3::prelude::*;
+
+/// Quantized, paged key/value cache: the Rust core of `kvarn_rs`.
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::cache::{PagedKvCache, Step};
+    #[pymodule_export]
+    use super::{capacity, formats, num_threads, page_bytes, simd_level};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}
+
+fn parse_format(name: &str) -> Result<Format> {
+    Format::parse(name).ok_or_else(|| Error::UnknownFormat {
+        given: name.to_owned(),
+        known: Format::ALL.map(Format::name).join(", "),
+    })
+}
+
+fn parse_dtype(name: &str) -> Result<Dtype> {
+    Dtype::parse(name).ok_or_else(|| Error::Dtype {
+        name: "dtype",
+        expected: Dtype::ALL.map(Dtype::name).join(", "),
+        got: name.to_owned(),
+    })
+}
+
+/// Names of the cache formats, from the largest to the smallest.
+#[pyfunction]
+fn formats() -> Vec<&'static str> {
+    Format::ALL.map(Format::name).to_vec()
+}
+
+/// The SIMD level that new caches use: the machine's fastest, or the one that `KVARN_SIMD` names.
+#[pyfunction]
+fn simd_level() -> Result<&'static str> {
+    Ok(env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))?.name())
+}
+
+/// Threads that the kernels use (`RAYON_NUM_THREADS`, or one a core).
+#[pyfunction]
+fn num_threads() -> usize {
+    rayon::current_num_threads()
+}
+
+/// Bytes of one block of one key/value head.
+#[pyfunction]
+#[pyo3(signature = (format, head_dim, block_size = 128, dtype = "bfloat16"))]
+fn page_bytes(format: &str, head_dim: usize, block_size: usize, dtype: &str) -> Result<usize> {
+    let (format, dtype) = (parse_format(format)?, parse_dtype(dtype)?);
+    if !supports_head_dim(head_dim) {
+        return Err(Error::Unsupported(format!("head_dim {head_dim}: pages hold multiples of 16 up to 256")));
+    }
+    if !supports_block_size(block_size) {
+        return Err(Error::Config(format!("block_size {block_size} is not one of 16, 32, 64, 128")));
+    }
+    Ok(record_bytes(format, dtype, head_dim, block_size))
+}
+
+/// (`sequence_bytes`, `open_bytes`, `tokens`, `sequences`) that fit in `memory_bytes` when every sequence is `context`
+/// tokens long. `storage` is a cache format, or `bf16` or `fp8` for an engine's own cache.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // extracted from Python
+fn capacity(
+    storage: &str,
+    groups: Vec<(usize, usize, usize, Option<usize>)>,
+    block_size: usize,
+    context: usize,
+    memory_bytes: u64,
+) -> Result<(u64, u64, u64, u64)> {
+    let storage = planner::Storage::parse(storage)?;
+    let groups: Vec<planner::LayerGroup> = groups
+        .iter()
+        .map(|&(num_layers, num_kv_heads, head_dim, window)| planner::LayerGroup {
+            num_layers,
+            num_kv_heads,
+            head_dim,
+            window,
+            storage,
+        })
+        .collect();
+    let fits = planner::capacity(&groups, block_size, context, memory_bytes)?;
+    Ok((fits.sequence_bytes, fits.open_bytes, fits.tokens, fits.sequences))
+}

@@ -1,0 +1,203 @@
+//! Torch tensors and numpy arrays as views of their memory; nothing is copied.
+
+use crate::backend::{TensorView, TensorViewMut};
+use crate::format::Dtype;
+use crate::{Error, Result};
+use half::{bf16, f16};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+/// Where a tensor's elements are. Its Python object must outlive the views.
+pub struct HostTensor {
+    name: &'static str,
+    base: usize,
+    dtype: String,
+    shape: Vec<usize>,
+    /// In elements.
+    strides: Vec<isize>,
+    writable: bool,
+}
+
+impl HostTensor {
+    pub fn new(name: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
+        if tensor.hasattr("data_ptr")? {
+            Self::of_torch(name, tensor)
+        } else if let Ok(interface) = tensor.getattr("__array_interface__") {
+            Self::of_array(name, &interface.cast_into::<PyDict>()?)
+        } else {
+            let got = tensor.get_type().fully_qualified_name()?.to_string();
+            Err(Error::Dtype { name, expected: "a torch tensor or a numpy array".to_owned(), got }.into())
+        }
+    }
+
+    fn of_torch(name: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let device: String = tensor.getattr("device")?.getattr("type")?.extract()?;
+        if device != "cpu" {
+            return Err(Error::Device { name, expected: "cpu".to_owned(), got: device }.into());
+        }
+        let dtype = tensor.getattr("dtype")?.str()?.to_string();
+        Ok(Self {
+            name,
+            base: tensor.call_method0("data_ptr")?.extract()?,
+            dtype: dtype.trim_start_matches("torch.").to_owned(),
+            shape: tensor.getattr("shape")?.extract()?,
+            strides: tensor.call_method0("stride")?.extract()?,
+            writable: true,
+        })
+    }
+
+    fn of_array(name: &'static str, interface: &Bound<'_, PyDict>) -> PyResult<Self> {
+        let get = |key: &str| interface.get_item(key).map(|item| item.filter(|item| !item.is_none()));
+        let required = |key: &str| {
+            get(key)?.ok_or_else(|| Error::Config(format!("{name}: __array_interface__ has no {key:?}")).into())
+        };
+        let (base, read_only): (usize, bool) = PyResult::<Bound<'_, PyAny>>::and_then(required("data"), |data| data.extract())?;
+        let typestr: String = PyResult::<Bound<'_, PyAny>>::and_then(required("typestr"), |typestr| typestr.extract())?;
+        let (dtype, item_bytes) = match typestr.as_str() {
+            "<f4" => ("float32", 4),
+            "<f2" => ("float16", 2),
+            "|b1" => ("bool", 1),
+            other => (other, 0),
+        };
+        let shape: Vec<usize> = PyResult::<Bound<'_, PyAny>>::and_then(required("shape"), |shape| shape.extract())?;
+        let strides = match get("strides")? {
+            _ if item_bytes == 0 => vec![1; shape.len()], // the element type is refused before strides matter
+            None => contiguous(&shape),
+            Some(bytes) => {
+                let bytes: Vec<isize> = bytes.extract()?;
+                if bytes.iter().any(|stride| stride % item_bytes != 0) {
+                    return Err(Error::Stride { name, strides: bytes }.into());
+                }
+                bytes.iter().map(|stride| stride / item_bytes).collect()
+            }
+        };
+        Ok(Self { name, base, dtype: dtype.to_owned(), shape, strides, writable: !read_only })
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn float(&self) -> Result<Dtype> {
+        Dtype::parse(&self.dtype).ok_or_else(|| Error::Dtype {
+            name: self.name,
+            expected: Dtype::ALL.map(Dtype::name).join(", "),
+            got: self.dtype.clone(),
+        })
+    }
+
+    fn dimensions(&self) -> Result<([usize; 4], [isize; 4])> {
+        match (<[usize; 4]>::try_from(&self.shape[..]), <[isize; 4]>::try_from(&self.strides[..])) {
+            (Ok(shape), Ok(strides)) => Ok((shape, strides)),
+            _ => Err(Error::Shape {
+                name: self.name,
+                expected: "[B, heads, T, head_dim]".to_owned(),
+                got: self.shape.clone(),
+            }),
+        }
+    }
+
+    /// Its elements, to read.
+    ///
+    /// # Safety
+    /// The tensor lives, and nobody writes it, during `'a`.
+    pub unsafe fn view<'a>(&self) -> Result<TensorView<'a>> {
+        let (dtype, (shape, strides)) = (self.float()?, self.dimensions()?);
+        // SAFETY: torch and numpy vouch for the memory that shape and strides reach, the caller for its life.
+        unsafe { TensorView::from_raw(self.name, self.base as *const u8, dtype, shape, strides) }
+    }
+
+    /// Its elements, to write.
+    ///
+    /// # Safety
+    /// The tensor lives, and nobody else touches it, during `'a`.
+    pub unsafe fn view_mut<'a>(&self) -> Result<TensorViewMut<'a>> {
+        let (dtype, (shape, strides)) = (self.float()?, self.dimensions()?);
+        if !self.writable {
+            return Err(Error::Config(format!("{}: the array is read-only", self.name)));
+        }
+        if overlaps(&self.shape, &self.strides) {
+            return Err(Error::Stride { name: self.name, strides: self.strides.clone() });
+        }
+        // SAFETY: as above, and no element is reached twice (just checked).
+        unsafe { TensorViewMut::from_raw(self.name, self.base as *mut u8, dtype, shape, strides) }
+    }
+
+    /// The values of a one-dimensional float tensor.
+    ///
+    /// # Safety
+    /// The tensor lives, and nobody writes it, during the call.
+    pub unsafe fn to_vec(&self) -> Result<Vec<f32>> {
+        let dtype = self.float()?;
+        let &[len] = &self.shape[..] else {
+            return Err(Error::Shape { name: self.name, expected: "[n]".to_owned(), got: self.shape.clone() });
+        };
+        let read = |i: usize| {
+            let at = (self.base as *const u8)
+                .wrapping_offset(i as isize * self.strides[0] * dtype.bytes() as isize);
+            // SAFETY: torch and numpy vouch for every element that shape and strides reach.
+            unsafe {
+                match dtype {
+                    Dtype::F32 => at.cast::<f32>().read_unaligned(),
+                    Dtype::F16 => at.cast::<f16>().read_unaligned().to_f32(),
+                    Dtype::Bf16 => at.cast::<bf16>().read_unaligned().to_f32(),
+                }
+            }
+        };
+        Ok((0..len).map(read).collect())
+    }
+
+    /// The rows of a bool tensor `[B, T]`.
+    ///
+    /// # Safety
+    /// The tensor lives, and nobody writes it, during the call.
+    pub unsafe fn to_bool_rows(&self) -> Result<Vec<Vec<bool>>> {
+        if self.dtype != "bool" {
+            return Err(Error::Dtype { name: self.name, expected: "bool".to_owned(), got: self.dtype.clone() });
+        }
+        let &[rows, columns] = &self.shape[..] else {
+            return Err(Error::Shape { name: self.name, expected: "[B, T]".to_owned(), got: self.shape.clone() });
+        };
+        let read = |b: usize, t: usize| {
+            let offset = b as isize * self.strides[0] + t as isize * self.strides[1];
+            // SAFETY: torch and numpy vouch for every element that shape and strides reach; their bools are bytes.
+            unsafe { (self.base as *const u8).wrapping_offset(offset).read() != 0 }
+        };
+        Ok((0..rows).map(|b| (0..columns).map(|t| read(b, t)).collect()).collect())
+    }
+}
+
+fn contiguous(shape: &[usize]) -> Vec<isize> {
+    let mut strides = vec![1; shape.len()];
+    for i in (1..shape.len()).rev() {
+        strides[i - 1] = strides[i] * shape[i] as isize;
+    }
+    strides
+}
+
+/// Might two indices reach the same element? Never says no wrongly.
+fn overlaps(shape: &[usize], strides: &[isize]) -> bool {
+    let mut dims: Vec<(usize, usize)> =
+        shape.iter().zip(strides).filter(|(n, _)| **n > 1).map(|(n, stride)| (stride.unsigned_abs(), *n)).collect();
+    dims.sort_unstable();
+    let mut reach = 0;
+    dims.iter().any(|&(stride, n)| {
+        let clash = stride <= reach;
+        reach += stride * (n - 1);
+        clash
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlap_is_seen_and_transposes_are_not_overlap() {
+        assert!(!overlaps(&[2, 3, 4, 5], &contiguous(&[2, 3, 4, 5])));
+        assert!(!overlaps(&[2, 4, 3, 5], &[60, 5, 20, 1]));
+        assert!(overlaps(&[2, 3, 4, 5], &[0, 20, 5, 1]));
+        assert!(overlaps(&[1, 1, 4, 5], &[0, 0, 3, 1]));
+        assert!(!overlaps(&[1, 1, 4, 0], &[0, 0, 3, 1]));
+    }
+}

@@ -1,0 +1,59 @@
+//! How do tokens become bytes, and back? Scalar f32, one token at a time: the specification that every backend is
+//! tested against.
+//!
+//! ```text
+//! K^[t,d] = k_channel_mean[d] + k_channel_scale[d] * k_token_scale[t] * code      code in [-127, 127]
+//! V^[t,d] = v_token_scale[t] * code + v_token_zero_point[t]                       code in [0, 255]
+//! ```
+//!
+//! Parameters are computed in f32 and stored as f16; codes are `rint_even` of the value under the *stored* parameters,
+//! clamped. A scale that underflows f16 gives code 0; one that overflows is 65504.
+
+pub mod token_page;
+pub mod window;
+
+pub use token_page::{decode_k, decode_v, encode_k, encode_v};
+pub use window::ChannelStatistics;
+
+use half::f16;
+
+/// The nearest f16, clamped to the finite ones: a stored parameter is never infinite.
+#[must_use]
+pub fn to_f16_clamped(x: f32) -> f16 {
+    f16::from_f32(x.clamp(-65504.0, 65504.0))
+}
+
+/// The nearest integer, ties to even, for `|x| < 2^22`; larger values keep their sign and stay at least 2^22 - 1 large,
+/// which every caller clamps. The addition rounds, so that scalar and vector code agree to the bit on any machine.
+#[inline(always)]
+#[must_use]
+pub fn rint_even(x: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: the last bit of the sum is the unit
+    let bounded = x.clamp(-4_194_303.0, 4_194_303.0);
+    (bounded + SHIFT) - SHIFT
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_parameter_beyond_f16_is_clamped() {
+        assert_eq!(to_f16_clamped(1e9).to_f32(), 65504.0);
+        assert_eq!(to_f16_clamped(-1e9).to_f32(), -65504.0);
+    }
+
+    proptest! {
+        #[test]
+        fn rint_even_is_the_library_s(x in -4_000_000f32..4_000_000.0) {
+            prop_assert_eq!(rint_even(x), x.round_ties_even());
+        }
+
+        #[test]
+        fn rint_even_breaks_ties_to_even(n in -100_000i32..100_000) {
+            let tie = n as f32 + 0.5;
+            prop_assert_eq!(rint_even(tie), tie.round_ties_even());
+        }
+    }
+}
