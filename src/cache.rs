@@ -183,6 +183,9 @@ impl PagedKvCache {
             reservations.push(StepRequest { sequence, num_new: rows.num_tokens(), keep_from });
         }
         let copies = self.paging.begin(&reservations)?;
+        // Before anything can fail: an abort keeps the copies in the block tables.
+        self.backend.grow(self.paging.num_blocks());
+        self.backend.copy_blocks(&copies);
         let sequences: Arc<[SequenceId]> = requests.iter().map(|request| request.0).collect();
         let plan = match self.plan(requests) {
             Ok(plan) => Arc::new(plan),
@@ -191,8 +194,6 @@ impl PagedKvCache {
                 return Err(error);
             }
         };
-        self.backend.grow(self.paging.num_blocks());
-        self.backend.copy_blocks(&copies);
         let id = self.next_step;
         self.next_step += 1;
         self.steps.insert(id, OpenStep { sequences, appended: vec![false; self.config.num_layers] });

@@ -12,7 +12,7 @@ use crate::plan::StepPlan;
 /// What attention is asked for, besides tensors and plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttendOptions<'a> {
-    /// Factor on the scores; 1/sqrt(head_dim) when `None`.
+    /// Factor on the scores; `1/sqrt(head_dim)` when `None`.
     pub scale: Option<f32>,
     /// A query sees this many tokens at most, itself included.
     pub window: Option<usize>,

@@ -70,8 +70,7 @@ impl RawView {
     fn at(&self, row: usize, head: usize) -> *mut u8 {
         let (b, t) = (row / self.shape[2], row % self.shape[2]);
         debug_assert!(b < self.shape[0] && head < self.shape[1]);
-        let elements =
-            b as isize * self.strides[0] + head as isize * self.strides[1] + t as isize * self.strides[2];
+        let elements = b as isize * self.strides[0] + head as isize * self.strides[1] + t as isize * self.strides[2];
         self.base.wrapping_offset(elements * self.dtype.bytes() as isize)
     }
 }

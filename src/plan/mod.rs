@@ -224,8 +224,7 @@ mod tests {
     fn padding_has_no_slot_and_takes_no_position() {
         let table = ids(&[7, 2]);
         let mask = [false, true, true];
-        let input =
-            SequenceInput { block_table: &table, context_len: 15, first_held: 0, rows: Rows::Masked(&mask) };
+        let input = SequenceInput { block_table: &table, context_len: 15, first_held: 0, rows: Rows::Masked(&mask) };
         let plan = StepPlan::new(16, &[input]).unwrap();
         assert_eq!(plan.slot_mapping, [-1, 7 * 16 + 15, 2 * 16]);
         assert_eq!((plan.num_rows, plan.sequences[0].num_new()), (3, 2));

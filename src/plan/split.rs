@@ -18,10 +18,8 @@ pub struct Split {
 pub fn splits(start: usize, end: usize) -> impl Iterator<Item = Split> {
     let first = start / SPLIT_TOKENS;
     let last = if start < end { end.div_ceil(SPLIT_TOKENS) } else { first };
-    (first..last).map(move |index| Split {
-        start: start.max(index * SPLIT_TOKENS),
-        end: end.min((index + 1) * SPLIT_TOKENS),
-    })
+    (first..last)
+        .map(move |index| Split { start: start.max(index * SPLIT_TOKENS), end: end.min((index + 1) * SPLIT_TOKENS) })
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ pub struct PagedKvCache {
 #[pyclass(frozen, module = "kvarn_rs._core")]
 pub struct Step {
     inner: Shared,
-    step: cache::Step,
+    open: cache::Step,
     num_rows: usize,
 }
 
@@ -57,8 +57,7 @@ impl PagedKvCache {
         window: Option<usize>,
     ) -> Result<Self> {
         let (format, dtype) = (parse_format(format)?, parse_dtype(dtype)?);
-        let config =
-            CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, num_blocks, window };
+        let config = CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, num_blocks, window };
         Ok(Self::wrap(cache::PagedKvCache::new(config)?))
     }
 
@@ -116,9 +115,11 @@ impl PagedKvCache {
     fn block_table(&self, sequence: u64) -> Result<Vec<u32>> {
         Ok(lock(&self.inner).block_table(SequenceId(sequence))?.iter().map(|block| block.0).collect())
     }
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn match_prefix(&self, token_ids: Vec<u32>) -> u64 {
         lock(&self.inner).match_prefix(&token_ids).0
     }
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn publish_prefix(&self, sequence: u64, token_ids: Vec<u32>) -> Result<usize> {
         lock(&self.inner).publish_prefix(SequenceId(sequence), &token_ids)
     }
@@ -150,9 +151,9 @@ impl PagedKvCache {
             return Err(Error::Config(format!("{sequences} sequences, but rows for {rows}")).into());
         }
         let requests: Vec<_> = sequences.into_iter().map(SequenceId).zip(rows).collect();
-        let step = py.detach(|| lock(&self.inner).begin_step(&requests, retain))?;
-        let num_rows = step.plan().num_rows;
-        Ok(Step { inner: Arc::clone(&self.inner), step, num_rows })
+        let open = py.detach(|| lock(&self.inner).begin_step(&requests, retain))?;
+        let num_rows = open.plan().num_rows;
+        Ok(Step { inner: Arc::clone(&self.inner), open, num_rows })
     }
 
     #[pyo3(signature = (layer, sequence, k, v, *, start = 0))]
@@ -215,14 +216,14 @@ impl Step {
     }
     #[getter]
     fn is_open(&self) -> bool {
-        lock(&self.inner).is_open(&self.step)
+        lock(&self.inner).is_open(&self.open)
     }
 
     fn append(&self, py: Python<'_>, layer: usize, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
         let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
         // SAFETY: the caller's references keep both alive during the call.
         let fresh = unsafe { Fresh { k: k.view()?, v: v.view()? } };
-        Ok(py.detach(|| lock(&self.inner).append(&self.step, layer, fresh))?)
+        Ok(py.detach(|| lock(&self.inner).append(&self.open, layer, fresh))?)
     }
 
     #[pyo3(signature = (layer, q, k, v, out = None, *, scale = None, window = None, softcap = None, sinks = None))]
@@ -241,17 +242,19 @@ impl Step {
         sinks: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let host_q = HostTensor::new("q", q)?;
-        // SAFETY: here and below, the caller's references keep the tensors alive during the call.
+        // SAFETY: the caller's reference keeps the tensor alive during the call.
         let q_view = unsafe { host_q.view()? };
         let fresh = match (k, v) {
             (None, None) => None,
             (Some(k), Some(v)) => {
                 let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
+                // SAFETY: as above.
                 Some(unsafe { Fresh { k: k.view()?, v: v.view()? } })
             }
             _ => return Err(Error::Config("attend takes both k and v, or neither".to_owned()).into()),
         };
         let sinks = match sinks {
+            // SAFETY: as above.
             Some(sinks) => Some(unsafe { HostTensor::new("sinks", sinks)?.to_vec()? }),
             None => None,
         };
@@ -261,17 +264,18 @@ impl Step {
             None => py.import("numpy")?.call_method1("empty", (host_q.shape(), q.getattr("dtype")?))?,
         };
         let host_out = HostTensor::new("out", &out)?;
+        // SAFETY: as above; that nobody else uses `out` meanwhile is the caller's part.
         let out_view = unsafe { host_out.view_mut()? };
         let options = AttendOptions { scale, window, softcap, sinks: sinks.as_deref() };
-        py.detach(|| lock(&self.inner).attend(&self.step, layer, q_view, fresh, options, out_view))?;
+        py.detach(|| lock(&self.inner).attend(&self.open, layer, q_view, fresh, options, out_view))?;
         Ok(out)
     }
 
     fn commit(&self) -> Result<()> {
-        lock(&self.inner).commit(&self.step)
+        lock(&self.inner).commit(&self.open)
     }
     fn abort(&self) -> Result<()> {
-        lock(&self.inner).abort(&self.step)
+        lock(&self.inner).abort(&self.open)
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -298,9 +302,9 @@ impl Step {
 impl Drop for Step {
     fn drop(&mut self) {
         let mut cache = lock(&self.inner);
-        if cache.is_open(&self.step) {
+        if cache.is_open(&self.open) {
             // A step that nobody can finish any more is aborted; it was just seen open, so this cannot fail.
-            let _ = cache.abort(&self.step);
+            let _ = cache.abort(&self.open);
         }
     }
 }

@@ -30,10 +30,8 @@ impl From<Error> for PyErr {
 }
 
 fn exception<'py, A: pyo3::call::PyCallArgs<'py>>(py: Python<'py>, class: &str, args: A) -> PyErr {
-    let made = py
-        .import("kvarn_rs.errors")
-        .and_then(|errors| errors.getattr(class))
-        .and_then(|class| class.call1(args));
+    let made =
+        py.import("kvarn_rs.errors").and_then(|errors| errors.getattr(class)).and_then(|class| class.call1(args));
     match made {
         Ok(value) => PyErr::from_value(value),
         Err(error) => error,

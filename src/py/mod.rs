@@ -24,10 +24,8 @@ mod _core {
 }
 
 fn parse_format(name: &str) -> Result<Format> {
-    Format::parse(name).ok_or_else(|| Error::UnknownFormat {
-        given: name.to_owned(),
-        known: Format::ALL.map(Format::name).join(", "),
-    })
+    Format::parse(name)
+        .ok_or_else(|| Error::UnknownFormat { given: name.to_owned(), known: Format::ALL.map(Format::name).join(", ") })
 }
 
 fn parse_dtype(name: &str) -> Result<Dtype> {

@@ -51,7 +51,8 @@ impl HostTensor {
         let required = |key: &str| {
             get(key)?.ok_or_else(|| Error::Config(format!("{name}: __array_interface__ has no {key:?}")).into())
         };
-        let (base, read_only): (usize, bool) = PyResult::<Bound<'_, PyAny>>::and_then(required("data"), |data| data.extract())?;
+        let (base, read_only): (usize, bool) =
+            PyResult::<Bound<'_, PyAny>>::and_then(required("data"), |data| data.extract())?;
         let typestr: String = PyResult::<Bound<'_, PyAny>>::and_then(required("typestr"), |typestr| typestr.extract())?;
         let (dtype, item_bytes) = match typestr.as_str() {
             "<f4" => ("float32", 4),
@@ -133,8 +134,7 @@ impl HostTensor {
             return Err(Error::Shape { name: self.name, expected: "[n]".to_owned(), got: self.shape.clone() });
         };
         let read = |i: usize| {
-            let at = (self.base as *const u8)
-                .wrapping_offset(i as isize * self.strides[0] * dtype.bytes() as isize);
+            let at = (self.base as *const u8).wrapping_offset(i as isize * self.strides[0] * dtype.bytes() as isize);
             // SAFETY: torch and numpy vouch for every element that shape and strides reach.
             unsafe {
                 match dtype {

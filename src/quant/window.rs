@@ -36,8 +36,7 @@ impl ChannelStatistics {
                 *sum += f64::from(x);
             }
         }
-        let mean: Vec<f32> =
-            sums.iter().map(|sum| to_f16_clamped((sum / num_rows as f64) as f32).to_f32()).collect();
+        let mean: Vec<f32> = sums.iter().map(|sum| to_f16_clamped((sum / num_rows as f64) as f32).to_f32()).collect();
         sums.fill(0.0);
         for row in rows.chunks_exact(head_dim) {
             for ((sum, &x), &mean) in sums.iter_mut().zip(row).zip(&mean) {

@@ -74,11 +74,7 @@ impl Cpu {
             self.statistics_of(layer, plan, k, open, head)
         };
         let jobs = plan.opens.len() * self.num_kv_heads;
-        if parallel {
-            (0..jobs).into_par_iter().map(statistics).collect()
-        } else {
-            (0..jobs).map(statistics).collect()
-        }
+        if parallel { (0..jobs).into_par_iter().map(statistics).collect() } else { (0..jobs).map(statistics).collect() }
     }
 
     fn statistics_of(

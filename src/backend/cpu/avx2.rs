@@ -1,6 +1,7 @@
 //! AVX2 with FMA and F16C: sixteen lanes are two registers.
 
 use super::simd::Simd;
+#[allow(clippy::wildcard_imports)] // thirty intrinsics of one prefix
 use std::arch::x86_64::*;
 
 /// AVX2, FMA and F16C.
@@ -35,12 +36,7 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> Lanes {
         // SAFETY: valid for sixteen f16.
-        unsafe {
-            [
-                _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
-                _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast())),
-            ]
-        }
+        unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))] }
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const u16) -> Lanes {
@@ -48,10 +44,7 @@ unsafe impl Simd for Avx2 {
         unsafe {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
-            [
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
-            ]
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
         }
     }
     #[inline(always)]

@@ -34,9 +34,7 @@ impl Level {
             Self::Scalar => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
-                is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c")
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 => false,
@@ -93,12 +91,7 @@ mod x86 {
     use super::{Rows, Scratch, Tile, TokenPage, attend_tile, unpack};
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn attend_tile_avx2(
-        tile: &Tile<'_>,
-        rows: &mut Rows<'_>,
-        softcap: Option<f32>,
-        scratch: &mut Scratch,
-    ) {
+    pub unsafe fn attend_tile_avx2(tile: &Tile<'_>, rows: &mut Rows<'_>, softcap: Option<f32>, scratch: &mut Scratch) {
         // SAFETY: the instructions are on.
         unsafe { attend_tile::<Avx2>(tile, rows, softcap, scratch) }
     }

@@ -62,12 +62,7 @@ impl Default for Scratch {
 /// # Safety
 /// The machine has `S`'s instructions.
 #[inline(always)]
-pub unsafe fn attend_tile<S: Simd>(
-    tile: &Tile<'_>,
-    rows: &mut Rows<'_>,
-    softcap: Option<f32>,
-    scratch: &mut Scratch,
-) {
+pub unsafe fn attend_tile<S: Simd>(tile: &Tile<'_>, rows: &mut Rows<'_>, softcap: Option<f32>, scratch: &mut Scratch) {
     let record = tile.record;
     // SAFETY: passed on.
     unsafe {
