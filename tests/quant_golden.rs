@@ -39,8 +39,8 @@ fn page() -> Vec<u8> {
         let (v_scale, zero_point) = quant::encode_v(&v[row], &mut v_codes);
         for d in 0..CHANNELS {
             let order = CodeOrder::Canonical;
-            record[page.k_codes() + order.k_code(CHANNELS, t, d)] = k_codes[d].cast_unsigned();
-            record[page.v_codes() + order.v_code(CHANNELS, t, d)] = v_codes[d];
+            record[page.k_codes() + order.k_code([TOKENS, CHANNELS], t, d)] = k_codes[d].cast_unsigned();
+            record[page.v_codes() + order.v_code([TOKENS, CHANNELS], t, d)] = v_codes[d];
         }
         put(&mut record, page.k_token_scale(), t, k_scale);
         put(&mut record, page.v_token_scale(), t, v_scale);

@@ -30,12 +30,12 @@ impl Display for LayoutJson {
             for (token, channel) in [(0, 0), (1, 0), (0, 1), (5, 7), (17, 19), (127, 63)] {
                 write!(
                     out,
-                    "{separator}    {{\"order\": \"{order:?}\", \"head_dim\": 64, \"token\": {token}, \"channel\": {channel}, \
+                    "{separator}    {{\"order\": \"{order:?}\", \"block_size\": 128, \"head_dim\": 64, \"token\": {token}, \"channel\": {channel}, \
                      \"k_code\": {}, \"v_code\": {}, \"raw_k\": {}, \"raw_v\": {}}}",
-                    order.k_code(64, token, channel),
-                    order.v_code(64, token, channel),
-                    order.raw_k(64, token, channel),
-                    order.raw_v(64, token, channel),
+                    order.k_code([128, 64], token, channel),
+                    order.v_code([128, 64], token, channel),
+                    order.raw_k([128, 64], token, channel),
+                    order.raw_v([128, 64], token, channel),
                 )?;
                 separator = ",\n";
             }

@@ -4,8 +4,10 @@
 //!
 //! * `Cpu`, INT8 codes: sixteen lanes of four values, what a vector unit multiplies without a shuffle or a sum across
 //!   lanes. A lane of K is a token, `[token/16][channel/4][16 tokens][4 channels]`; a lane of V is a channel,
-//!   `[token/4][channel/16][16 channels][4 tokens]`.
-//! * `Cpu`, `raw` elements: K `[token/16][channel][16 tokens]`, V canonical.
+//!   `[channel/16][token/4][16 channels][4 tokens]`.
+//! * `Cpu`, `raw` elements: K `[token/16][channel][16 tokens]`, V `[channel/16][token][16 channels]`.
+//!
+//! The kernels take K panel by panel and V channel group by channel group: both are read front to back.
 
 /// Lanes of a panel: tokens side by side in K, channels side by side in V.
 pub const LANES: usize = 16;
@@ -13,7 +15,7 @@ pub const LANES: usize = 16;
 /// Values of one lane side by side, in INT8 fields.
 pub const DEPTH: usize = 4;
 
-/// An order of the codes within a field of shape `[block_size, head_dim]`.
+/// An order of the codes within a field of shape `page`: `[block_size, head_dim]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CodeOrder {
     /// `[token][channel]`.
@@ -28,7 +30,8 @@ impl CodeOrder {
 
     /// Index of an INT8 K code.
     #[must_use]
-    pub const fn k_code(self, head_dim: usize, token: usize, channel: usize) -> usize {
+    pub const fn k_code(self, page: [usize; 2], token: usize, channel: usize) -> usize {
+        let [_, head_dim] = page;
         match self {
             Self::Canonical => token * head_dim + channel,
             Self::Cpu => {
@@ -42,12 +45,13 @@ impl CodeOrder {
 
     /// Index of an INT8 V code.
     #[must_use]
-    pub const fn v_code(self, head_dim: usize, token: usize, channel: usize) -> usize {
+    pub const fn v_code(self, page: [usize; 2], token: usize, channel: usize) -> usize {
+        let [block_size, head_dim] = page;
         match self {
             Self::Canonical => token * head_dim + channel,
             Self::Cpu => {
-                token / DEPTH * DEPTH * head_dim
-                    + channel / LANES * (LANES * DEPTH)
+                channel / LANES * LANES * block_size
+                    + token / DEPTH * (LANES * DEPTH)
                     + channel % LANES * DEPTH
                     + token % DEPTH
             }
@@ -56,17 +60,22 @@ impl CodeOrder {
 
     /// Index of a `raw` K element.
     #[must_use]
-    pub const fn raw_k(self, head_dim: usize, token: usize, channel: usize) -> usize {
+    pub const fn raw_k(self, page: [usize; 2], token: usize, channel: usize) -> usize {
+        let [_, head_dim] = page;
         match self {
             Self::Canonical => token * head_dim + channel,
             Self::Cpu => token / LANES * LANES * head_dim + channel * LANES + token % LANES,
         }
     }
 
-    /// Index of a `raw` V element: canonical in every order.
+    /// Index of a `raw` V element.
     #[must_use]
-    pub const fn raw_v(self, head_dim: usize, token: usize, channel: usize) -> usize {
-        token * head_dim + channel
+    pub const fn raw_v(self, page: [usize; 2], token: usize, channel: usize) -> usize {
+        let [block_size, head_dim] = page;
+        match self {
+            Self::Canonical => token * head_dim + channel,
+            Self::Cpu => channel / LANES * LANES * block_size + token * LANES + channel % LANES,
+        }
     }
 }
 
@@ -91,10 +100,10 @@ mod tests {
         for order in CodeOrder::ALL {
             for block_size in BLOCK_SIZES {
                 for head_dim in (HEAD_DIM_MULTIPLE..=MAX_HEAD_DIM).step_by(HEAD_DIM_MULTIPLE) {
-                    assert_bijection(|t, d| order.k_code(head_dim, t, d), block_size, head_dim);
-                    assert_bijection(|t, d| order.v_code(head_dim, t, d), block_size, head_dim);
-                    assert_bijection(|t, d| order.raw_k(head_dim, t, d), block_size, head_dim);
-                    assert_bijection(|t, d| order.raw_v(head_dim, t, d), block_size, head_dim);
+                    assert_bijection(|t, d| order.k_code([block_size, head_dim], t, d), block_size, head_dim);
+                    assert_bijection(|t, d| order.v_code([block_size, head_dim], t, d), block_size, head_dim);
+                    assert_bijection(|t, d| order.raw_k([block_size, head_dim], t, d), block_size, head_dim);
+                    assert_bijection(|t, d| order.raw_v([block_size, head_dim], t, d), block_size, head_dim);
                 }
             }
         }
@@ -103,7 +112,7 @@ mod tests {
     #[test]
     fn cpu_order_puts_four_channels_of_a_token_and_four_tokens_of_a_channel_side_by_side() {
         let cpu = CodeOrder::Cpu;
-        assert_eq!([0, 1, 2, 3].map(|d| cpu.k_code(64, 5, 8 + d) - cpu.k_code(64, 5, 8)), [0, 1, 2, 3]);
-        assert_eq!([0, 1, 2, 3].map(|t| cpu.v_code(64, 4 + t, 9) - cpu.v_code(64, 4, 9)), [0, 1, 2, 3]);
+        assert_eq!([0, 1, 2, 3].map(|d| cpu.k_code([128, 64], 5, 8 + d) - cpu.k_code([128, 64], 5, 8)), [0, 1, 2, 3]);
+        assert_eq!([0, 1, 2, 3].map(|t| cpu.v_code([128, 64], 4 + t, 9) - cpu.v_code([128, 64], 4, 9)), [0, 1, 2, 3]);
     }
 }

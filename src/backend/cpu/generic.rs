@@ -233,13 +233,13 @@ pub unsafe fn unpack<S: Simd>(page: TokenPage, record: &[u8], out: &mut [f32]) {
                 }
             }
         }
-        for token in (0..block_size).step_by(DEPTH) {
-            for channel in (0..head_dim).step_by(LANES) {
-                let codes = S::load_u8x4(v_codes.add(token * head_dim + channel * DEPTH));
+        for channel in (0..head_dim).step_by(LANES) {
+            for token in (0..block_size).step_by(DEPTH) {
+                let codes = S::load_u8x4(v_codes.add(channel * block_size + token * LANES));
                 for j in 0..DEPTH {
                     let scale = S::splat(v_token_scale[token + j]);
                     let value = S::mul_add(scale, codes[j], S::splat(zero_point[token + j]));
-                    S::store(v.add((token + j) * head_dim + channel), value);
+                    S::store(v.add(channel * block_size + (token + j) * LANES), value);
                 }
             }
         }

@@ -80,8 +80,8 @@ pub fn read_statistics(page: TokenPage, record: &[u8]) -> ChannelStatistics {
 /// Writes one token of a `raw` page.
 pub fn write_raw(page: RawPage, record: &mut [u8], token: usize, k: &[f32], v: &[f32]) {
     for d in 0..page.head_dim {
-        write_element(record, page.dtype, page.k(), ORDER.raw_k(page.head_dim, token, d), k[d]);
-        write_element(record, page.dtype, page.v(), ORDER.raw_v(page.head_dim, token, d), v[d]);
+        write_element(record, page.dtype, page.k(), ORDER.raw_k([page.block_size, page.head_dim], token, d), k[d]);
+        write_element(record, page.dtype, page.v(), ORDER.raw_v([page.block_size, page.head_dim], token, d), v[d]);
     }
 }
 
@@ -100,8 +100,8 @@ pub fn write_int8(
     let k_token_scale = quant::encode_k(k, statistics, &mut k_codes[..head_dim]);
     let (v_token_scale, v_token_zero_point) = quant::encode_v(v, &mut v_codes[..head_dim]);
     for d in 0..head_dim {
-        record[page.k_codes() + ORDER.k_code(head_dim, token, d)] = k_codes[d].cast_unsigned();
-        record[page.v_codes() + ORDER.v_code(head_dim, token, d)] = v_codes[d];
+        record[page.k_codes() + ORDER.k_code([page.block_size, page.head_dim], token, d)] = k_codes[d].cast_unsigned();
+        record[page.v_codes() + ORDER.v_code([page.block_size, page.head_dim], token, d)] = v_codes[d];
     }
     write_f16(record, page.k_token_scale(), token, k_token_scale);
     write_f16(record, page.v_token_scale(), token, v_token_scale);
@@ -113,13 +113,14 @@ pub fn read_k(layout: PageLayout, record: &[u8], token: usize, k: &mut [f32]) {
     match layout {
         PageLayout::Raw(page) => {
             for (d, x) in k.iter_mut().enumerate() {
-                *x = read_element(record, page.dtype, page.k(), ORDER.raw_k(page.head_dim, token, d));
+                *x =
+                    read_element(record, page.dtype, page.k(), ORDER.raw_k([page.block_size, page.head_dim], token, d));
             }
         }
         PageLayout::Int8(page) => {
             let mut codes = [0i8; crate::format::MAX_HEAD_DIM];
             for (d, code) in codes[..page.head_dim].iter_mut().enumerate() {
-                *code = record[page.k_codes() + ORDER.k_code(page.head_dim, token, d)].cast_signed();
+                *code = record[page.k_codes() + ORDER.k_code([page.block_size, page.head_dim], token, d)].cast_signed();
             }
             let token_scale = read_f16(record, page.k_token_scale(), token);
             quant::decode_k(&codes[..page.head_dim], token_scale, &read_statistics(page, record), k);
@@ -132,13 +133,14 @@ pub fn read_v(layout: PageLayout, record: &[u8], token: usize, v: &mut [f32]) {
     match layout {
         PageLayout::Raw(page) => {
             for (d, x) in v.iter_mut().enumerate() {
-                *x = read_element(record, page.dtype, page.v(), ORDER.raw_v(page.head_dim, token, d));
+                *x =
+                    read_element(record, page.dtype, page.v(), ORDER.raw_v([page.block_size, page.head_dim], token, d));
             }
         }
         PageLayout::Int8(page) => {
             let mut codes = [0u8; crate::format::MAX_HEAD_DIM];
             for (d, code) in codes[..page.head_dim].iter_mut().enumerate() {
-                *code = record[page.v_codes() + ORDER.v_code(page.head_dim, token, d)];
+                *code = record[page.v_codes() + ORDER.v_code([page.block_size, page.head_dim], token, d)];
             }
             let scale = read_f16(record, page.v_token_scale(), token);
             let zero_point = read_f16(record, page.v_token_zero_point(), token);

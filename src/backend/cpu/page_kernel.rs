@@ -55,10 +55,11 @@ element!(F32, f32, load);
 element!(F16, u16, load_f16);
 element!(Bf16, u16, load_bf16);
 
-/// A `raw` page: K `[token/16][channel][16 tokens]`, V `[token][channel]`.
+/// A `raw` page in [`crate::format::CodeOrder::Cpu`].
 pub struct RawKernel<E> {
     k: *const u8,
     v: *const u8,
+    block_size: usize,
     head_dim: usize,
     element: E,
 }
@@ -67,7 +68,7 @@ impl<E: Element> RawKernel<E> {
     pub fn new(page: RawPage, record: &[u8], element: E) -> Self {
         debug_assert!(record.len() >= page.bytes());
         let k = record[page.k()..].as_ptr();
-        Self { k, v: record[page.v()..].as_ptr(), head_dim: page.head_dim, element }
+        Self { k, v: record[page.v()..].as_ptr(), block_size: page.block_size, head_dim: page.head_dim, element }
     }
 }
 
@@ -113,7 +114,7 @@ unsafe impl<S: Simd, E: Element> PageKernel<S> for RawKernel<E> {
                     sums[r] = S::load(acc.add(r * self.head_dim + channel));
                 }
                 for t in first * LANES..end * LANES {
-                    let v = E::load::<S>(self.v, t * self.head_dim + channel);
+                    let v = E::load::<S>(self.v, channel * self.block_size + t * LANES);
                     for r in 0..R {
                         sums[r] = S::mul_add(S::splat(*weights.add(r * TILE_TOKENS + t)), v, sums[r]);
                     }
@@ -223,7 +224,7 @@ unsafe impl<S: Simd> PageKernel<S> for Int8Kernel<'_> {
                     sums[r] = S::add(S::load(acc.add(r * head_dim + channel)), S::splat(common[r]));
                 }
                 for t in (first * LANES..end * LANES).step_by(DEPTH) {
-                    let v = S::load_u8x4(codes.add(t * head_dim + channel * DEPTH));
+                    let v = S::load_u8x4(codes.add(channel * self.page.block_size + t * LANES));
                     for j in 0..DEPTH {
                         for r in 0..R {
                             sums[r] = S::mul_add(S::splat(*weights.add(r * TILE_TOKENS + t + j)), v[j], sums[r]);

@@ -8,7 +8,7 @@ use super::generic::{Rows, Scratch, Tile};
 use super::page::PageLayout;
 use super::page_kernel::TILE_TOKENS;
 use crate::backend::Fresh;
-use crate::format::{CodeOrder, Dtype, RawPage};
+use crate::format::{CodeOrder, Dtype, MAX_HEAD_DIM, RawPage};
 use rayon::prelude::*;
 
 /// Query rows of a chunk: enough to make decoding a page cheap, few enough for their state to stay in cache.
@@ -107,13 +107,13 @@ impl Attention<'_> {
             let (head, tile) = (job / tiles, job % tiles);
             let (k, v) = values.split_at_mut(page.v() / 4);
             let rows = sequence.token_rows.chunks(TILE_TOKENS).nth(tile).unwrap_or_default();
-            let mut row_k = [0f32; crate::format::MAX_HEAD_DIM];
-            for (token, &row) in rows.iter().enumerate() {
-                fresh.k.read_row(row as usize, head, &mut row_k[..head_dim]);
-                for (d, &x) in row_k[..head_dim].iter().enumerate() {
-                    k[CodeOrder::Cpu.raw_k(head_dim, token, d)] = x;
-                }
-                fresh.v.read_row(row as usize, head, &mut v[token * head_dim..(token + 1) * head_dim]);
+            let mut row = [0f32; MAX_HEAD_DIM];
+            let (shape, order) = ([TILE_TOKENS, head_dim], CodeOrder::Cpu);
+            for (token, &index) in rows.iter().enumerate() {
+                fresh.k.read_row(index as usize, head, &mut row[..head_dim]);
+                row[..head_dim].iter().enumerate().for_each(|(d, &x)| k[order.raw_k(shape, token, d)] = x);
+                fresh.v.read_row(index as usize, head, &mut row[..head_dim]);
+                row[..head_dim].iter().enumerate().for_each(|(d, &x)| v[order.raw_v(shape, token, d)] = x);
             }
         });
         FreshPages { page, tiles, values }
