@@ -100,13 +100,13 @@ impl PagedKvCache {
         let level = Level::parse(level.name())?;
         let mut cache = Self {
             paging: Paging::new(config.block_size, config.num_blocks, &fingerprint(&config))?,
-            backend: new_backend(&config, level),
+            backend: new_backend(&config, level)?,
             steps: HashMap::new(),
             next_step: 0,
             config,
         };
         if let Some(num_blocks) = cache.config.num_blocks {
-            cache.backend.grow(num_blocks);
+            cache.backend.grow(num_blocks)?;
         }
         Ok(cache)
     }
@@ -171,7 +171,8 @@ impl PagedKvCache {
     /// left the window is released, so that a later [`Self::truncate`] may come back to it.
     ///
     /// # Errors
-    /// [`Error::OutOfBlocks`], [`Error::UnknownSequence`], [`Error::OpenStep`], [`Error::Config`]; nothing has changed.
+    /// [`Error::OutOfBlocks`], [`Error::OutOfMemory`], [`Error::UnknownSequence`], [`Error::OpenStep`],
+    /// [`Error::Config`]; nothing has changed.
     pub fn begin_step(&mut self, requests: &[(SequenceId, Rows<'_>)], retain: bool) -> Result<Step> {
         let mut reservations = Vec::with_capacity(requests.len());
         for &(sequence, rows) in requests {
@@ -182,9 +183,9 @@ impl PagedKvCache {
             };
             reservations.push(StepRequest { sequence, num_new: rows.num_tokens(), keep_from });
         }
+        self.backend.grow(self.paging.num_blocks_after(&reservations)?)?;
+        // From here on only a plan can fail, and an abort keeps the copies in the block tables: they are made first.
         let copies = self.paging.begin(&reservations)?;
-        // Before anything can fail: an abort keeps the copies in the block tables.
-        self.backend.grow(self.paging.num_blocks());
         self.backend.copy_blocks(&copies);
         let sequences: Arc<[SequenceId]> = requests.iter().map(|request| request.0).collect();
         let plan = match self.plan(requests) {
@@ -299,8 +300,9 @@ impl PagedKvCache {
         self.check_layer(layer)?;
         let held = self.paging.sequence(sequence)?;
         let [batch, _, count, _] = k.shape();
-        let end = held.len() + held.pending().unwrap_or(0);
-        if start < held.first_held() || start + batch * count > end {
+        let appended = self.steps.values().any(|open| open.appended[layer] && open.sequences.contains(&sequence));
+        let end = held.len() + held.pending().filter(|_| appended).unwrap_or(0);
+        if start < held.first_held() || start.saturating_add(batch.saturating_mul(count)) > end {
             let expected = format!("tokens within {}..{end}, from {start} on", held.first_held());
             return Err(Error::Shape { name: "k", expected, got: k.shape().to_vec() });
         }
@@ -335,7 +337,7 @@ impl PagedKvCache {
     /// A cache with the same sequences and pages, of its own memory.
     ///
     /// # Errors
-    /// [`Error::OpenStep`] while a step is open.
+    /// [`Error::OpenStep`] while a step is open, [`Error::OutOfMemory`].
     pub fn try_clone(&self) -> Result<Self> {
         if let Some(id) = self.steps.values().flat_map(|open| open.sequences.iter()).next() {
             return Err(Error::OpenStep { id: id.0 });
@@ -343,7 +345,7 @@ impl PagedKvCache {
         Ok(Self {
             config: self.config.clone(),
             paging: self.paging.clone(),
-            backend: self.backend.clone(),
+            backend: self.backend.try_clone()?,
             steps: HashMap::new(),
             next_step: self.next_step,
         })
@@ -369,7 +371,7 @@ fn stale() -> Error {
     Error::StaleStep("the step is not open: it was committed or aborted, or belongs to another cache".to_owned())
 }
 
-fn new_backend(config: &CacheConfig, level: Level) -> Cpu {
+fn new_backend(config: &CacheConfig, level: Level) -> Result<Cpu> {
     let &CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, .. } = config;
     Cpu::new(CpuConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size }, level)
 }

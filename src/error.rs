@@ -95,6 +95,22 @@ pub enum Error {
         /// Its strides, in elements.
         strides: Vec<isize>,
     },
+    /// Two tensors, or two elements of one, that share memory where one of them is written.
+    #[error("{name}: its memory overlaps {other}")]
+    Overlap {
+        /// The tensor that is written.
+        name: &'static str,
+        /// What it overlaps, in words.
+        other: String,
+    },
+    /// Memory that the machine does not give.
+    #[error("out of memory: {bytes} bytes for {what}")]
+    OutOfMemory {
+        /// Bytes asked for, all together.
+        bytes: usize,
+        /// What they are for.
+        what: &'static str,
+    },
     /// A tensor on a device that this cache does not live on.
     #[error("{name}: expected a tensor on {expected}, got one on {got}")]
     Device {

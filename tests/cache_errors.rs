@@ -194,8 +194,8 @@ fn a_foreign_block_table_beyond_the_memory_is_refused() {
         head_dim: HEAD_DIM,
         block_size: 16,
     };
-    let mut backend = cpu::Cpu::new(config, cpu::Level::best());
-    backend.grow(1);
+    let mut backend = cpu::Cpu::new(config, cpu::Level::best()).unwrap();
+    backend.grow(1).unwrap();
     let table = [BlockId(1_000_000)];
     let input = SequenceInput { block_table: &table, context_len: 0, first_held: 0, rows: Rows::All(1) };
     let plan = StepPlan::new(16, &[input]).unwrap();

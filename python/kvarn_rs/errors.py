@@ -31,6 +31,10 @@ class OutOfBlocksError(KvarnError, MemoryError):
         self.free = free
 
 
+class OutOfMemoryError(KvarnError, MemoryError):
+    """The machine does not give the memory that the pages need; nothing was changed."""
+
+
 class UnknownSequenceError(KvarnError, KeyError):
     """A sequence id that was never given out, or was freed."""
 
@@ -59,7 +63,7 @@ class DtypeError(KvarnError, ValueError):
 
 
 class StrideError(KvarnError, ValueError):
-    """A tensor whose strides cannot be read without a copy."""
+    """A tensor whose strides cannot be read without a copy, or whose memory overlaps where it is written."""
 
 
 class DeviceError(KvarnError, ValueError):

@@ -40,7 +40,10 @@ pub struct Fresh<'a> {
 pub trait Backend {
     /// Makes room for block ids below `num_blocks`; never shrinks. The other verbs refuse ids without room
     /// ([`crate::Error::UnknownBlock`]); `copy_blocks` takes only ids that have it.
-    fn grow(&mut self, num_blocks: usize);
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`]; nothing has changed for a caller.
+    fn grow(&mut self, num_blocks: usize) -> Result<()>;
 
     /// Copies whole blocks in every layer, in order, as `(source, destination)`.
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]);

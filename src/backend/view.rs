@@ -55,7 +55,7 @@ impl RawView {
 
     fn check(&self, name: &'static str, heads: usize, num_rows: usize, head_dim: usize) -> Result<()> {
         let [batch, own_heads, rows, width] = self.shape;
-        if own_heads == heads && batch * rows == num_rows && width == head_dim {
+        if own_heads == heads && batch.checked_mul(rows) == Some(num_rows) && width == head_dim {
             return Ok(());
         }
         Err(Error::Shape {

@@ -70,12 +70,27 @@ impl CacheConfig {
             )));
         }
         if self.num_blocks == Some(0) || self.num_blocks.is_some_and(|n| n >= u32::MAX as usize) {
-            return Err(Error::Config(format!("num_blocks must be in 1..{}, got {:?}", u32::MAX, self.num_blocks)));
+            let given = self.num_blocks.unwrap_or_default();
+            return Err(Error::Config(format!("num_blocks must be in 1..{}, got {given}", u32::MAX)));
+        }
+        if self.checked_block_bytes().is_none_or(|bytes| bytes > isize::MAX as usize) {
+            return Err(Error::Config(format!(
+                "{} layers of {} heads: the bytes of a block are beyond what this machine can count",
+                self.num_layers, self.num_kv_heads
+            )));
         }
         if self.window == Some(0) {
             return Err(Error::Config("window must be at least 1 token".to_owned()));
         }
         Ok(())
+    }
+
+    const fn checked_block_bytes(&self) -> Option<usize> {
+        let record = format::record_bytes(self.format, self.dtype, self.head_dim, self.block_size);
+        match self.num_layers.checked_mul(self.num_kv_heads) {
+            Some(records) => records.checked_mul(record),
+            None => None,
+        }
     }
 
     /// Bytes of one block in every layer.
@@ -100,6 +115,7 @@ mod tests {
             (CacheConfig { head_dim: 272, ..good.clone() }, "head_dim 272"),
             (CacheConfig { block_size: 48, ..good.clone() }, "block_size"),
             (CacheConfig { num_layers: 0, ..good.clone() }, "num_layers"),
+            (CacheConfig { num_kv_heads: 1 << 60, ..good.clone() }, "1152921504606846976 heads"),
             (CacheConfig { num_blocks: Some(0), ..good.clone() }, "num_blocks"),
             (CacheConfig { window: Some(0), ..good.clone() }, "window"),
         ] {

@@ -60,6 +60,11 @@ impl BlockPool {
         self.slots.len() - self.num_listed
     }
 
+    /// Known blocks that nobody holds.
+    pub(super) fn num_listed(&self) -> usize {
+        self.num_listed
+    }
+
     pub(super) fn peak(&self) -> usize {
         self.peak
     }

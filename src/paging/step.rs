@@ -47,12 +47,7 @@ impl Paging {
     /// [`Error::UnknownSequence`]; [`Error::OpenStep`]; [`Error::Config`] when a sequence is named twice;
     /// [`Error::OutOfBlocks`]. None changes anything.
     pub fn begin(&mut self, requests: &[StepRequest]) -> Result<Vec<(BlockId, BlockId)>> {
-        self.check_distinct(requests.iter().map(|request| request.sequence))?;
-        let demand = self.demand(requests)?;
-        let free = self.pool.num_available() + demand.freed;
-        if demand.needed > free {
-            return Err(Error::OutOfBlocks { needed: demand.needed, free });
-        }
+        self.checked_demand(requests)?;
         for request in requests {
             self.release_before(request)?;
         }
@@ -62,6 +57,24 @@ impl Paging {
         }
         self.cow_copies += copies.len();
         Ok(copies)
+    }
+
+    /// What [`num_blocks`](Self::num_blocks) will be once `requests` have begun; errors are those of
+    /// [`begin`](Self::begin).
+    pub fn num_blocks_after(&self, requests: &[StepRequest]) -> Result<usize> {
+        let demand = self.checked_demand(requests)?;
+        let grown = demand.needed.saturating_sub(self.pool.num_listed() + demand.freed);
+        Ok(self.pool.bound().unwrap_or(self.pool.num_known() + grown))
+    }
+
+    fn checked_demand(&self, requests: &[StepRequest]) -> Result<Demand> {
+        self.check_distinct(requests.iter().map(|request| request.sequence))?;
+        let demand = self.demand(requests)?;
+        let free = self.pool.num_available() + demand.freed;
+        if demand.needed > free {
+            return Err(Error::OutOfBlocks { needed: demand.needed, free });
+        }
+        Ok(demand)
     }
 
     /// Closes a step, as to `ids`: their new tokens are part of the sequences.

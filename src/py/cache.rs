@@ -1,5 +1,6 @@
 //! `PagedKvCache` and `Step`: the cache behind a lock, tensors behind views, the interpreter free while kernels run.
 
+use super::numbers::Whole;
 use super::tensor::HostTensor;
 use super::{parse_dtype, parse_format};
 use crate::backend::{AttendOptions, Fresh};
@@ -43,21 +44,29 @@ impl PagedKvCache {
 #[pymethods]
 impl PagedKvCache {
     #[new]
-    #[pyo3(signature = (*, num_layers, num_kv_heads, head_dim, format = "int8", block_size = 128, num_blocks = None,
+    #[pyo3(signature = (*, num_layers, num_kv_heads, head_dim, format = "int8", block_size = Whole(128), num_blocks = None,
                         dtype = "float32", window = None))]
     #[allow(clippy::too_many_arguments)] // keywords
     fn new(
-        num_layers: usize,
-        num_kv_heads: usize,
-        head_dim: usize,
+        num_layers: Whole,
+        num_kv_heads: Whole,
+        head_dim: Whole,
         format: &str,
-        block_size: usize,
-        num_blocks: Option<usize>,
+        block_size: Whole,
+        num_blocks: Option<Whole>,
         dtype: &str,
-        window: Option<usize>,
+        window: Option<Whole>,
     ) -> Result<Self> {
-        let (format, dtype) = (parse_format(format)?, parse_dtype(dtype)?);
-        let config = CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, num_blocks, window };
+        let config = CacheConfig {
+            format: parse_format(format)?,
+            dtype: parse_dtype(dtype)?,
+            num_layers: num_layers.count(),
+            num_kv_heads: num_kv_heads.count(),
+            head_dim: head_dim.count(),
+            block_size: block_size.count(),
+            num_blocks: num_blocks.map(Whole::count),
+            window: window.map(Whole::count),
+        };
         Ok(Self::wrap(cache::PagedKvCache::new(config)?))
     }
 
@@ -97,38 +106,38 @@ impl PagedKvCache {
     fn new_sequence(&self) -> u64 {
         lock(&self.inner).new_sequence().0
     }
-    fn fork(&self, sequence: u64) -> Result<u64> {
-        Ok(lock(&self.inner).fork(SequenceId(sequence))?.0)
+    fn fork(&self, sequence: Whole) -> Result<u64> {
+        Ok(lock(&self.inner).fork(SequenceId(sequence.0))?.0)
     }
-    fn free(&self, sequence: u64) -> Result<()> {
-        lock(&self.inner).free(SequenceId(sequence))
+    fn free(&self, sequence: Whole) -> Result<()> {
+        lock(&self.inner).free(SequenceId(sequence.0))
     }
-    fn truncate(&self, sequence: u64, length: usize) -> Result<()> {
-        lock(&self.inner).truncate(SequenceId(sequence), length)
+    fn truncate(&self, sequence: Whole, length: Whole) -> Result<()> {
+        lock(&self.inner).truncate(SequenceId(sequence.0), length.count())
     }
-    fn seq_len(&self, sequence: u64) -> Result<usize> {
-        Ok(lock(&self.inner).sequence(SequenceId(sequence))?.len())
+    fn seq_len(&self, sequence: Whole) -> Result<usize> {
+        Ok(lock(&self.inner).sequence(SequenceId(sequence.0))?.len())
     }
-    fn first_held(&self, sequence: u64) -> Result<usize> {
-        Ok(lock(&self.inner).sequence(SequenceId(sequence))?.first_held())
+    fn first_held(&self, sequence: Whole) -> Result<usize> {
+        Ok(lock(&self.inner).sequence(SequenceId(sequence.0))?.first_held())
     }
-    fn block_table(&self, sequence: u64) -> Result<Vec<u32>> {
-        Ok(lock(&self.inner).block_table(SequenceId(sequence))?.iter().map(|block| block.0).collect())
+    fn block_table(&self, sequence: Whole) -> Result<Vec<u32>> {
+        Ok(lock(&self.inner).block_table(SequenceId(sequence.0))?.iter().map(|block| block.0).collect())
     }
     #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn match_prefix(&self, token_ids: Vec<u32>) -> u64 {
         lock(&self.inner).match_prefix(&token_ids).0
     }
     #[allow(clippy::needless_pass_by_value)] // extracted from Python
-    fn publish_prefix(&self, sequence: u64, token_ids: Vec<u32>) -> Result<usize> {
-        lock(&self.inner).publish_prefix(SequenceId(sequence), &token_ids)
+    fn publish_prefix(&self, sequence: Whole, token_ids: Vec<u32>) -> Result<usize> {
+        lock(&self.inner).publish_prefix(SequenceId(sequence.0), &token_ids)
     }
 
     #[pyo3(signature = (sequences, num_new = None, *, mask = None, retain = false))]
     fn begin_step(
         &self,
         py: Python<'_>,
-        sequences: Vec<u64>,
+        sequences: Vec<Whole>,
         num_new: Option<&Bound<'_, PyAny>>,
         mask: Option<&Bound<'_, PyAny>>,
         retain: bool,
@@ -140,36 +149,39 @@ impl PagedKvCache {
         };
         let rows: Vec<Rows<'_>> = match (num_new, mask) {
             (None, Some(_)) => masks.iter().map(|mask| Rows::Masked(mask)).collect(),
-            (Some(num_new), None) => match num_new.extract::<usize>() {
-                Ok(count) => vec![Rows::All(count); sequences.len()],
-                Err(_) => num_new.extract::<Vec<usize>>()?.into_iter().map(Rows::All).collect(),
-            },
+            (Some(num_new), None) if num_new.hasattr("__index__")? => {
+                vec![Rows::All(num_new.extract::<Whole>()?.count()); sequences.len()]
+            }
+            (Some(num_new), None) => {
+                num_new.extract::<Vec<Whole>>()?.into_iter().map(|count| Rows::All(count.count())).collect()
+            }
             _ => return Err(Error::Config("begin_step takes either num_new or mask".to_owned()).into()),
         };
         if rows.len() != sequences.len() {
             let (rows, sequences) = (rows.len(), sequences.len());
             return Err(Error::Config(format!("{sequences} sequences, but rows for {rows}")).into());
         }
-        let requests: Vec<_> = sequences.into_iter().map(SequenceId).zip(rows).collect();
+        let requests: Vec<_> = sequences.into_iter().map(|id| SequenceId(id.0)).zip(rows).collect();
         let open = py.detach(|| lock(&self.inner).begin_step(&requests, retain))?;
         let num_rows = open.plan().num_rows;
         Ok(Step { inner: Arc::clone(&self.inner), open, num_rows })
     }
 
-    #[pyo3(signature = (layer, sequence, k, v, *, start = 0))]
+    #[pyo3(signature = (layer, sequence, k, v, *, start = Whole(0)))]
     fn dequantize(
         &self,
         py: Python<'_>,
-        layer: usize,
-        sequence: u64,
+        layer: Whole,
+        sequence: Whole,
         k: &Bound<'_, PyAny>,
         v: &Bound<'_, PyAny>,
-        start: usize,
+        start: Whole,
     ) -> PyResult<()> {
         let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
-        // SAFETY: the caller's references keep both alive during the call.
+        v.check_apart(&k)?;
+        // SAFETY: the caller's references keep both alive during the call, and they do not overlap.
         let (k, v) = unsafe { (k.view_mut()?, v.view_mut()?) };
-        Ok(py.detach(|| lock(&self.inner).dequantize(layer, SequenceId(sequence), start, k, v))?)
+        Ok(py.detach(|| lock(&self.inner).dequantize(layer.count(), SequenceId(sequence.0), start.count(), k, v))?)
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -219,11 +231,11 @@ impl Step {
         lock(&self.inner).is_open(&self.open)
     }
 
-    fn append(&self, py: Python<'_>, layer: usize, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn append(&self, py: Python<'_>, layer: Whole, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
         let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
         // SAFETY: the caller's references keep both alive during the call.
         let fresh = unsafe { Fresh { k: k.view()?, v: v.view()? } };
-        Ok(py.detach(|| lock(&self.inner).append(&self.open, layer, fresh))?)
+        Ok(py.detach(|| lock(&self.inner).append(&self.open, layer.count(), fresh))?)
     }
 
     #[pyo3(signature = (layer, q, k, v, out = None, *, scale = None, window = None, softcap = None, sinks = None))]
@@ -231,23 +243,32 @@ impl Step {
     fn attend<'py>(
         &self,
         py: Python<'py>,
-        layer: usize,
+        layer: Whole,
         q: &Bound<'py, PyAny>,
         k: Option<&Bound<'py, PyAny>>,
         v: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyAny>>,
         scale: Option<f32>,
-        window: Option<usize>,
+        window: Option<Whole>,
         softcap: Option<f32>,
         sinks: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let host_q = HostTensor::new("q", q)?;
         // SAFETY: the caller's reference keeps the tensor alive during the call.
         let q_view = unsafe { host_q.view()? };
+        let out = match out {
+            Some(out) => out.clone(),
+            None if q.hasattr("new_empty")? => q.call_method1("new_empty", (host_q.shape(),))?,
+            None => py.import("numpy")?.call_method1("empty", (host_q.shape(), q.getattr("dtype")?))?,
+        };
+        let host_out = HostTensor::new("out", &out)?;
+        host_out.check_apart(&host_q)?;
         let fresh = match (k, v) {
             (None, None) => None,
             (Some(k), Some(v)) => {
                 let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
+                host_out.check_apart(&k)?;
+                host_out.check_apart(&v)?;
                 // SAFETY: as above.
                 Some(unsafe { Fresh { k: k.view()?, v: v.view()? } })
             }
@@ -258,16 +279,10 @@ impl Step {
             Some(sinks) => Some(unsafe { HostTensor::new("sinks", sinks)?.to_vec()? }),
             None => None,
         };
-        let out = match out {
-            Some(out) => out.clone(),
-            None if q.hasattr("new_empty")? => q.call_method1("new_empty", (host_q.shape(),))?,
-            None => py.import("numpy")?.call_method1("empty", (host_q.shape(), q.getattr("dtype")?))?,
-        };
-        let host_out = HostTensor::new("out", &out)?;
         // SAFETY: as above; that nobody else uses `out` meanwhile is the caller's part.
         let out_view = unsafe { host_out.view_mut()? };
-        let options = AttendOptions { scale, window, softcap, sinks: sinks.as_deref() };
-        py.detach(|| lock(&self.inner).attend(&self.open, layer, q_view, fresh, options, out_view))?;
+        let options = AttendOptions { scale, window: window.map(Whole::count), softcap, sinks: sinks.as_deref() };
+        py.detach(|| lock(&self.inner).attend(&self.open, layer.count(), q_view, fresh, options, out_view))?;
         Ok(out)
     }
 

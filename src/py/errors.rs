@@ -20,7 +20,8 @@ impl From<Error> for PyErr {
                 Error::StaleStep(_) => "StaleStepError",
                 Error::Shape { .. } => "ShapeError",
                 Error::Dtype { .. } => "DtypeError",
-                Error::Stride { .. } => "StrideError",
+                Error::Stride { .. } | Error::Overlap { .. } => "StrideError",
+                Error::OutOfMemory { .. } => "OutOfMemoryError",
                 Error::Device { .. } => "DeviceError",
                 Error::NonFinite { .. } => "NonFiniteError",
             };

@@ -2,6 +2,7 @@
 
 mod cache;
 mod errors;
+mod numbers;
 mod tensor;
 
 use crate::backend::cpu::Level;

@@ -36,12 +36,20 @@ impl HostTensor {
             return Err(Error::Device { name, expected: "cpu".to_owned(), got: device }.into());
         }
         let dtype = tensor.getattr("dtype")?.str()?.to_string();
+        if tensor.call_method0("is_neg")?.extract()? {
+            return Err(Error::Unsupported(format!("{name}: a negated view; pass {name}.resolve_neg()")).into());
+        }
+        // Sparse and other layouts without strides raise here, in torch's words.
+        let strided = |method: &str| {
+            let refused = |error: PyErr| Error::Unsupported(format!("{name}: not a strided tensor: {error}"));
+            tensor.call_method0(method).map_err(refused)
+        };
         Ok(Self {
             name,
-            base: tensor.call_method0("data_ptr")?.extract()?,
+            base: strided("data_ptr")?.extract()?,
             dtype: dtype.trim_start_matches("torch.").to_owned(),
             shape: tensor.getattr("shape")?.extract()?,
-            strides: tensor.call_method0("stride")?.extract()?,
+            strides: strided("stride")?.extract()?,
             writable: true,
         })
     }
@@ -73,6 +81,26 @@ impl HostTensor {
             }
         };
         Ok(Self { name, base, dtype: dtype.to_owned(), shape, strides, writable: !read_only })
+    }
+
+    /// Refuses to write this tensor while `other` is read, or written too, when their memory may overlap.
+    pub fn check_apart(&self, other: &Self) -> Result<()> {
+        let ((start, end), (other_start, other_end)) = (self.extent(), other.extent());
+        if start < other_end && other_start < end {
+            return Err(Error::Overlap { name: self.name, other: other.name.to_owned() });
+        }
+        Ok(())
+    }
+
+    /// First and one past the last byte that shape and strides reach.
+    fn extent(&self) -> (isize, isize) {
+        let bytes = Dtype::parse(&self.dtype).map_or(1, Dtype::bytes) as isize;
+        let (mut low, mut high) = (self.base as isize, self.base as isize);
+        for (&n, &stride) in self.shape.iter().zip(&self.strides) {
+            let reach = stride * bytes * (n as isize - 1).max(0);
+            (low, high) = (low + reach.min(0), high + reach.max(0));
+        }
+        if self.shape.contains(&0) { (low, low) } else { (low, high + bytes) }
     }
 
     pub fn shape(&self) -> &[usize] {
@@ -117,8 +145,9 @@ impl HostTensor {
         if !self.writable {
             return Err(Error::Config(format!("{}: the array is read-only", self.name)));
         }
-        if overlaps(&self.shape, &self.strides) {
-            return Err(Error::Stride { name: self.name, strides: self.strides.clone() });
+        if self.strides.last().is_none_or(|&stride| stride == 1) && overlaps(&self.shape, &self.strides) {
+            let other = format!("itself: strides {:?}", self.strides);
+            return Err(Error::Overlap { name: self.name, other });
         }
         // SAFETY: as above, and no element is reached twice (just checked).
         unsafe { TensorViewMut::from_raw(self.name, self.base as *mut u8, dtype, shape, strides) }

@@ -1,14 +1,15 @@
 //! The memory of the pages: slabs of zeroed, cache-line aligned records that never move.
 
+use crate::error::{Error, Result};
 use crate::paging::BlockId;
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 
 const ALIGNMENT: usize = 64;
 /// Slabs are about this large: few allocations, and little held by a short sequence.
 const SLAB_BYTES: usize = 1 << 20;
 
 /// One layer's blocks. A block is `num_kv_heads` records in a row.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Arena {
     slabs: Vec<Slab>,
     blocks_per_slab: usize,
@@ -34,11 +35,35 @@ impl Arena {
         self.slabs.len() * self.blocks_per_slab
     }
 
-    pub fn grow(&mut self, num_blocks: usize) {
-        let slab_bytes = self.blocks_per_slab * self.block_bytes();
-        while self.num_blocks() < num_blocks {
-            self.slabs.push(Slab::zeroed(slab_bytes));
+    /// Makes room for `num_blocks`, or changes nothing.
+    pub fn grow(&mut self, num_blocks: usize) -> Result<()> {
+        let missing = num_blocks.saturating_sub(self.num_blocks()).div_ceil(self.blocks_per_slab);
+        if missing == 0 {
+            return Ok(());
         }
+        let slab_bytes = self.blocks_per_slab * self.block_bytes();
+        let refused = Error::OutOfMemory { bytes: missing.saturating_mul(slab_bytes), what: "pages" };
+        let mut slabs = Vec::new();
+        if slabs.try_reserve(missing).is_err() || self.slabs.try_reserve(missing).is_err() {
+            return Err(refused);
+        }
+        for _ in 0..missing {
+            slabs.push(Slab::zeroed(slab_bytes).ok_or_else(|| refused.clone())?);
+        }
+        self.slabs.append(&mut slabs);
+        Ok(())
+    }
+
+    /// A copy in memory of its own.
+    pub fn try_clone(&self) -> Result<Self> {
+        let &Self { blocks_per_slab, num_kv_heads, record_bytes, .. } = self;
+        let mut copy = Self { slabs: Vec::new(), blocks_per_slab, num_kv_heads, record_bytes };
+        copy.grow(self.num_blocks())?;
+        for (from, to) in self.slabs.iter().zip(&copy.slabs) {
+            // SAFETY: two allocations of the same size, one of them ours alone.
+            unsafe { std::ptr::copy_nonoverlapping(from.base, to.base, from.bytes) };
+        }
+        Ok(copy)
     }
 
     pub fn copy_block(&mut self, source: BlockId, destination: BlockId) {
@@ -87,26 +112,13 @@ unsafe impl Sync for Slab {}
 
 impl Slab {
     fn layout(bytes: usize) -> Layout {
-        Layout::from_size_align(bytes, ALIGNMENT).expect("a slab is far smaller than the address space")
+        Layout::from_size_align(bytes, ALIGNMENT).expect("a block's bytes were checked with the settings")
     }
 
-    fn zeroed(bytes: usize) -> Self {
-        let layout = Self::layout(bytes);
+    fn zeroed(bytes: usize) -> Option<Self> {
         // SAFETY: records are never empty, so the layout has a size.
-        let base = unsafe { alloc_zeroed(layout) };
-        if base.is_null() {
-            handle_alloc_error(layout);
-        }
-        Self { base, bytes }
-    }
-}
-
-impl Clone for Slab {
-    fn clone(&self) -> Self {
-        let copy = Self::zeroed(self.bytes);
-        // SAFETY: two allocations of `bytes` bytes.
-        unsafe { std::ptr::copy_nonoverlapping(self.base, copy.base, self.bytes) };
-        copy
+        let base = unsafe { alloc_zeroed(Self::layout(bytes)) };
+        (!base.is_null()).then_some(Self { base, bytes })
     }
 }
 

@@ -83,7 +83,8 @@ impl Cpu {
             return Err(Error::Config(format!("scale must be finite, got {scale}")));
         }
         if options.softcap.is_some_and(|cap| !cap.is_finite() || cap <= 0.0) {
-            return Err(Error::Config(format!("softcap must be positive, got {:?}", options.softcap)));
+            let given = options.softcap.unwrap_or_default();
+            return Err(Error::Config(format!("softcap must be positive, got {given}")));
         }
         if options.window == Some(0) {
             return Err(Error::Config("window must be at least 1 token".to_owned()));

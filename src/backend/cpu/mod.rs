@@ -49,7 +49,7 @@ pub struct CpuConfig {
 }
 
 /// Pages in host memory, and the level that reads them.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Cpu {
     layout: PageLayout,
     num_kv_heads: usize,
@@ -61,19 +61,28 @@ pub struct Cpu {
 
 impl Cpu {
     /// An empty backend; `level` must be available on this machine.
-    #[must_use]
-    pub fn new(config: CpuConfig, level: Level) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] for more layers than can be listed.
+    pub fn new(config: CpuConfig, level: Level) -> Result<Self> {
         let CpuConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size } = config;
         let layout = PageLayout::new(format, dtype, head_dim, block_size);
-        let arena = Arena::new(num_kv_heads, layout.bytes());
-        Self {
-            layout,
-            num_kv_heads,
-            head_dim,
-            block_size,
-            layers: vec![arena; num_layers],
-            kernels: dispatch::kernels(level),
+        let mut layers = Vec::new();
+        if layers.try_reserve_exact(num_layers).is_err() {
+            let bytes = num_layers.saturating_mul(size_of::<Arena>());
+            return Err(Error::OutOfMemory { bytes, what: "the list of layers" });
         }
+        layers.extend((0..num_layers).map(|_| Arena::new(num_kv_heads, layout.bytes())));
+        Ok(Self { layout, num_kv_heads, head_dim, block_size, layers, kernels: dispatch::kernels(level) })
+    }
+
+    /// A backend with the same pages, in memory of its own.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn try_clone(&self) -> Result<Self> {
+        let layers = self.layers.iter().map(Arena::try_clone).collect::<Result<_>>()?;
+        Ok(Self { layers, ..*self })
     }
 
     fn check_block(&self, block: Option<BlockId>) -> Result<()> {
@@ -92,8 +101,8 @@ impl Cpu {
 }
 
 impl Backend for Cpu {
-    fn grow(&mut self, num_blocks: usize) {
-        self.layers.iter_mut().for_each(|arena| arena.grow(num_blocks));
+    fn grow(&mut self, num_blocks: usize) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|arena| arena.grow(num_blocks))
     }
 
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) {
@@ -128,10 +137,10 @@ impl Backend for Cpu {
         k: TensorViewMut<'_>,
         v: TensorViewMut<'_>,
     ) -> Result<()> {
-        let count = k.shape()[0] * k.shape()[2];
+        let count = k.shape()[0].saturating_mul(k.shape()[2]);
         k.check("k", self.num_kv_heads, count, self.head_dim)?;
         v.check("v", self.num_kv_heads, count, self.head_dim)?;
-        if start + count > block_table.len() * self.block_size {
+        if start.saturating_add(count) > block_table.len() * self.block_size {
             return Err(Error::Shape {
                 name: "k",
                 expected: format!("at most {} tokens from {start} on", block_table.len() * self.block_size),
