@@ -269,7 +269,8 @@ impl PagedKvCache {
         Ok(())
     }
 
-    /// Forgets the step: its sequences are as they were before it.
+    /// Forgets the step: its sequences hold the tokens that they held before it. Blocks that left the window when it
+    /// began stay released.
     ///
     /// # Errors
     /// [`Error::StaleStep`].

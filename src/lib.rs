@@ -14,12 +14,12 @@
 //!                                plan <- paging (block pool, block tables, prefix index)
 //! ```
 //!
-//! Start reading at [`cache`], the only file that orders the verbs; then [`format`] (what each byte means), [`quant`]
+//! Start reading at [`cache`], the only file that orders the verbs; then [`mod@format`] (what each byte means), [`quant`]
 //! (the specification, in scalar f32), [`paging`] and [`plan`] (integers), [`backend`] (the work). Imports point down:
 //!
 //! | layer | modules |
 //! |---|---|
-//! | words | [`error`], [`format`], [`config`] |
+//! | words | [`error`], [`mod@format`], [`config`] |
 //! | maths | [`quant`] |
 //! | places | [`paging`] |
 //! | intent | [`plan`] |

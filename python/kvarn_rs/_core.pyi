@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, final
 
-from typing_extensions import Self, TypeVar, disjoint_base
+from typing_extensions import Self, TypeVar
+
+__all__ = ["PagedKvCache", "Step", "__version__", "capacity", "formats", "num_threads", "page_bytes", "simd_level"]
 
 __version__: str
 
 _Tensor = TypeVar("_Tensor")
 
 @final
-@disjoint_base
 class PagedKvCache:
     """Pages of one group of layers: layers of the same heads, `head_dim` and window, which share block tables.
 
@@ -145,7 +146,6 @@ class PagedKvCache:
     def __deepcopy__(self, _memo: object) -> PagedKvCache: ...
 
 @final
-@disjoint_base
 class Step:
     """A step in progress. As a context manager it commits at the end, and aborts when an exception leaves the block.
 
@@ -207,7 +207,9 @@ class Step:
             StaleStepError
         """
     def abort(self) -> None:
-        """Forgets the step: its sequences are as before it.
+        """Forgets the step: its sequences hold the tokens that they held before it.
+
+        Blocks that left the window when it began stay released.
 
         Raises:
             StaleStepError

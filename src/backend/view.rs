@@ -42,6 +42,12 @@ impl RawView {
         if strides[3] != 1 && shape[3] > 1 {
             return Err(Error::Stride { name, strides: strides.to_vec() });
         }
+        if !(base as usize).is_multiple_of(dtype.bytes()) {
+            let (dtype, bytes) = (dtype.name(), dtype.bytes());
+            return Err(Error::Unsupported(format!(
+                "{name}: {dtype} elements at an address that is no multiple of {bytes}"
+            )));
+        }
         Ok(Self { base, dtype, shape, strides: [strides[0], strides[1], strides[2]] })
     }
 
@@ -82,7 +88,7 @@ impl<'a> TensorView<'a> {
     /// Every element that `shape` and `strides` reach is initialized, aligned memory of `dtype`, not written during `'a`.
     ///
     /// # Errors
-    /// [`Error::Stride`] when the last dimension is not contiguous.
+    /// [`Error::Stride`] when the last dimension is not contiguous, [`Error::Unsupported`] when elements are not aligned.
     pub unsafe fn from_raw(
         name: &'static str,
         base: *const u8,
@@ -157,7 +163,7 @@ impl<'a> TensorViewMut<'a> {
     /// written by anyone else during `'a`.
     ///
     /// # Errors
-    /// [`Error::Stride`] when the last dimension is not contiguous.
+    /// [`Error::Stride`] when the last dimension is not contiguous, [`Error::Unsupported`] when elements are not aligned.
     pub unsafe fn from_raw(
         name: &'static str,
         base: *mut u8,

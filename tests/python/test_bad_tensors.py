@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,11 @@ WRONG: dict[str, Case] = {
     ),
     "one channel for all": (lambda *s: zeros(*s[:3], 1).expand(s), StrideError, [", 0]"]),
     "channels backwards": (lambda *s: np.zeros(s, np.float32)[..., ::-1], StrideError, [", -1]"]),
+    "between addresses": (
+        lambda *s: np.zeros(4 * math.prod(s) + 1, np.uint8)[1:].view(np.float32).reshape(s),
+        UnsupportedError,
+        ["float32", "no multiple of 4"],
+    ),
     "between elements": (
         lambda *s: np.zeros(s, np.dtype([("pad", "u1"), ("x", "<f4")]))["x"],
         StrideError,

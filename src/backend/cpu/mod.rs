@@ -1,4 +1,4 @@
-//! The CPU backend: records in host memory, kernels chosen by [`dispatch`], threads by rayon.
+//! The CPU backend: records in host memory, kernels chosen once a cache, threads by rayon.
 //!
 //! Results depend neither on the number of threads nor on what else is in the batch: work is cut at fixed places, and
 //! the pieces are merged in order.
