@@ -45,7 +45,9 @@ impl PagedKvCache {
 impl PagedKvCache {
     #[new]
     #[pyo3(signature = (*, num_layers, num_kv_heads, head_dim, format = "int8", block_size = Whole(128), num_blocks = None,
-                        dtype = "float32", window = None))]
+                        dtype = "float32", window = None),
+           text_signature = "(*, num_layers, num_kv_heads, head_dim, format='int8', block_size=128, num_blocks=None, \
+                             dtype='float32', window=None)")]
     #[allow(clippy::too_many_arguments)] // keywords
     fn new(
         num_layers: Whole,
@@ -167,7 +169,8 @@ impl PagedKvCache {
         Ok(Step { inner: Arc::clone(&self.inner), open, num_rows })
     }
 
-    #[pyo3(signature = (layer, sequence, k, v, *, start = Whole(0)))]
+    #[pyo3(signature = (layer, sequence, k, v, *, start = Whole(0)),
+           text_signature = "($self, layer, sequence, k, v, *, start=0)")]
     fn dequantize(
         &self,
         py: Python<'_>,
