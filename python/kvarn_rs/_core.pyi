@@ -1,4 +1,4 @@
-"""The Rust core. Tensors are torch CPU tensors or numpy arrays of float32, float16 or bfloat16 (torch); none is copied."""
+"""The Rust core. Tensors are torch CPU tensors or numpy arrays of float32, float16 or bfloat16; none is copied."""
 
 from collections.abc import Sequence
 from types import TracebackType

@@ -1,0 +1,69 @@
+"""The `kvarn` command: `generate`, `plan`, `doctor`, `bench`.
+
+Exit codes: 0 done; 1 a check of the command failed (`doctor`, `bench`); 2 bad input, with one line on stderr; 130
+interrupted; 141 the reader of stdout went away.
+Each command is one module with `add_parser` and `run`, whose docstring documents its JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ..errors import ConfigError, KvarnError
+from . import bench, doctor, generate, plan
+from .console import Console
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are exceptions, so that they are reported like every other error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__
+
+
+class _ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"kvarn {_version()}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="kvarn", description="A quantized, paged key/value cache for language models.")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for command in (generate, plan, doctor, bench):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: that of the process) and returns its exit code."""
+    parser = build_parser()
+    try:
+        arguments = parser.parse_args(argv)
+        if "run" not in arguments:
+            parser.print_help()
+            return 0
+        return arguments.run(arguments, Console(json=arguments.json, quiet=arguments.quiet))
+    except KvarnError as error:
+        print(f"kvarn: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kvarn: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout went away, as `head` does; the flush at exit must not raise again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

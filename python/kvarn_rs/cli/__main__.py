@@ -1,0 +1,7 @@
+"""`python -m kvarn_rs.cli`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

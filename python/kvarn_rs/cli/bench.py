@@ -1,0 +1,326 @@
+"""`kvarn bench attend`: decode attention over pages, beside torch SDPA and the machine's read bandwidth, in one run.
+
+One new token of each sequence attends to `context` tokens (itself included). Every contender walks over several copies
+of its cache, `working_set_bytes` or more in all, as a model walks over its layers: nothing is left in the processor's
+caches from call to call. Contenders take turns, repetition by repetition. SDPA's keys and values lie there contiguous,
+in float32 and bfloat16; it is called with `enable_gqa=True` and, as `grouped`, with the query heads of a kv head as its
+query rows, which asks the same with no repeating of keys. The read bandwidth is that of `torch.sum` over float64.
+
+JSON: ``{"machine": {"cpu", "simd_level", "threads", "torch"}, "context", "batch", "num_q_heads", "num_kv_heads",
+"head_dim", "block_size", "repetitions", "working_set_bytes",
+"results": [{"name", "median_us", "q1_us", "q3_us", "bytes", "gb_per_s", "stream_share", "speedup",
+"max_relative_error", "tolerance"}], "ok"}``
+
+A time is that of one call; `q1_us` and `q3_us` are its quartiles over the repetitions. `bytes` are those of the keys
+and values that a call reads, as stored; `stream_share` is `gb_per_s` over that of the result `stream`; `speedup` is
+over the fastest SDPA. `max_relative_error` is the largest difference from float32 SDPA on what the pages decode to,
+over its largest output; `ok` is false, and the exit code 1, when one is over its `tolerance`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .console import Console, add_output_options
+from .generate import check_format
+from .models import require
+from .sizes import format_bytes, format_count, parse_bytes, parse_count, parse_names
+
+if TYPE_CHECKING:
+    import torch
+
+# `raw` pages differ from SDPA by the order of float32 sums; the others by 16-bit scales applied in another order.
+TOLERANCES = {"raw": 1e-5}
+TOLERANCE = 2e-3
+_STREAM_BYTES = 512 << 20
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `bench attend` to the command line."""
+    bench = commands.add_parser("bench", help="measure speed on this machine")
+    benches = bench.add_subparsers(title="benches", metavar="BENCH", required=True)
+    parser = benches.add_parser(
+        "attend",
+        help="decode attention beside torch SDPA",
+        description="Decode attention over pages, checked, beside torch SDPA and the machine's read bandwidth.",
+    )
+    parser.add_argument("--context", type=parse_count, default=8192, help="tokens of a sequence (default: 8k)")
+    parser.add_argument("--head-dim", type=parse_count, default=128, help="channels of a head (default: 128)")
+    parser.add_argument("--heads", type=parse_heads, default=(32, 8), metavar="Q/KV", help="default: 32/8")
+    parser.add_argument("--batch", type=parse_count, default=1, help="sequences (default: 1)")
+    parser.add_argument("--threads", type=parse_count, help="threads of kvarn and of torch (default: all cores)")
+    parser.add_argument("--formats", type=parse_names, default=["raw", "int8"], help="default: raw,int8")
+    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens of a block (default: 128)")
+    parser.add_argument("--repetitions", type=parse_count, default=15, help="default: 15")
+    parser.add_argument(
+        "--working-set", type=parse_bytes, default=256 << 20, help="bytes that a contender walks over (default: 256MiB)"
+    )
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def parse_heads(text: str) -> tuple[int, int]:
+    """`32/8`: query heads and kv heads."""
+    num_q_heads, slash, num_kv_heads = text.partition("/")
+    if not slash:
+        raise argparse.ArgumentTypeError(f"{text!r} is not Q/KV; write for example 32/8")
+    heads = parse_count(num_q_heads), parse_count(num_kv_heads)
+    if heads[0] % heads[1]:
+        raise argparse.ArgumentTypeError(f"{heads[0]} query heads do not divide among {heads[1]} kv heads")
+    return heads
+
+
+@dataclass
+class Contender:
+    """One way of computing the same attention.
+
+    Attributes:
+        name: what it is.
+        bytes: of keys and values, as stored, that one call reads.
+        calls: one call for each copy of its cache.
+        seconds: of one call, one figure a repetition.
+        tolerance: what `error` may be; None where nothing is checked.
+        error: largest relative difference from the reference.
+    """
+
+    name: str
+    bytes: float
+    calls: list[Callable[[], Any]]
+    seconds: list[float] = field(default_factory=list)
+    tolerance: float | None = None
+    error: float = 0.0
+
+    def measure(self) -> None:
+        """One repetition."""
+        start = time.perf_counter()
+        for call in self.calls:
+            call()
+        self.seconds.append((time.perf_counter() - start) / len(self.calls))
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Measures, checks, and prints."""
+    require("torch")
+    for name in arguments.formats:
+        check_format(name, arguments.block_size)
+    if arguments.context < 2:
+        raise ConfigError("--context must be at least 2: one token, and one that attends to it")
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read when the core's first kernel runs
+    import torch
+
+    from .. import _core
+
+    if _core.num_threads() != threads:
+        console.warn(f"kvarn's threads were started before: it runs on {_core.num_threads()}, torch on {threads}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            contenders = prepare(arguments, console)
+            steps = arguments.repetitions * len(contenders)
+            with console.progress("measuring", steps) as advance:
+                for contender in contenders:
+                    contender.measure()
+                    contender.seconds.clear()
+                for _ in range(arguments.repetitions):
+                    for contender in contenders:
+                        contender.measure()
+                        advance(1)
+    finally:
+        torch.set_num_threads(before)
+    report = summarize(arguments, contenders)
+    console.result(report)
+    _print(report, console)
+    return 0 if report["ok"] else 1
+
+
+def prepare(arguments: argparse.Namespace, console: Console) -> list[Contender]:
+    """All contenders, filled and checked."""
+    import torch
+
+    num_q_heads, num_kv_heads = arguments.heads
+    shape = (arguments.batch, num_kv_heads, arguments.context, arguments.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(shape, generator=generator)
+    k += 2 * torch.randn(1, num_kv_heads, 1, arguments.head_dim, generator=generator)  # models' keys have channel means
+    v = torch.randn(shape, generator=generator)
+    q = torch.randn(arguments.batch, num_q_heads, 1, arguments.head_dim, generator=generator)
+    with console.progress("filling the caches", len(arguments.formats) + 2) as advance:
+        stream = torch.zeros(_STREAM_BYTES // 8, dtype=torch.float64)
+        contenders = [Contender("stream", _STREAM_BYTES, [stream.sum])]
+        for dtype in (torch.float32, torch.bfloat16):
+            contenders += dense(q, k, v, dtype, arguments.working_set)
+            advance(1)
+        for name in arguments.formats:
+            contenders.append(paged(name, q, k, v, arguments))
+            advance(1)
+    return contenders
+
+
+def copies_for(working_set: int, bytes_read: int) -> int:
+    """Copies of a cache that together are at least the working set."""
+    return max(1, -(-working_set // bytes_read))
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One new token's attention to all of `k` and `v`, query heads sharing kv heads."""
+    import torch
+
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, working_set: int) -> list[Contender]:
+    """SDPA in one dtype, asked in two ways."""
+    bytes_read = 2 * k.numel() * dtype.itemsize
+    q = q.to(dtype)
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    copies = [(k.to(dtype, copy=True), v.to(dtype, copy=True)) for _ in range(copies_for(working_set, bytes_read))]
+    name = str(dtype).removeprefix("torch.")
+    return [
+        Contender(f"sdpa {name}", bytes_read, [lambda k=k, v=v: sdpa(q, k, v) for k, v in copies]),
+        Contender(f"sdpa {name} grouped", bytes_read, [lambda k=k, v=v: sdpa(rows, k, v) for k, v in copies]),
+    ]
+
+
+def paged(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: argparse.Namespace) -> Contender:
+    """Attention over pages of one format; every layer of the cache is one copy."""
+    import torch
+
+    from .. import PagedKvCache
+
+    batch, num_kv_heads, context, head_dim = k.shape
+
+    def make(num_layers: int) -> PagedKvCache:
+        return PagedKvCache(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            format=name,
+            block_size=arguments.block_size,
+        )
+
+    bytes_read = make(1).stats()["bytes_per_token"] * batch * context
+    num_layers = copies_for(arguments.working_set, int(bytes_read))
+    cache = make(num_layers)
+    sequences = [cache.new_sequence() for _ in range(batch)]
+    with cache.begin_step(sequences, context - 1) as step:
+        for layer in range(num_layers):
+            step.append(layer, k[:, :, :-1], v[:, :, :-1])
+    step = cache.begin_step(sequences, 1)
+    for layer in range(num_layers):
+        step.append(layer, k[:, :, -1:], v[:, :, -1:])
+    out = torch.empty_like(q)
+    calls = [lambda layer=layer: step.attend(layer, q, None, None, out) for layer in range(num_layers)]
+
+    stored_k, stored_v = torch.empty_like(k), torch.empty_like(v)
+    errors = []
+    for layer in {0, num_layers - 1}:
+        for row, sequence in enumerate(sequences):
+            cache.dequantize(layer, sequence, stored_k[row : row + 1], stored_v[row : row + 1])
+        expected = sdpa(q, stored_k, stored_v)
+        calls[layer]()
+        errors.append(((out - expected).abs().max() / expected.abs().max()).item())
+    return Contender(name, bytes_read, calls, error=max(errors), tolerance=TOLERANCES.get(name, TOLERANCE))
+
+
+def summarize(arguments: argparse.Namespace, contenders: list[Contender]) -> dict[str, Any]:
+    """The report."""
+    import torch
+
+    from .. import _core
+
+    def bandwidth(contender: Contender) -> float:
+        return contender.bytes / statistics.median(contender.seconds) / 1e9
+
+    stream = bandwidth(contenders[0])
+    best = min(statistics.median(each.seconds) for each in contenders if each.name.startswith("sdpa"))
+    results = []
+    for contender in contenders:
+        median = statistics.median(contender.seconds)
+        q1, q3 = _quartiles(contender.seconds)
+        results.append(
+            {
+                "name": contender.name,
+                "median_us": median * 1e6,
+                "q1_us": q1 * 1e6,
+                "q3_us": q3 * 1e6,
+                "bytes": int(contender.bytes),
+                "gb_per_s": bandwidth(contender),
+                "stream_share": bandwidth(contender) / stream,
+                "speedup": None if contender is contenders[0] else best / median,
+                "max_relative_error": None if contender.tolerance is None else contender.error,
+                "tolerance": contender.tolerance,
+            }
+        )
+    return {
+        "machine": {
+            "cpu": _cpu_name(),
+            "simd_level": _core.simd_level(),
+            "threads": _core.num_threads(),
+            "torch": torch.__version__,
+        },
+        "context": arguments.context,
+        "batch": arguments.batch,
+        "num_q_heads": arguments.heads[0],
+        "num_kv_heads": arguments.heads[1],
+        "head_dim": arguments.head_dim,
+        "block_size": arguments.block_size,
+        "repetitions": arguments.repetitions,
+        "working_set_bytes": arguments.working_set,
+        "results": results,
+        "ok": all(each.error <= each.tolerance for each in contenders if each.tolerance is not None),
+    }
+
+
+def _quartiles(seconds: list[float]) -> tuple[float, float]:
+    if len(seconds) < 2:
+        return seconds[0], seconds[0]
+    q1, _, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    return q1, q3
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+    machine = report["machine"]
+    console.line(
+        f"{machine['cpu']}, {machine['simd_level']}, {machine['threads']} threads, torch {machine['torch']}: "
+        f"{report['batch']} x one token attends to {format_count(report['context'])} tokens, {report['num_q_heads']}/"
+        f"{report['num_kv_heads']} heads of {report['head_dim']}; {report['repetitions']} repetitions over "
+        f"{format_bytes(report['working_set_bytes'])}"
+    )
+    console.line()
+    rows = []
+    for result in report["results"]:
+        error = result["max_relative_error"]
+        verdict = "-"
+        if error is not None:
+            tolerance = result["tolerance"]
+            verdict = f"{error:.1e} ok" if error <= tolerance else f"{error:.1e} OVER {tolerance:.0e}"
+        rows.append(
+            (
+                result["name"],
+                f"{result['median_us']:,.0f}",
+                f"{result['q1_us']:,.0f}..{result['q3_us']:,.0f}",
+                f"{result['gb_per_s']:.1f}",
+                f"{result['stream_share']:.0%}",
+                "-" if result["speedup"] is None else f"{result['speedup']:.2f}x",
+                verdict,
+            )
+        )
+    console.table(("contender", "us/call", "quartiles", "GB/s", "of stream", "vs best SDPA", "error"), rows)

@@ -1,0 +1,215 @@
+"""`kvarn doctor`: what this installation can do here, and why not more.
+
+JSON: ``{"version", "simd_level", "threads", "formats": [str], "cuda": {"found", "driver_version", "devices": [{"name",
+"compute_capability", "memory_bytes"}], "reason"}, "packages": {NAME: {"version", "supported", "in_range"}},
+"demo": {"found", "reason"}, "self_test": {"status": "passed" | "failed" | "skipped", "detail"}, "ok"}``
+
+`version` and `in_range` are null for packages that are not installed, `supported` and `in_range` where this release
+says nothing of them. `reason` is null where all is well. `ok` is false, and the exit code 1, when the self-test failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from typing import Any
+
+from ..errors import ConfigError
+from .console import Console, add_output_options
+from .demo import find_weights
+from .sizes import format_bytes
+
+_PACKAGES = ("numpy", "torch", "transformers", "vllm")
+# Largest error of attention on pages against attention on what they decode to, over the largest output.
+SELF_TEST_TOLERANCE = 2e-3
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `doctor` to the command line."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what works on this machine, and why not more",
+        description="Version, SIMD level, CUDA driver, packages, demo weights, and one attention computed and checked.",
+    )
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Looks, computes, and prints."""
+    from .. import FORMATS, __version__, _core
+
+    with console.progress("looking around"):
+        self_test = attention_self_test()
+        report: dict[str, Any] = {
+            "version": __version__,
+            "simd_level": _core.simd_level(),
+            "threads": _core.num_threads(),
+            "formats": list(FORMATS),
+            "cuda": cuda_driver(),
+            "packages": {name: package(name) for name in _PACKAGES},
+            "demo": demo_weights(),
+            "self_test": self_test,
+            "ok": self_test["status"] != "failed",
+        }
+    console.result(report)
+    _print(report, console)
+    return 0 if report["ok"] else 1
+
+
+def cuda_driver() -> dict[str, Any]:
+    """The CUDA driver and its devices, asked through the driver's own library; or why there is none."""
+    found: dict[str, Any] = {"found": False, "driver_version": None, "devices": [], "reason": None}
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        return {**found, "reason": " ".join(str(error).split())}
+    if code := driver.cuInit(0):
+        return {**found, "reason": f"cuInit failed with {_cuda_error(driver, code)}"}
+    number = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(number))
+    found.update(found=True, driver_version=f"{number.value // 1000}.{number.value % 1000 // 10}")
+    driver.cuDeviceGetCount(ctypes.byref(number))
+    found["devices"] = [_cuda_device(driver, ordinal) for ordinal in range(number.value)]
+    return found
+
+
+def _cuda_error(driver: Any, code: int) -> str:
+    name = ctypes.c_char_p()
+    if driver.cuGetErrorName(code, ctypes.byref(name)) or name.value is None:
+        return f"code {code}"
+    return f"{name.value.decode()} ({code})"
+
+
+def _cuda_device(driver: Any, ordinal: int) -> dict[str, Any]:
+    device, number, name, memory = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+    driver.cuDeviceGet(ctypes.byref(device), ordinal)
+    driver.cuDeviceGetName(name, len(name), device)
+    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    capability = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        capability.append(str(number.value))
+    return {
+        "name": name.value.decode(errors="replace"),
+        "compute_capability": ".".join(capability),
+        "memory_bytes": memory.value,
+    }
+
+
+def package(name: str) -> dict[str, Any]:
+    """A package's version, and whether it is one that this release supports."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    supported = supported_range(name)
+    in_range = within(version, supported) if version is not None and supported is not None else None
+    return {"version": version, "supported": supported, "in_range": in_range}
+
+
+def supported_range(name: str) -> str | None:
+    """What this distribution's own extras ask of a package, such as `>=5.16,<6`."""
+    try:
+        requirements = importlib.metadata.requires("kvarn-rs") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for requirement in requirements:
+        match = re.match(r"([A-Za-z0-9._-]+)\s*\(?([<>=!~][^;)]*)?", requirement)
+        if match and match[1].lower() == name and match[2]:
+            return match[2].strip()
+    return None
+
+
+def within(version: str, specifier: str) -> bool:
+    """Does a version satisfy a list of `>=`, `>`, `<=`, `<` bounds? Its numbers are compared, not its suffix."""
+    found = _numbers(version)
+    for bound in specifier.split(","):
+        match = re.fullmatch(r"\s*(>=|>|<=|<)\s*([0-9.]+)\s*", bound)
+        if match is None:
+            continue
+        limit = _numbers(match[2])
+        length = max(len(found), len(limit))
+        left, right = (numbers + (0,) * (length - len(numbers)) for numbers in (found, limit))
+        if not {">=": left >= right, ">": left > right, "<=": left <= right, "<": left < right}[match[1]]:
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def demo_weights() -> dict[str, Any]:
+    """Are the demo model's weights there and whole?"""
+    try:
+        find_weights()
+    except ConfigError as error:
+        return {"found": False, "reason": str(error)}
+    return {"found": True, "reason": None}
+
+
+def attention_self_test() -> dict[str, str]:
+    """Attention over int8 pages, two query heads to a kv head, beside softmax(q k') v on what the pages decode to."""
+    if importlib.util.find_spec("numpy") is None:
+        return {"status": "skipped", "detail": "numpy is not installed"}
+    import numpy as np
+
+    from .. import PagedKvCache
+
+    num_kv_heads, head_dim, num_tokens = 2, 64, 200
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 1, num_kv_heads, num_tokens, head_dim), dtype=np.float32)
+    q = rng.standard_normal((1, 2 * num_kv_heads, 1, head_dim), dtype=np.float32)
+    cache = PagedKvCache(num_layers=1, num_kv_heads=num_kv_heads, head_dim=head_dim, format="int8")
+    sequence = cache.new_sequence()
+    with cache.begin_step([sequence], num_tokens - 1) as step:
+        step.append(0, k[:, :, :-1], v[:, :, :-1])
+    with cache.begin_step([sequence], 1) as step:
+        step.append(0, k[:, :, -1:], v[:, :, -1:])
+        out = np.asarray(step.attend(0, q, None, None))
+    stored_k, stored_v = np.empty_like(k), np.empty_like(v)
+    cache.dequantize(0, sequence, stored_k, stored_v)
+    scores = q.reshape(num_kv_heads, 2, head_dim) @ stored_k[0].transpose(0, 2, 1) / np.sqrt(head_dim)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected = weights / weights.sum(axis=-1, keepdims=True) @ stored_v[0]
+    error = float(np.abs(out.reshape(expected.shape) - expected).max() / np.abs(expected).max())
+    rounding = float(np.abs(stored_v - v).max())
+    passed = error <= SELF_TEST_TOLERANCE and rounding < 0.1  # 8 bits over a range of about 8
+    detail = f"relative error {error:.1e} (at most {SELF_TEST_TOLERANCE:.0e}), largest rounding of V {rounding:.1e}"
+    return {"status": "passed" if passed else "failed", "detail": detail}
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+    cuda, demo, test = report["cuda"], report["demo"], report["self_test"]
+    rows = [
+        ("kvarn-rs", report["version"], f"formats {', '.join(report['formats'])}"),
+        ("CPU", report["simd_level"], f"{report['threads']} threads"),
+    ]
+    if cuda["found"]:
+        count = len(cuda["devices"])
+        rows.append(("CUDA driver", cuda["driver_version"], f"{count} devices; this release runs on the CPU"))
+        rows += [
+            ("", f"sm {device['compute_capability']}", f"{device['name']}, {format_bytes(device['memory_bytes'])}")
+            for device in cuda["devices"]
+        ]
+    else:
+        rows.append(("CUDA driver", "not found", f"{cuda['reason']}; this release runs on the CPU"))
+    for name, found in report["packages"].items():
+        if found["supported"] is None:
+            remark = "this release makes no use of it" if name == "vllm" else "optional"
+        else:
+            remark = f"supported: {found['supported']}"
+            if found["in_range"] is False:
+                remark += ": NOT IN THIS RANGE"
+        rows.append((name, found["version"] or "not installed", remark))
+    rows.append(("demo weights", "found" if demo["found"] else "not found", demo["reason"] or ""))
+    rows.append(("self-test", test["status"], test["detail"]))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for row in rows:
+        console.line(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip())

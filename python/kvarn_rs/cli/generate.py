@@ -1,0 +1,196 @@
+"""`kvarn generate`: text from a model with its keys and values in a kvarn cache, and beside it the unquantized cache.
+
+JSON: ``{"format", "text", "tokens", "prompt_tokens", "bytes_per_token", "bytes_in_use", "dense_fallbacks",
+"decode_tokens_per_s", "prefill_s", "stats"}`` and, with ``--compare``, ``"compare": {"kl_mean", "same_top1",
+"positions", "agreement_tokens", "reference_bytes_per_token", "reference_bytes_in_use", "reference_decode_tokens_per_s",
+"reference_prefill_s"}``.
+
+`tokens` counts those generated. Bytes are measured after them: what the cache's blocks take (partly filled ones whole),
+in all and over the tokens held; for the reference, what its tensors take. `decode_tokens_per_s` is null when fewer than
+two tokens were generated. `stats` is `KvarnCache.stats()`, `compare` is described in `compare.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, UnknownFormatError
+from .console import Console, add_output_options
+from .demo import load_demo
+from .models import load_folder, require
+from .sizes import format_bytes, parse_count
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `generate` to the command line."""
+    parser = commands.add_parser(
+        "generate",
+        help="generate text with a quantized cache",
+        description="Greedy text from a model whose keys and values are in a kvarn cache. CPU.",
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to say to the model")
+    parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file; - is standard input")
+    parser.add_argument("--model", default="demo", metavar="DIR", help="a transformers model's folder; default: demo")
+    parser.add_argument("--format", default="int8", help="cache format (default: int8)")
+    parser.add_argument("--max-new-tokens", type=parse_count, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens of a block (default: 128)")
+    parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
+    parser.add_argument(
+        "--compare", action="store_true", help="also run the unquantized cache: memory, speed, and how far answers move"
+    )
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Generates, compares if asked to, and prints."""
+    prompt = read_prompt(arguments)
+    require("torch", "transformers")
+    check_format(arguments.format, arguments.block_size)
+    if arguments.model == "demo":
+        model, tokenizer = load_demo(console)
+    else:
+        with console.progress(f"loading {arguments.model}"):
+            model, tokenizer = load_folder(Path(arguments.model))
+    prompt_ids = encode(tokenizer, prompt, arguments.raw)
+    check_length(model, prompt_ids.shape[1], arguments.max_new_tokens)
+
+    from ..hf import KvarnCache
+    from .runs import attention_name, greedy, warm_up
+
+    reference_attention = attention_name(model)
+
+    def make_cache() -> Any:
+        return KvarnCache(model, arguments.format, block_size=arguments.block_size)
+
+    warm_up(model, prompt_ids)
+    cache = make_cache()
+    stream = None if console.json else tokenizer
+    generated = greedy(model, prompt_ids, cache, arguments.max_new_tokens, stream)
+    stats = cache.stats()
+    payload: dict[str, Any] = {
+        "format": arguments.format,
+        "text": tokenizer.decode(generated.tokens, skip_special_tokens=True),
+        "tokens": len(generated.tokens),
+        "prompt_tokens": prompt_ids.shape[1],
+        "bytes_per_token": stats["bytes_in_use"] / cache.get_seq_length(),
+        "bytes_in_use": stats["bytes_in_use"],
+        "dense_fallbacks": stats["dense_fallbacks"],
+        "decode_tokens_per_s": generated.decode_tokens_per_s,
+        "prefill_s": generated.prefill_s,
+        "stats": stats,
+    }
+    if arguments.compare:
+        from .compare import compare
+
+        payload["compare"] = compare(model, prompt_ids, generated, make_cache, reference_attention, console)
+    console.result(payload)
+    if arguments.compare:
+        _print_comparison(payload, console)
+    elif not console.json:
+        console.note(
+            f"[{arguments.format}: {_seconds(payload['prefill_s'])} for {payload['prompt_tokens']} prompt tokens, then "
+            f"{_speed(payload['decode_tokens_per_s'])}; cache {format_bytes(payload['bytes_in_use'])}]"
+        )
+    return 0
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """The prompt, from wherever it was given."""
+    if (arguments.prompt is None) == (arguments.prompt_file is None):
+        raise ConfigError("give a PROMPT, or --prompt-file FILE; one of the two")
+    if arguments.prompt is not None:
+        return arguments.prompt
+    try:
+        if arguments.prompt_file == "-":
+            return sys.stdin.read()
+        return Path(arguments.prompt_file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {arguments.prompt_file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{arguments.prompt_file} is not UTF-8 text: {error}") from error
+
+
+def check_format(name: str, block_size: int) -> None:
+    """Refuses settings that no model can use, before a model is loaded."""
+    from .. import FORMATS, _core
+
+    if name not in FORMATS:
+        raise UnknownFormatError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
+    _core.page_bytes(name, 16, block_size)
+
+
+def encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
+    """Token ids [1, T], in the model's chat template if it has one."""
+    if tokenizer.chat_template and not raw:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    else:
+        prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if prompt_ids.shape[1] == 0:
+        raise ConfigError("the prompt is empty: there is nothing to continue")
+    return prompt_ids.long()
+
+
+def check_length(model: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuses what the model has no positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones make {prompt_tokens + new_tokens}: the "
+            f"model's limit is {limit} (max_position_embeddings)"
+        )
+
+
+def _speed(tokens_per_s: float | None) -> str:
+    return "-" if tokens_per_s is None else f"{tokens_per_s:.1f} tokens/s"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s"
+
+
+def _print_comparison(payload: dict[str, Any], console: Console) -> None:
+    compared = payload["compare"]
+    rows = [
+        (
+            name,
+            f"{per_token:,.0f}",
+            format_bytes(in_use),
+            f"{2**30 / per_token:,.0f}",
+            _seconds(prefill),
+            _speed(speed),
+        )
+        for name, per_token, in_use, prefill, speed in (
+            (
+                payload["format"],
+                payload["bytes_per_token"],
+                payload["bytes_in_use"],
+                payload["prefill_s"],
+                payload["decode_tokens_per_s"],
+            ),
+            (
+                "unquantized",
+                compared["reference_bytes_per_token"],
+                compared["reference_bytes_in_use"],
+                compared["reference_prefill_s"],
+                compared["reference_decode_tokens_per_s"],
+            ),
+        )
+    ]
+    console.line()
+    console.table(("cache", "bytes/token", "in all", "tokens/GiB", "prefill", "decode"), rows)
+    console.line()
+    console.line(
+        f"{payload['prompt_tokens']:,} prompt tokens, {payload['tokens']:,} generated, "
+        f"{payload['dense_fallbacks']} dense fallbacks"
+    )
+    console.line(
+        f"mean KL divergence {compared['kl_mean']:.2e} and same likeliest token {compared['same_top1']:.2%}, over "
+        f"{compared['positions']:,} positions"
+    )
+    console.line(f"greedy tokens until the first difference: {compared['agreement_tokens']} of {payload['tokens']}")

@@ -1,0 +1,223 @@
+"""`kvarn plan`: how many tokens and sequences of a model fit in a memory, by cache format.
+
+JSON: ``{"model_type", "context", "block_size", "memory_bytes", "weights_bytes", "tensor_parallel", "max_sequences",
+"layers": [{"num_layers", "num_kv_heads", "head_dim", "window"}], "state_layers",
+"formats": [{"format", "bytes_per_token", "tokens", "sequences", "sequence_bytes", "open_bytes"}],
+"unsupported": [{"format", "reason"}], "notes": [str]}``
+
+All figures are for one GPU. A sequence holds whole blocks: `sequence_bytes` is those of `context` tokens,
+`bytes_per_token` that over `context`, and `open_bytes` the part of it that rounding up to blocks costs. `tokens` is
+whole blocks where every layer reads everything and is stored alike, else what fits at `context`. `num_kv_heads` is what
+one GPU holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, UnknownFormatError, UnsupportedError
+from .console import Console, add_output_options
+from .model_shape import LayerGroup, ModelShape, model_shape, read_config
+from .sizes import format_bytes, format_count, parse_bytes, parse_count, parse_names
+
+# What an engine's own cache is kept in; the baseline is the first.
+DENSE_FORMATS = ("bf16", "fp8")
+_DEFAULT_CONTEXT = 32768
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `plan` to the command line."""
+    parser = commands.add_parser(
+        "plan",
+        help="tokens and sequences that fit, by format",
+        description="How many tokens and sequences fit in a memory, by cache format. Reads a config.json only.",
+    )
+    parser.add_argument("model", metavar="CONFIG", type=Path, help="a config.json, or the folder that holds it")
+    parser.add_argument("--memory", type=parse_bytes, required=True, help="memory of one GPU, for example 80GiB")
+    parser.add_argument("--weights", type=parse_bytes, default=0, help="what weights and workspace take of it")
+    parser.add_argument(
+        "--format", type=parse_names, default=["all"], metavar="NAMES", help="bf16, fp8, int8, comma-separated; or all"
+    )
+    parser.add_argument("--context", type=parse_count, help="tokens of a sequence (default: 32k, or the model's limit)")
+    parser.add_argument("--max-seqs", type=parse_count, help="sequences that may run at once")
+    parser.add_argument("--tp", type=parse_count, default=1, help="GPUs that share the kv heads (tensor parallelism)")
+    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens of a block (default: 128)")
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Plans and prints."""
+    shape = model_shape(read_config(arguments.model))
+    context = arguments.context or min(shape.max_context or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+    if arguments.weights >= arguments.memory:
+        raise ConfigError(
+            f"weights of {format_bytes(arguments.weights)} leave nothing of {format_bytes(arguments.memory)}"
+        )
+    groups = [(group, heads_per_gpu(group.num_kv_heads, arguments.tp)) for group in shape.groups]
+    formats, unsupported = [], []
+    notes = plan_notes(shape, context, arguments)
+    for name in format_names(arguments.format):
+        try:
+            row, dense_layers = plan_format(name, groups, context, arguments)
+        except UnsupportedError as error:
+            unsupported.append({"format": name, "reason": str(error)})
+            continue
+        formats.append(row)
+        notes += dense_layers
+    if not formats:
+        raise UnsupportedError("; ".join(f"{entry['format']}: {entry['reason']}" for entry in unsupported))
+    report = {
+        "model_type": shape.model_type,
+        "context": context,
+        "block_size": arguments.block_size,
+        "memory_bytes": arguments.memory,
+        "weights_bytes": arguments.weights,
+        "tensor_parallel": arguments.tp,
+        "max_sequences": arguments.max_seqs,
+        "layers": [
+            {"num_layers": group.num_layers, "num_kv_heads": heads, "head_dim": group.head_dim, "window": group.window}
+            for group, heads in groups
+        ],
+        "state_layers": shape.state_layers,
+        "formats": formats,
+        "unsupported": unsupported,
+        "notes": notes,
+    }
+    console.result(report)
+    _print(report, console)
+    return 0
+
+
+def format_names(names: list[str]) -> list[str]:
+    """`all` and repeats resolved; unknown names refused."""
+    from .. import FORMATS
+
+    known = [*DENSE_FORMATS, *(name for name in FORMATS if name != "raw")]  # raw pages take what bf16 does
+    for name in names:
+        if name not in (*known, "all"):
+            raise UnknownFormatError(f"unknown format {name!r}; plan knows: {', '.join(known)}, all")
+    return known if "all" in names else names
+
+
+def heads_per_gpu(num_kv_heads: int, tensor_parallel: int) -> int:
+    """Kv heads that one of `tensor_parallel` GPUs holds; fewer heads than GPUs are replicated."""
+    if num_kv_heads > tensor_parallel and num_kv_heads % tensor_parallel:
+        raise ConfigError(f"{num_kv_heads} kv heads do not divide among {tensor_parallel} GPUs")
+    return max(1, num_kv_heads // tensor_parallel)
+
+
+def page_refusal(name: str, group: LayerGroup, block_size: int) -> str:
+    """Why a group's layers cannot be kept in pages of this format; empty if they can."""
+    from .. import _core
+
+    if not group.paged:
+        return "chunked attention stays in the engine's own cache"
+    try:
+        _core.page_bytes(name, group.head_dim, block_size)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def capacity(
+    stored: dict[str, list[tuple[int, int, int, int | None]]], block_size: int, context: int, memory: int
+) -> tuple[int, int, int, int]:
+    """`_core.capacity` of groups by what they are stored in: bytes and open bytes of a sequence, tokens, sequences."""
+    from .. import _core
+
+    parts = [_core.capacity(storage, groups, block_size, context, memory) for storage, groups in stored.items()]
+    if len(parts) == 1:
+        return parts[0]
+    sequence_bytes = sum(part[0] for part in parts)
+    return sequence_bytes, sum(part[1] for part in parts), memory * context // sequence_bytes, memory // sequence_bytes
+
+
+def plan_format(
+    name: str, groups: list[tuple[LayerGroup, int]], context: int, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], list[str]]:
+    """One row of the plan, and notes on the layers that stay dense in it.
+
+    Raises:
+        UnsupportedError: no layer can be kept in this format.
+    """
+    stored: dict[str, list[tuple[int, int, int, int | None]]] = {}
+    refusals: dict[LayerGroup, str] = {}
+    for group, heads in groups:
+        storage = name
+        if name not in DENSE_FORMATS and (reason := page_refusal(name, group, arguments.block_size)):
+            storage = DENSE_FORMATS[0]
+            refusals[group] = reason
+        stored.setdefault(storage, []).append((group.num_layers, heads, group.head_dim, group.window))
+    if len(refusals) == len(groups):
+        raise UnsupportedError("; ".join(dict.fromkeys(refusals.values())))
+    sequence_bytes, open_bytes, tokens, sequences = capacity(
+        stored, arguments.block_size, context, arguments.memory - arguments.weights
+    )
+    row = {
+        "format": name,
+        "bytes_per_token": sequence_bytes / context,
+        "tokens": tokens,
+        "sequences": sequences if arguments.max_seqs is None else min(sequences, arguments.max_seqs),
+        "sequence_bytes": sequence_bytes,
+        "open_bytes": open_bytes,
+    }
+    return row, [
+        f"{name}: {group.num_layers} layers are counted in {DENSE_FORMATS[0]}: {reason}"
+        for group, reason in refusals.items()
+    ]
+
+
+def plan_notes(shape: ModelShape, context: int, arguments: argparse.Namespace) -> list[str]:
+    """What the figures do not show."""
+    notes = []
+    if not arguments.weights:
+        notes.append("weights are not counted: give them with --weights")
+    if shape.max_context is not None and context > shape.max_context:
+        notes.append(f"a context of {context:,} is beyond the model's own limit of {shape.max_context:,}")
+    if shape.state_layers:
+        notes.append(f"{shape.state_layers} layers keep a constant state or nothing, whatever the length: not counted")
+    if shape.assumed_sliding:
+        notes.append("the configuration does not say which layers have the sliding window: all are taken to")
+    replicated = sorted({group.num_kv_heads for group in shape.groups if group.num_kv_heads < arguments.tp})
+    if replicated:
+        heads = ", ".join(map(str, replicated))
+        notes.append(f"{heads} kv heads on {arguments.tp} GPUs: each GPU holds one, some hold the same")
+    return notes
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+    for layer in report["layers"]:
+        reach = "reading everything" if layer["window"] is None else f"reading {layer['window']:,} tokens"
+        console.line(
+            f"{report['model_type']}: {layer['num_layers']} layers of {layer['num_kv_heads']} kv heads, "
+            f"head_dim {layer['head_dim']}, {reach}"
+        )
+    console.line(
+        f"{format_bytes(report['memory_bytes'] - report['weights_bytes'])} for the cache on each GPU; sequences of "
+        f"{format_count(report['context'])} tokens in blocks of {report['block_size']}"
+    )
+    console.line()
+    formats = report["formats"]
+    first = formats[0]
+    console.table(
+        ("format", "bytes/token", f"vs {first['format']}", "tokens", "sequences", "a sequence", "of it rounding"),
+        [
+            (
+                row["format"],
+                f"{row['bytes_per_token']:,.1f}",
+                f"{first['bytes_per_token'] / row['bytes_per_token']:.2f}x",
+                f"{row['tokens']:,}",
+                f"{row['sequences']:,}",
+                format_bytes(row["sequence_bytes"]),
+                format_bytes(row["open_bytes"]),
+            )
+            for row in formats
+        ],
+    )
+    for entry in report["unsupported"]:
+        console.line(f"{entry['format']} is not planned: {entry['reason']}")
+    for note in report["notes"]:
+        console.line(f"note: {note}")

@@ -1,0 +1,1 @@
+"""How far does a quantized cache move a model's answers? The measures; needs torch."""

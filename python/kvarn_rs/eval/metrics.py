@@ -1,0 +1,36 @@
+"""Measures between two caches of one model: pure functions of logits and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["agreement_length", "kl_divergence", "same_top1"]
+
+
+def kl_divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(reference || logits) of the next-token distributions, in nats, one a position.
+
+    Args:
+        reference, logits: [..., vocabulary], any float dtype; the arithmetic is fp32.
+
+    Returns:
+        [...], fp32.
+    """
+    expected = torch.log_softmax(reference.float(), dim=-1)
+    found = torch.log_softmax(logits.float(), dim=-1)
+    return (expected.exp() * (expected - found)).sum(dim=-1)
+
+
+def same_top1(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Is the likeliest token the same? Bool, one a position, for logits [..., vocabulary]."""
+    return reference.argmax(dim=-1) == logits.argmax(dim=-1)
+
+
+def agreement_length(reference: Sequence[int], tokens: Sequence[int]) -> int:
+    """Tokens until the first difference; the shorter length if there is none."""
+    for index, (expected, found) in enumerate(zip(reference, tokens, strict=False)):
+        if expected != found:
+            return index
+    return min(len(reference), len(tokens))

@@ -1,0 +1,273 @@
+"""`KvarnCache`: a transformers cache whose K and V live in pages.
+
+Layers of full and sliding attention are paged, in groups that share block tables; every other kind of layer stays the
+one that transformers uses. What moves tokens about (crop, reorder, repeat, select, reset) is done once per group.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+
+import kvarn_rs
+from kvarn_rs.errors import ConfigError, DeviceError, RollbackError, UnknownFormatError, UnsupportedError
+
+from .attention import ATTENTION_NAME, register
+from .compat import Cache, dense_layer, plan_layers
+from .group import LayerGroup
+from .layer import KvarnLayer
+from .store import DenseFallbackWarning, PageStore
+
+
+class KvarnCache(Cache):
+    """Quantized, paged K and V for a decoder, for `generate` and for `model(...)`.
+
+    `model.generate(**batch, past_key_values=KvarnCache(model, "int8"))` is all there is to it. Padding takes no space;
+    beams, `num_return_sequences` and copies share blocks (copy-on-write); sliding layers release what leaves their
+    window. CPU only. Prompts beyond the model's `max_position_embeddings` are transformers' business: `generate` warns.
+    A forward that raises leaves the cache as before it; where a model also has layers that are not paged (linear or
+    chunked attention), call `reset` after that.
+
+    Args:
+        model_or_config: a model, whose attention implementation is set to "kvarn" (`register` included); or its
+            config, after `register()` and with the attention implementation set by the caller.
+        format: one of `kvarn_rs.FORMATS`; "raw" keeps the model's dtype.
+        block_size: positions per block: 16, 32, 64 or 128.
+        num_blocks: blocks of each layer group; None: as many as needed.
+        strict: raise UnsupportedError where attention would leave the pages, instead of counting and warning.
+
+    Raises:
+        UnknownFormatError: no such format.
+        ConfigError: an encoder-decoder model, or settings that do not work.
+        DeviceError: a model that is not on the CPU.
+        UnsupportedError: strict, and the model cannot use kvarn attention; a format that this build does not do.
+    """
+
+    def __init__(
+        self,
+        model_or_config: Any,
+        format: str = "int8",
+        *,
+        block_size: int = 128,
+        num_blocks: int | None = None,
+        strict: bool = False,
+    ) -> None:
+        model: Any = model_or_config if isinstance(model_or_config, torch.nn.Module) else None
+        config: Any = model_or_config if model is None else getattr(model, "config", None)
+        if not hasattr(config, "get_text_config"):
+            raise ConfigError(f"expected a transformers model or config, not {type(model_or_config).__name__}")
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError(f"{config.model_type} is an encoder-decoder model; KvarnCache is for decoders")
+        _check_pages(format, block_size, num_blocks)
+        decoder_config = config.get_text_config(decoder=True)
+        if model is not None:
+            if model.device.type != "cpu":
+                raise DeviceError(f"the model is on {model.device}; this release keeps K and V on the CPU only")
+            _use_kvarn_attention(model, decoder_config, strict)
+
+        plans = plan_layers(decoder_config)
+        members: dict[tuple, list[int]] = {}
+        for layer_idx, plan in enumerate(plans):
+            if plan.paged:
+                members.setdefault((plan.window, plan.shape), []).append(layer_idx)
+        groups = {
+            key: LayerGroup(len(idxs), key[0], format=format, block_size=block_size, num_blocks=num_blocks)
+            for key, idxs in members.items()
+        }
+        self._store = PageStore(list(groups.values()), strict)
+        layers: list[Any] = []
+        for layer_idx, plan in enumerate(plans):
+            key = (plan.window, plan.shape)
+            layers.append(
+                KvarnLayer(self._store, groups[key], members[key].index(layer_idx), layer_idx)
+                if plan.paged
+                else plan.own_layer
+            )
+        self._unpaged: dict[int, str] = {}  # layers that were to be paged, and why they are not
+        self._dropped_forwards = 0
+        super().__init__(layers=layers)
+
+    # A forward ---------------------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the new K and V of one layer, each [B, num_kv_heads, T, head_dim].
+
+        Returns:
+            For a paged layer, handles of the shape that `DynamicCache` would return: kvarn attention works on their
+            pages, any other operation on dequantized tensors (counted, with a warning). They are valid until the next
+            forward begins.
+
+        Raises:
+            ShapeError: another batch size than the cache holds.
+            ConfigError: a layer that the config does not have.
+            DeviceError: tensors that are not on the CPU.
+        """
+        if layer_idx >= len(self.layers):
+            raise ConfigError(f"layer {layer_idx} came to a cache for a model of {len(self.layers)} layers")
+        layer = self.layers[layer_idx]
+        if type(layer) is not KvarnLayer:
+            return self._update_other(layer_idx, key_states, value_states, *args, **kwargs)
+        if layer.group.core is None:
+            if key_states.device.type != "cpu":
+                raise DeviceError(f"K and V on {key_states.device}; this release keeps them on the CPU only")
+            reason = _why_not_paged(layer.group, key_states, value_states)
+            if reason is not None:
+                self._unpage(layer.group, reason)
+                return self._update_other(layer_idx, key_states, value_states, *args, **kwargs)
+        return layer.update(key_states, value_states)
+
+    def _update_other(
+        self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._dropped_forwards != self._store.dropped_forwards:
+            raise RollbackError(
+                "a forward stopped half-way, and layers that are not paged cannot undo their part of it; call reset()"
+            )
+        if layer_idx in self._unpaged:
+            self._store.count_fallback("unsupported_shape", self._unpaged[layer_idx])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _unpage(self, group: LayerGroup, reason: str) -> None:
+        """Gives the layers of a group that pages cannot hold back to transformers."""
+        for layer_idx, layer in enumerate(self.layers):
+            if isinstance(layer, KvarnLayer) and layer.group is group:
+                self.layers[layer_idx] = dense_layer(group.window)
+                self._unpaged[layer_idx] = reason
+        self._store.remove(group)
+
+    # Between forwards --------------------------------------------------------------------------------------------
+
+    def _other_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, KvarnLayer)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last -n positions (n <= 0), or keeps the first n (n > 0).
+
+        Sliding layers can go back to what their window still holds, or to the last crop if `activate_past_recording`
+        was called.
+
+        Raises:
+            RollbackError: more than the cache holds, or past what a sliding window holds; nothing was changed.
+        """
+        store = self._store
+        store.settle()
+        change = int(tokens_to_remove)  # some releases pass a tensor
+        length = self.get_seq_length()
+        target = length + change if change <= 0 else min(change, length)
+        if target < 0:
+            raise RollbackError(f"cannot remove {-change} positions of {length}")
+        for group in store.groups:
+            group.check_crop(target)
+        for layer in self._other_layers():
+            layer.crop(target - length)
+        for group in store.groups:
+            group.crop(target)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Batch row i becomes what row beam_idx[i] was. beam_idx: integers [B]. Blocks are shared, not copied."""
+        self._select(beam_idx.tolist())
+        for layer in self._other_layers():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every batch row becomes `repeats` rows. Blocks are shared, not copied."""
+        self._select([row for row in range(self._batch_size()) for _ in range(repeats)])
+        for layer in self._other_layers():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the batch rows that `indices` (integers, or bool [B]) selects, in its order."""
+        if batch_size := self._batch_size():
+            self._select(torch.arange(batch_size)[indices].tolist())
+        for layer in self._other_layers():
+            layer.batch_select_indices(indices)
+
+    def _batch_size(self) -> int:
+        return next((len(group.sequences) for group in self._store.groups), 0)
+
+    def _select(self, rows: list[int]) -> None:
+        self._store.settle()
+        for group in self._store.groups:
+            if group.sequences:
+                group.select(rows)
+
+    def reset(self) -> None:
+        """Empties the cache; its memory goes back to the pool. A forward in progress is dropped."""
+        self._store.reset()
+        self._dropped_forwards = self._store.dropped_forwards
+        for layer in self._other_layers():
+            layer.reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KvarnCache:
+        """An independent cache of the same tokens, its pages copied."""
+        self._store.settle()
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+    # What is known about it --------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """What the cache did and holds, all paged layers together.
+
+        Returns:
+            fused_calls: attention calls served from pages; dense_fallbacks: layer calls that left them, and
+            fallback_reasons, the same by reason; dropped_forwards: forwards that stopped half-way;
+            paged_layers and unpaged_layers; blocks_in_use, peak_blocks, bytes_in_use, peak_bytes: sums over the layer
+            groups; bytes_per_token: of all paged layers, from the layouts (0 before the first forward).
+        """
+        store = self._store
+        cores = [group.core.stats() for group in store.groups if group.core is not None]
+        return {
+            "fused_calls": store.fused_calls,
+            "dense_fallbacks": store.fallbacks.total(),
+            "fallback_reasons": dict(store.fallbacks),
+            "dropped_forwards": store.dropped_forwards,
+            "paged_layers": store.num_layers,
+            "unpaged_layers": len(self.layers) - store.num_layers,
+            **{
+                name: sum(core[name] for core in cores)
+                for name in ("blocks_in_use", "peak_blocks", "bytes_in_use", "peak_bytes", "bytes_per_token")
+            },
+        }
+
+
+def _check_pages(format: str, block_size: int, num_blocks: int | None) -> None:
+    """Typed errors for settings that no model can use, before a model is touched."""
+    if format not in kvarn_rs.FORMATS:
+        raise UnknownFormatError(f"unknown format {format!r}; known: {', '.join(kvarn_rs.FORMATS)}")
+    if num_blocks is not None and num_blocks < 1:
+        raise ConfigError(f"num_blocks is {num_blocks}; it must be at least 1, or None")
+    # The core knows what it does: ask it with the smallest shape there is.
+    kvarn_rs.PagedKvCache(num_layers=1, num_kv_heads=1, head_dim=16, format=format, block_size=block_size)
+
+
+def _use_kvarn_attention(model: Any, decoder_config: Any, strict: bool) -> None:
+    register()
+    model.set_attn_implementation(ATTENTION_NAME)
+    if decoder_config._attn_implementation == ATTENTION_NAME:
+        return
+    message = (
+        f"{type(model).__name__} has its own attention ({decoder_config._attn_implementation}) and cannot use "
+        "kvarn attention: every step will dequantize its K and V"
+    )
+    if strict:
+        raise UnsupportedError(message)
+    warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+
+
+def _why_not_paged(group: LayerGroup, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Creates a group's core cache from the first K and V of its layers; or tells why that cannot be."""
+    if k.shape != v.shape:
+        return f"K and V have different shapes, {list(k.shape)} and {list(v.shape)}"
+    try:
+        group.create_core(k)
+    except (ConfigError, UnsupportedError) as error:
+        return str(error)
+    return None

@@ -1,0 +1,102 @@
+"""What moves between transformers releases (5.16 <= release < 6), behind names that do not.
+
+Nothing else in this package imports from inside transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
+from transformers.modeling_utils import AttentionInterface
+
+__all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "Cache",
+    "CacheLayerMixin",
+    "LayerPlan",
+    "dense_layer",
+    "is_plain_causal",
+    "plan_layers",
+    "sdpa_mask",
+]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one model layer keeps between forwards.
+
+    Attributes:
+        own_layer: the layer that `DynamicCache` would use.
+        paged: whether pages can take its place (full and sliding attention; not linear, chunked, indexed, shared ...).
+        window: tokens that a query of a sliding layer sees, itself included; None without one.
+        shape: (num_kv_heads, head_dim) as the config says, possibly None: only a hint, the first K tells.
+    """
+
+    own_layer: Any
+    paged: bool
+    window: int | None
+    shape: tuple[int | None, int | None]
+
+
+def plan_layers(config: Any) -> list[LayerPlan]:
+    """One `LayerPlan` per layer of a decoder's text config, in order."""
+    # The types are needed besides the layers: chunked attention uses the class of sliding attention.
+    kinds = get_layer_types_and_kwargs(config)[0]
+    plans = []
+    layers = DynamicCache(config=config).layers
+    # Not strict: some releases leave out the last layers where they share the K and V of others.
+    for own_layer, kind, layer_config in zip(layers, kinds, config.per_layer_config, strict=False):
+        shape = (getattr(layer_config, "num_key_value_heads", None), getattr(layer_config, "head_dim", None))
+        if kind == "full_attention" and type(own_layer) is DynamicLayer:
+            plans.append(LayerPlan(own_layer, True, None, shape))
+        elif kind == "sliding_attention" and type(own_layer) is DynamicSlidingWindowLayer:
+            plans.append(LayerPlan(own_layer, True, own_layer.sliding_window, shape))
+        else:
+            plans.append(LayerPlan(own_layer, False, None, shape))
+    return plans
+
+
+def dense_layer(window: int | None) -> CacheLayerMixin:
+    """transformers' own layer for K/V that pages cannot hold."""
+    return DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+
+
+_WINDOWED = sliding_window_causal_mask_function(1)
+_OVERLAY = sliding_window_overlay(1)
+
+
+def is_plain_causal(mask_function: Callable) -> bool:
+    """Whether a mask function is causal, or causal within a sliding window, with nothing on top.
+
+    A sliding window's mask function is a closure that transformers makes anew each time: it is recognised by its code
+    and that of its parts. One that is not recognised costs speed (a dense mask), never correctness.
+    """
+    if mask_function is causal_mask_function:
+        return True
+    if getattr(mask_function, "__code__", None) is not _WINDOWED.__code__ or not mask_function.__closure__:
+        return False
+    parts = mask_function.__closure__[0].cell_contents
+    return (
+        isinstance(parts, tuple)
+        and len(parts) == 2
+        and getattr(parts[0], "__code__", None) is _OVERLAY.__code__
+        and parts[1] is causal_mask_function
+    )

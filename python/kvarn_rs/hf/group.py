@@ -1,0 +1,300 @@
+"""Where do the tokens of layers that look alike live, and which positions of transformers are they?
+
+transformers counts *positions*, padding included; pages hold only tokens. A `LayerGroup` owns the core cache of the
+layers with one (num_kv_heads, head_dim, window), one sequence per batch row, and the map between the two countings:
+
+    tokens of row b before position p = p - padding[b, :p].sum()        (positions from padding.shape[1] on are tokens)
+
+Between forwards `core.seq_len(sequences[b])` = tokens of row b before `length`, for every row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvarn_rs import PagedKvCache
+from kvarn_rs.errors import ConfigError, RollbackError, ShapeError
+
+from .masks import attended_columns, is_padding_row
+
+# A step of more new tokens than this is a prefill, whose tokens attend to each other unquantized (as in the core).
+MAX_PAGED_QUERIES = 16
+
+_UNCHECKED = object()  # not None: None is a mask
+
+
+class LayerGroup:
+    """Layers of one (num_kv_heads, head_dim, window): one core cache, one sequence per batch row."""
+
+    def __init__(
+        self, num_layers: int, window: int | None, *, format: str, block_size: int, num_blocks: int | None
+    ) -> None:
+        self.num_layers = num_layers
+        self.window = window
+        self.format = format
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.core: Any = None  # PagedKvCache, once the shape of K is known
+        self.dtype: torch.dtype | None = None
+        self.sequences: list[int] = []
+        self.length = 0
+        self.padding: torch.Tensor | None = None  # bool [B, P], True = padding; its last column has some
+        self.record_past = False  # keep what leaves the window, so that `crop` can come back to it
+        self.step: Any = None  # kvarn_rs.Step, from the first attention of a forward on
+        self.num_new = 0
+        self.step_tokens: torch.Tensor | None = None  # bool [B, num_new]; None: all are tokens
+        self.checked_mask: object = _UNCHECKED
+        self.verdict: str | None = None
+        self._grew = False  # since the last crop, under record_past
+
+    def create_core(self, k: torch.Tensor) -> None:
+        """Makes the core cache for K like k [B, num_kv_heads, T, head_dim].
+
+        Raises:
+            ConfigError, UnsupportedError: a shape, dtype, format or block size that the core does not do.
+        """
+        self.core = PagedKvCache(
+            num_layers=self.num_layers,
+            num_kv_heads=k.shape[1],
+            head_dim=k.shape[3],
+            format=self.format,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            dtype=str(k.dtype).removeprefix("torch."),
+            window=self.window,
+        )
+        self.dtype = k.dtype
+
+    def set_batch(self, batch_size: int) -> None:
+        """Gives every batch row a sequence; ShapeError if tokens of another batch are held."""
+        if len(self.sequences) == batch_size:
+            return
+        if self.length:
+            raise ShapeError(
+                f"the cache holds {len(self.sequences)} rows of {self.length} positions, K and V came with "
+                f"{batch_size} rows; use batch_repeat_interleave, batch_select_indices or reset"
+            )
+        for sequence in self.sequences:
+            self.core.free(sequence)
+        self.sequences = [self.core.new_sequence() for _ in range(batch_size)]
+
+    @property
+    def first_visible(self) -> int:
+        """The first position that the next query, or the first one of the open step, sees."""
+        return 0 if self.window is None else max(self.length - self.window + 1, 0)
+
+    # One forward: begin, (append, attend)*, commit or abort ------------------------------------------------------
+
+    def begin(self, num_new: int, tokens: torch.Tensor | None) -> Any:
+        """Opens and returns the step of a forward. tokens: bool [B, num_new], True = token; None: all are.
+
+        Raises:
+            OutOfBlocksError: nothing was changed.
+        """
+        # The first step after a crop may release what its own queries do not see: no later crop goes further back.
+        retain = self.record_past and self._grew
+        if tokens is None:
+            self.step = self.core.begin_step(self.sequences, num_new, retain=retain)
+        else:
+            self.step = self.core.begin_step(self.sequences, mask=tokens, retain=retain)
+        self.num_new = num_new
+        self.step_tokens = tokens
+        self.checked_mask = _UNCHECKED
+        return self.step
+
+    def admit(self, mask: torch.Tensor | None, num_new: int, window: int | None) -> str | None:
+        """Opens the step if need be, and tells why a mask keeps attention off the pages; None if it does not.
+
+        The first mask of a forward tells which of its new rows are padding.
+
+        Raises:
+            ConfigError: the mask lets a query see padding that was not stored.
+            ShapeError: the mask is not over the visible positions.
+            OutOfBlocksError: nothing was changed.
+        """
+        if self.step is not None and mask is self.checked_mask:
+            return self.verdict
+        seen = None
+        if mask is not None:
+            kv_len = self.length - self.first_visible + num_new
+            batch_size = len(self.sequences)
+            if mask.dim() != 4 or mask.shape[3] != kv_len or mask.shape[0] not in (1, batch_size):
+                raise ShapeError(
+                    f"attention mask {list(mask.shape)}, expected [{batch_size}, heads or 1, queries or 1, {kv_len}]"
+                )
+            seen = attended_columns(mask).expand(batch_size, -1)
+        if self.step is None:
+            tokens = None if seen is None else seen[:, -num_new:]
+            self.begin(num_new, None if tokens is None or tokens.all() else tokens.contiguous())
+        self.verdict = self._judge(mask, seen, window)
+        self.checked_mask = mask
+        return self.verdict
+
+    def _judge(self, mask: torch.Tensor | None, seen: torch.Tensor | None, window: int | None) -> str | None:
+        tokens = self.visible_tokens()
+        if tokens is not None:
+            unstored = ~tokens if seen is None else seen & ~tokens
+            if unstored.any():
+                row, column = unstored.nonzero()[0].tolist()
+                raise ConfigError(
+                    f"the attention mask shows position {column + self.first_visible} of batch row {row}, which was "
+                    "padding when it came: the cache keeps no K and V of padding. Pass the attention_mask of all "
+                    "positions, the earlier ones as they were"
+                )
+        if mask is None or seen is None:
+            return None
+        if not is_padding_row(mask):
+            return "custom_mask"
+        if not (seen.all() if tokens is None else torch.equal(seen, tokens)):
+            return "hidden_tokens"
+        if window is not None and tokens is not None and self._has_inner_padding():
+            return "padding_in_window"
+        return None
+
+    def _all_tokens(self) -> torch.Tensor | None:
+        """bool [B, positions up to the open step's last]: True = token; None: all are."""
+        if self.padding is None and self.step_tokens is None:
+            return None
+        num_new = self.num_new if self.step is not None else 0
+        tokens = torch.ones(len(self.sequences), self.length + num_new, dtype=torch.bool)
+        if self.padding is not None:
+            tokens[:, : self.padding.shape[1]] = ~self.padding
+        if self.step_tokens is not None:
+            tokens[:, self.length :] = self.step_tokens
+        return tokens
+
+    def visible_tokens(self) -> torch.Tensor | None:
+        """bool [B, kv_len] of the positions from `first_visible` on: True = token; None: all are."""
+        first = self.first_visible
+        if self.step_tokens is None and (self.padding is None or self.padding.shape[1] <= first):
+            return None
+        tokens = self._all_tokens()
+        return None if tokens is None else tokens[:, first:]
+
+    def _has_inner_padding(self) -> bool:
+        """Whether a row has padding between two tokens: a window of W positions then holds fewer than W tokens."""
+        tokens = self._all_tokens()
+        if tokens is None:
+            return False
+        before = tokens.cumsum(1) > 0
+        after = tokens.flip(1).cumsum(1).flip(1) > 0
+        return bool((before & after & ~tokens).any())
+
+    def commit(self) -> None:
+        """Closes the step: its tokens are there."""
+        if self.step_tokens is not None and (tokens := self._all_tokens()) is not None:
+            self.padding = _trim(~tokens)
+        self.step.commit()
+        self._close_step()
+        self.length += self.num_new
+        self._grew = True
+
+    def abort(self) -> None:
+        """Drops the step, if one is open: the group is as before it."""
+        if self.step is not None:
+            self.step.abort()
+            self._close_step()
+
+    def _close_step(self) -> None:
+        self.step = None
+        self.step_tokens = None
+        self.checked_mask = _UNCHECKED
+
+    def dequantize(
+        self, layer: int, fresh: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The visible K and V of one layer, [B, num_kv_heads, kv_len, head_dim], contiguous; zero where padding is.
+
+        fresh: the open step's K and V. A prefill shows them as they came, like the core's attention.
+        """
+        first = self.first_visible
+        num_new = self.num_new if self.step is not None else 0
+        kv_len = self.length - first + num_new
+        if num_new <= MAX_PAGED_QUERIES:
+            fresh = None
+        num_paged = kv_len if fresh is None else kv_len - num_new
+        tokens = self.visible_tokens()
+        size = (len(self.sequences), self.core.num_kv_heads, kv_len, self.core.head_dim)
+        k, v = torch.zeros(size, dtype=self.dtype), torch.zeros(size, dtype=self.dtype)
+        for row, sequence in enumerate(self.sequences):
+            rows = slice(row, row + 1)
+            start = self._num_tokens(row, first)
+            if tokens is None:
+                if num_paged:
+                    self.core.dequantize(layer, sequence, k[rows, :, :num_paged], v[rows, :, :num_paged], start=start)
+                continue
+            columns = tokens[row, :num_paged].nonzero()[:, 0]
+            if len(columns):
+                row_k = k.new_empty(1, size[1], len(columns), size[3])
+                row_v = torch.empty_like(row_k)
+                self.core.dequantize(layer, sequence, row_k, row_v, start=start)
+                k[row, :, columns] = row_k[0]
+                v[row, :, columns] = row_v[0]
+        if fresh is not None:
+            for dense, own in zip((k, v), fresh, strict=True):
+                tail = dense[:, :, num_paged:]
+                tail.copy_(own)
+                if self.step_tokens is not None:
+                    tail.masked_fill_(~self.step_tokens[:, None, :, None], 0)
+        return k, v
+
+    # Between forwards -------------------------------------------------------------------------------------------
+
+    def _num_tokens(self, row: int, position: int) -> int:
+        """Tokens of a batch row before a position."""
+        return position if self.padding is None else position - int(self.padding[row, :position].sum())
+
+    def select(self, rows: list[int]) -> None:
+        """Batch row i becomes what rows[i] was; a row used more than once is shared, copy-on-write."""
+        kept: set[int] = set()
+        sequences = []
+        for row in rows:
+            sequences.append(self.core.fork(self.sequences[row]) if row in kept else self.sequences[row])
+            kept.add(row)
+        for row, sequence in enumerate(self.sequences):
+            if row not in kept:
+                self.core.free(sequence)
+        self.sequences = sequences
+        if self.padding is not None:
+            self.padding = _trim(self.padding[rows])
+
+    def check_crop(self, length: int) -> None:
+        """RollbackError if the window no longer holds what a query at position `length` would see."""
+        if self.window is None or length == self.length:
+            return
+        for row, sequence in enumerate(self.sequences):
+            needed = max(self._num_tokens(row, length) - self.window + 1, 0)
+            held = self.core.first_held(sequence)
+            if held > needed:
+                raise RollbackError(
+                    f"cannot crop to {length} of {self.length} positions: a window of {self.window} needs tokens from "
+                    f"{needed} on, those before {held} were released; call activate_past_recording before the forward"
+                )
+
+    def crop(self, length: int) -> None:
+        """Keeps the first `length` positions."""
+        if length < self.length:
+            for row, sequence in enumerate(self.sequences):
+                self.core.truncate(sequence, self._num_tokens(row, length))
+            self.length = length
+            if self.padding is not None:
+                self.padding = _trim(self.padding[:, :length])
+        self._grew = False
+
+    def reset(self) -> None:
+        """Frees every sequence."""
+        if self.core is not None:
+            self.core.reset()
+        self._close_step()
+        self.sequences = []
+        self.length = 0
+        self.padding = None
+        self._grew = False
+
+
+def _trim(padding: torch.Tensor) -> torch.Tensor | None:
+    """Drops the columns after the last padding; None if there is no padding."""
+    columns = padding.any(0).nonzero()
+    return padding[:, : int(columns[-1]) + 1].contiguous() if len(columns) else None
