@@ -6,9 +6,22 @@ from typing import Any, Literal, final
 
 from typing_extensions import Self, TypeVar
 
-__all__ = ["PagedKvCache", "Step", "__version__", "capacity", "formats", "num_threads", "page_bytes", "simd_level"]
+__all__ = [
+    "DECODE_TOKENS",
+    "PagedKvCache",
+    "Step",
+    "__version__",
+    "capacity",
+    "formats",
+    "num_threads",
+    "page_bytes",
+    "simd_level",
+]
 
 __version__: str
+
+DECODE_TOKENS: int
+"""Most new tokens of a sequence in a step that reads everything from pages; more are a prefill."""
 
 _Tensor = TypeVar("_Tensor")
 

@@ -22,6 +22,9 @@ mod _core {
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_export]
+    const DECODE_TOKENS: usize = crate::plan::DECODE_TOKENS;
 }
 
 fn parse_format(name: &str) -> Result<Format> {

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .._core import DECODE_TOKENS
 from ..eval.metrics import agreement_length, kl_divergence, same_top1
 from .console import Console
 from .runs import GreedyRun, attention, attention_name, feed, greedy
 
 SCORED_PROMPT_TOKENS = 512  # prompts from this length on are scored too
 FIRST_TOKENS = 256
-CHUNK_TOKENS = 16  # the longest step that reads everything, itself included, from pages
 
 
 def compare(
@@ -85,8 +85,8 @@ def _chunks(prompt_ids: torch.Tensor, continuation: torch.Tensor) -> Iterator[tu
     """(tokens [1, T], scored): the steps in which a prompt and its continuation are fed."""
     first = FIRST_TOKENS if prompt_ids.shape[1] >= SCORED_PROMPT_TOKENS else prompt_ids.shape[1]
     yield prompt_ids[:, :first], False
-    for start in range(first, prompt_ids.shape[1], CHUNK_TOKENS):
-        yield prompt_ids[:, start : start + CHUNK_TOKENS], True
+    for start in range(first, prompt_ids.shape[1], DECODE_TOKENS):
+        yield prompt_ids[:, start : start + DECODE_TOKENS], True
     for token in continuation[0]:
         yield token.view(1, 1), True
 

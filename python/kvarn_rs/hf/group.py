@@ -15,12 +15,10 @@ from typing import Any
 import torch
 
 from kvarn_rs import PagedKvCache
+from kvarn_rs._core import DECODE_TOKENS
 from kvarn_rs.errors import ConfigError, RollbackError, ShapeError
 
 from .masks import attended_columns, is_padding_row
-
-# A step of more new tokens than this is a prefill, whose tokens attend to each other unquantized (as in the core).
-MAX_PAGED_QUERIES = 16
 
 _UNCHECKED = object()  # not None: None is a mask
 
@@ -212,7 +210,7 @@ class LayerGroup:
         first = self.first_visible
         num_new = self.num_new if self.step is not None else 0
         kv_len = self.length - first + num_new
-        if num_new <= MAX_PAGED_QUERIES:
+        if num_new <= DECODE_TOKENS:
             fresh = None
         num_paged = kv_len if fresh is None else kv_len - num_new
         tokens = self.visible_tokens()
