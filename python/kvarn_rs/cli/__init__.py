@@ -57,13 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "run" not in arguments:
             parser.print_help()
             return 0
-        return arguments.run(arguments, Console(json=arguments.json, quiet=arguments.quiet))
+        code = arguments.run(arguments, Console(json=arguments.json, quiet=arguments.quiet))
+        sys.stdout.flush()  # here, where a reader that went away is no error
+        return code
     except KvarnError as error:
         print(f"kvarn: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("kvarn: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout went away, as `head` does; the flush at exit must not raise again
+    except BrokenPipeError:  # `head`, say; the flush at exit must not raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

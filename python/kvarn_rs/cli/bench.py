@@ -113,12 +113,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         check_format(name, arguments.block_size)
     if arguments.context < 2:
         raise ConfigError("--context must be at least 2: one token, and one that attends to it")
-    threads = arguments.threads or len(os.sched_getaffinity(0))
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read when the core's first kernel runs
     import torch
 
     from .. import _core
 
+    if arguments.threads is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # read when the core's first kernel runs
+    threads = arguments.threads or _core.num_threads()
     if _core.num_threads() != threads:
         console.warn(f"kvarn's threads were started before: it runs on {_core.num_threads()}, torch on {threads}")
     before = torch.get_num_threads()
@@ -180,11 +181,13 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, working_set: int) -> list[Contender]:
     """SDPA in one dtype, asked in two ways."""
+    import torch
+
     bytes_read = 2 * k.numel() * dtype.itemsize
     q = q.to(dtype)
     rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
     copies = [(k.to(dtype, copy=True), v.to(dtype, copy=True)) for _ in range(copies_for(working_set, bytes_read))]
-    name = str(dtype).removeprefix("torch.")
+    name = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
     return [
         Contender(f"sdpa {name}", bytes_read, [lambda k=k, v=v: sdpa(q, k, v) for k, v in copies]),
         Contender(f"sdpa {name} grouped", bytes_read, [lambda k=k, v=v: sdpa(rows, k, v) for k, v in copies]),

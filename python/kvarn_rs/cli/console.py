@@ -50,15 +50,17 @@ class Console:
         """The result as a table; the first column is text, the others numbers."""
         if self.json:
             return
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         if sys.stdout.isatty():
-            table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+            table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
             for index, column in enumerate(columns):
-                table.add_column(column, justify="left" if index == 0 else "right")
+                table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
             for row in rows:
                 table.add_row(*row)
-            rich.console.Console().print(table)
+            console = rich.console.Console()
+            console.width = max(console.width, sum(widths) + 3 * len(widths))  # a number is never cut short
+            console.print(table)
             return
-        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         for row in (columns, *rows):
             cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
             cells[0] = row[0].ljust(widths[0])
@@ -74,7 +76,9 @@ class Console:
         if total is not None:
             columns += [rich.progress.BarColumn(), rich.progress.MofNCompleteColumn()]
         columns.append(rich.progress.TimeElapsedColumn())
-        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True) as bars:
+        console = rich.console.Console(stderr=True)
+        # Redrawn seldom: what goes on below it may be a measurement.
+        with rich.progress.Progress(*columns, console=console, transient=True, refresh_per_second=2) as bars:
             task = bars.add_task(label, total=total)
             yield lambda steps: bars.advance(task, steps)
 

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         with console.progress(f"loading {arguments.model}"):
             model, tokenizer = load_folder(Path(arguments.model))
     prompt_ids = encode(tokenizer, prompt, arguments.raw)
-    check_length(model, prompt_ids.shape[1], arguments.max_new_tokens)
+    check_prompt(model, prompt_ids, arguments.max_new_tokens)
 
     from ..hf import KvarnCache
     from .runs import attention_name, greedy, warm_up
@@ -136,8 +136,14 @@ def encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
     return prompt_ids.long()
 
 
-def check_length(model: Any, prompt_tokens: int, new_tokens: int) -> None:
-    """Refuses what the model has no positions for."""
+def check_prompt(model: Any, prompt_ids: Any, new_tokens: int) -> None:
+    """Refuses tokens that the model does not know, and more of them than it has positions for."""
+    prompt_tokens = prompt_ids.shape[1]
+    known = model.get_input_embeddings().num_embeddings
+    if prompt_ids.max() >= known:
+        raise ConfigError(
+            f"the tokenizer made token {prompt_ids.max()}, the model knows {known}: not one model's folder"
+        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise ConfigError(

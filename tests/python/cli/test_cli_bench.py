@@ -43,15 +43,15 @@ def test_results_are_checked_and_compared(kvarn: Callable[..., Any]) -> None:
     results = {result["name"]: result for result in report["results"]}
     assert list(results) == [
         "stream",
-        "sdpa float32",
-        "sdpa float32 grouped",
-        "sdpa bfloat16",
-        "sdpa bfloat16 grouped",
+        "sdpa f32",
+        "sdpa f32 grouped",
+        "sdpa bf16",
+        "sdpa bf16 grouped",
         "raw",
         "int8",
     ]
     assert results["stream"]["stream_share"] == 1
-    assert results["sdpa bfloat16"]["bytes"] == 2 * 160 * 2 * 64 * 2 * 2
+    assert results["sdpa bf16"]["bytes"] == 2 * 160 * 2 * 64 * 2 * 2
     assert results["int8"]["bytes"] == 2 * 160 * 2 * (2 * 16 * 64 + 6 * 16 + 4 * 64) / 16
     assert results["raw"]["max_relative_error"] <= results["raw"]["tolerance"] == 1e-5
     assert results["int8"]["max_relative_error"] <= results["int8"]["tolerance"] == 2e-3

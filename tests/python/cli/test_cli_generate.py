@@ -113,6 +113,16 @@ def test_a_prompt_beyond_the_models_limit_is_refused_with_the_numbers(
     assert kvarn("generate", "--model", tiny_model, "--raw", "--max-new-tokens", "24", "--json", "x" * 1000).code == 0
 
 
+def test_a_tokenizer_of_another_model_is_refused(kvarn: Callable[..., Any], tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"]["a"] = 300
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert "300" in kvarn("generate", "--model", folder, "a").refused()
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -20,6 +20,11 @@ def test_divergence_is_that_of_the_distributions_and_of_the_reference_first() ->
     assert kl_divergence(reference[0], skewed) != kl_divergence(skewed, reference[0])
 
 
+def test_tokens_that_both_rule_out_add_nothing() -> None:
+    reference = torch.tensor([0.5, 0.5, 0.0]).log()
+    torch.testing.assert_close(kl_divergence(reference, reference), torch.tensor(0.0))
+
+
 def test_divergence_is_computed_in_float32_whatever_the_logits_are() -> None:
     logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
     half = kl_divergence(logits.bfloat16(), logits.bfloat16())
