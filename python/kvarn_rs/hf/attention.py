@@ -52,7 +52,7 @@ def kvarn_attention(
         [B, T, num_q_heads, head_dim], contiguous, and None: attention weights are not available.
 
     Raises:
-        UnsupportedError: dropout or gradients with pages.
+        UnsupportedError: dropout with pages, gradients in training; in eval mode, a later backward.
         ConfigError: a mask that shows padding which was not stored.
         StaleStepError: handles of an earlier forward.
         NonFiniteError, OutOfBlocksError: from the pages; the cache is as before the forward.
@@ -118,6 +118,7 @@ def _paged_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
+    asked = query if query.requires_grad and torch.is_grad_enabled() else None
     if query.requires_grad:
         query = query.detach()
     num_new = pending.forward.num_new
@@ -145,7 +146,21 @@ def _paged_attention(
         store.abort()
         raise
     store.fused_calls += 1
-    return out if num_queries == num_new else out[:, num_new - num_queries :].contiguous()
+    if num_queries != num_new:
+        out = out[:, num_new - num_queries :].contiguous()
+    return out if asked is None else _Undifferentiable.apply(out, asked)
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """Output of pages under enabled gradients: a forward is fine, a backward must not silently lose a path."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise UnsupportedError("attention on pages has no gradients; train with an unquantized cache, or with none")
 
 
 def dense_attention(

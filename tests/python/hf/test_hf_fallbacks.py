@@ -279,3 +279,5 @@ def test_attention_on_pages_has_neither_dropout_nor_gradients():
     model.eval()
     logits = model(input_ids=prompt(1, 20), **{CACHE_NAME: cache}).logits  # without torch.no_grad()
     torch.testing.assert_close(logits.detach(), forward(model, kvarn_cache(model), prompt(1, 20)))
+    with pytest.raises(UnsupportedError, match="no gradients"):
+        logits.sum().backward()
