@@ -23,7 +23,7 @@ setup:
 dev: setup
     maturin develop --uv --release
 
-# Install, then run the main job on real weights: generate from a 1,705-token prompt, beside the unquantized cache
+# Install, then run the main job on real weights: generate from a 1,735-token prompt, beside the unquantized cache
 demo *OPTIONS="": dev
     kvarn generate --model demo --format int8 --compare --prompt-file examples/prompt.txt {{ OPTIONS }}
 

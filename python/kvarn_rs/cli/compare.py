@@ -9,6 +9,7 @@ and, if the prompt has 512 tokens or more, those of the prompt too: its first 25
 * `kl_mean`: mean KL divergence of the next-token distributions from the reference's, in nats, over `positions`;
 * `same_top1`: share of them with the same likeliest token;
 * `agreement_tokens`: greedy tokens of both caches until the first difference;
+* `reference`: what the reference is, with its dtype;
 * `reference_*`: memory and speed of the unquantized cache, generating as many tokens.
 """
 
@@ -70,6 +71,7 @@ def compare(
             advance(tokens.shape[1])
     divergence = torch.cat(divergences).double()
     return {
+        "reference": f"unquantized ({str(model.dtype).removeprefix('torch.')})",
         "kl_mean": divergence.mean().item(),
         "same_top1": torch.cat(matches).double().mean().item(),
         "positions": divergence.numel(),

@@ -1,9 +1,9 @@
 """`kvarn generate`: text from a model with its keys and values in a kvarn cache, and beside it the unquantized cache.
 
 JSON: ``{"format", "text", "tokens", "prompt_tokens", "bytes_per_token", "bytes_in_use", "dense_fallbacks",
-"decode_tokens_per_s", "prefill_s", "stats"}`` and, with ``--compare``, ``"compare": {"kl_mean", "same_top1",
-"positions", "agreement_tokens", "reference_bytes_per_token", "reference_bytes_in_use", "reference_decode_tokens_per_s",
-"reference_prefill_s"}``.
+"decode_tokens_per_s", "prefill_s", "stats"}`` and, with ``--compare``, ``"compare": {"reference", "kl_mean",
+"same_top1", "positions", "agreement_tokens", "reference_bytes_per_token", "reference_bytes_in_use",
+"reference_decode_tokens_per_s", "reference_prefill_s"}``.
 
 `tokens` counts those generated. Bytes are measured after them: what the cache's blocks take (partly filled ones whole),
 in all and over the tokens held; for the reference, what its tensors take. `decode_tokens_per_s` is null when fewer than
@@ -48,6 +48,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Generates, compares if asked to, and prints."""
     prompt = read_prompt(arguments)
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty: there is nothing to continue")
     require("torch", "transformers")
     check_format(arguments.format, arguments.block_size)
     if arguments.model == "demo":
@@ -180,7 +182,7 @@ def _print_comparison(payload: dict[str, Any], console: Console) -> None:
                 payload["decode_tokens_per_s"],
             ),
             (
-                "unquantized",
+                compared["reference"],
                 compared["reference_bytes_per_token"],
                 compared["reference_bytes_in_use"],
                 compared["reference_prefill_s"],

@@ -220,4 +220,4 @@ def _print(report: dict[str, Any], console: Console) -> None:
     for entry in report["unsupported"]:
         console.line(f"{entry['format']} is not planned: {entry['reason']}")
     for note in report["notes"]:
-        console.line(f"note: {note}")
+        console.note(f"note: {note}")

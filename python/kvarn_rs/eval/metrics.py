@@ -21,7 +21,8 @@ def kl_divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor
     expected = torch.log_softmax(reference.float(), dim=-1)
     found = torch.log_softmax(logits.float(), dim=-1)
     terms = expected.exp() * (expected - found)
-    return terms.masked_fill(expected == -torch.inf, 0).sum(dim=-1)  # the limit of p log p
+    total = terms.masked_fill(expected == -torch.inf, 0).sum(dim=-1)  # the limit of p log p
+    return total.clamp(min=0)  # rounding alone makes it negative
 
 
 def same_top1(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -197,7 +197,7 @@ class PageStore:
     def count_fallback(self, reason: str, detail: str = "") -> None:
         """Counts a dense fallback and warns of its reason's first; UnsupportedError if the cache is strict."""
         what, remedy = FALLBACKS[reason]
-        message = f"kvarn: {what.format(detail=detail)}. To stay on the pages: {remedy}."
+        message = f"kvarn: {what.format(detail=detail)}. Remedy: {remedy}."
         if self.strict:
             raise UnsupportedError(message)
         self.fallbacks[reason] += 1

@@ -35,14 +35,26 @@ impl Arena {
         self.slabs.len() * self.blocks_per_slab
     }
 
+    fn missing_slabs(&self, num_blocks: usize) -> usize {
+        num_blocks.saturating_sub(self.num_blocks()).div_ceil(self.blocks_per_slab)
+    }
+
+    fn slab_bytes(&self) -> usize {
+        self.blocks_per_slab * self.block_bytes()
+    }
+
+    /// Bytes that [`Self::grow`] would allocate.
+    pub fn missing_bytes(&self, num_blocks: usize) -> usize {
+        self.missing_slabs(num_blocks).saturating_mul(self.slab_bytes())
+    }
+
     /// Makes room for `num_blocks`, or changes nothing.
     pub fn grow(&mut self, num_blocks: usize) -> Result<()> {
-        let missing = num_blocks.saturating_sub(self.num_blocks()).div_ceil(self.blocks_per_slab);
+        let (missing, slab_bytes) = (self.missing_slabs(num_blocks), self.slab_bytes());
         if missing == 0 {
             return Ok(());
         }
-        let slab_bytes = self.blocks_per_slab * self.block_bytes();
-        let refused = Error::OutOfMemory { bytes: missing.saturating_mul(slab_bytes), what: "pages" };
+        let refused = Error::OutOfMemory { bytes: self.missing_bytes(num_blocks), what: "pages" };
         let mut slabs = Vec::new();
         if slabs.try_reserve(missing).is_err() || self.slabs.try_reserve(missing).is_err() {
             return Err(refused);
@@ -101,6 +113,9 @@ impl Arena {
 
 #[derive(Debug)]
 struct Slab {
+    /// What was allocated: `bytes` and room to align them.
+    memory: *mut u8,
+    /// The first aligned byte of it.
     base: *mut u8,
     bytes: usize,
 }
@@ -111,20 +126,23 @@ unsafe impl Send for Slab {}
 unsafe impl Sync for Slab {}
 
 impl Slab {
+    /// Asks for the machine's own alignment only: zeroed memory of a stricter one is written to when it is allocated,
+    /// while this is given, page by page, when it is first used.
     fn layout(bytes: usize) -> Layout {
-        Layout::from_size_align(bytes, ALIGNMENT).expect("a block's bytes were checked with the settings")
+        Layout::from_size_align(bytes + ALIGNMENT, 16).expect("a block's bytes were checked with the settings")
     }
 
     fn zeroed(bytes: usize) -> Option<Self> {
-        // SAFETY: records are never empty, so the layout has a size.
-        let base = unsafe { alloc_zeroed(Self::layout(bytes)) };
-        (!base.is_null()).then_some(Self { base, bytes })
+        // SAFETY: the layout has a size.
+        let memory = unsafe { alloc_zeroed(Self::layout(bytes)) };
+        let base = memory.wrapping_add(memory.align_offset(ALIGNMENT));
+        (!memory.is_null()).then_some(Self { memory, base, bytes })
     }
 }
 
 impl Drop for Slab {
     fn drop(&mut self) {
         // SAFETY: allocated in `zeroed` with the same layout.
-        unsafe { dealloc(self.base, Self::layout(self.bytes)) };
+        unsafe { dealloc(self.memory, Self::layout(self.bytes)) };
     }
 }

@@ -102,6 +102,13 @@ impl Cpu {
 
 impl Backend for Cpu {
     fn grow(&mut self, num_blocks: usize) -> Result<()> {
+        let missing = self.layers.iter().map(|arena| arena.missing_bytes(num_blocks));
+        let bytes = missing.fold(0, usize::saturating_add);
+        // A system that hands out memory when it is first used refuses only what no machine could give, and only in
+        // one piece: ask for the whole first.
+        if Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
+            return Err(Error::OutOfMemory { bytes, what: "pages" });
+        }
         self.layers.iter_mut().try_for_each(|arena| arena.grow(num_blocks))
     }
 
