@@ -66,9 +66,17 @@ pub struct CacheStats {
 /// The cache's side of a [`Step`].
 #[derive(Debug)]
 struct OpenStep {
+    plan: Arc<StepPlan>,
     sequences: Arc<[SequenceId]>,
     /// Which layers have their keys and values.
     appended: Vec<bool>,
+}
+
+impl OpenStep {
+    /// Ids of steps are counted by each cache on its own; the plan says whose step it is.
+    fn is_of(&self, step: &Step) -> bool {
+        Arc::ptr_eq(&self.plan, &step.plan)
+    }
 }
 
 /// The pages of a group of layers of one shape, on the CPU.
@@ -197,7 +205,8 @@ impl PagedKvCache {
         };
         let id = self.next_step;
         self.next_step += 1;
-        self.steps.insert(id, OpenStep { sequences, appended: vec![false; self.config.num_layers] });
+        self.steps
+            .insert(id, OpenStep { plan: Arc::clone(&plan), sequences, appended: vec![false; self.config.num_layers] });
         Ok(Step { id, plan })
     }
 
@@ -223,7 +232,7 @@ impl PagedKvCache {
     /// [`Error::StaleStep`], [`Error::Config`] for a layer that does not exist, and what [`Backend::append`] refuses.
     pub fn append(&mut self, step: &Step, layer: usize, fresh: Fresh<'_>) -> Result<()> {
         self.check_layer(layer)?;
-        let open = self.steps.get_mut(&step.id).ok_or_else(stale)?;
+        let open = self.steps.get_mut(&step.id).filter(|open| open.is_of(step)).ok_or_else(stale)?;
         self.backend.append(layer, &step.plan, fresh)?;
         open.appended[layer] = true;
         Ok(())
@@ -244,7 +253,7 @@ impl PagedKvCache {
         out: TensorViewMut<'_>,
     ) -> Result<()> {
         self.check_layer(layer)?;
-        if !self.steps.get(&step.id).ok_or_else(stale)?.appended[layer] {
+        if !self.open_step(step)?.appended[layer] {
             return Err(Error::IncompleteStep { missing: vec![layer] });
         }
         options.window = match (self.config.window, options.window) {
@@ -259,12 +268,13 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::StaleStep`]; [`Error::IncompleteStep`] when a layer has not been appended, and the step stays open.
     pub fn commit(&mut self, step: &Step) -> Result<()> {
-        let open = self.steps.get(&step.id).ok_or_else(stale)?;
+        let open = self.open_step(step)?;
         let missing: Vec<usize> = (0..open.appended.len()).filter(|&layer| !open.appended[layer]).collect();
         if !missing.is_empty() {
             return Err(Error::IncompleteStep { missing });
         }
-        self.paging.commit(&open.sequences)?;
+        let sequences = Arc::clone(&open.sequences);
+        self.paging.commit(&sequences)?;
         self.steps.remove(&step.id);
         Ok(())
     }
@@ -275,14 +285,15 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::StaleStep`].
     pub fn abort(&mut self, step: &Step) -> Result<()> {
-        let open = self.steps.remove(&step.id).ok_or_else(stale)?;
-        self.paging.abort(&open.sequences)
+        let sequences = Arc::clone(&self.open_step(step)?.sequences);
+        self.steps.remove(&step.id);
+        self.paging.abort(&sequences)
     }
 
     /// Is the step neither committed nor aborted?
     #[must_use]
     pub fn is_open(&self, step: &Step) -> bool {
-        self.steps.contains_key(&step.id)
+        self.open_step(step).is_ok()
     }
 
     /// Decodes tokens `start..` of a sequence into `k` and `v`, `[B, num_kv_heads, T, head_dim]` each, `B * T` tokens.
@@ -358,6 +369,10 @@ impl PagedKvCache {
     /// [`Error::UnknownSequence`].
     pub fn block_table(&self, sequence: SequenceId) -> Result<&[BlockId]> {
         Ok(self.paging.sequence(sequence)?.blocks())
+    }
+
+    fn open_step(&self, step: &Step) -> Result<&OpenStep> {
+        self.steps.get(&step.id).filter(|open| open.is_of(step)).ok_or_else(stale)
     }
 
     fn check_layer(&self, layer: usize) -> Result<()> {

@@ -204,3 +204,42 @@ fn a_foreign_block_table_beyond_the_memory_is_refused() {
     let error = backend.append(0, &plan, Fresh { k: view, v: view }).unwrap_err();
     assert!(matches!(error, Error::UnknownBlock { id: 1_000_000, .. }), "{error:?}");
 }
+
+#[test]
+fn a_step_of_another_cache_is_refused() {
+    let ((mut one, sequence), (mut other, same)) = (filled(), filled());
+    let step = one.begin_step(&[(sequence, Rows::All(1))], false).unwrap();
+    let own = other.begin_step(&[(same, Rows::All(1))], false).unwrap();
+    let values = vec![0.0; HEADS * HEAD_DIM];
+    assert!(matches!(append(&mut other, &step, &values, &values), Err(Error::StaleStep(_))));
+    assert!(matches!(other.commit(&step), Err(Error::StaleStep(_))));
+    assert!(matches!(other.abort(&step), Err(Error::StaleStep(_))));
+    assert!(!other.is_open(&step) && other.is_open(&own) && one.is_open(&step));
+}
+
+#[test]
+fn a_backend_is_built_for_pages_that_exist_and_used_with_plans_of_its_blocks() {
+    let good = cpu::CpuConfig {
+        format: Format::Int8,
+        dtype: Dtype::F32,
+        num_layers: 1,
+        num_kv_heads: HEADS,
+        head_dim: HEAD_DIM,
+        block_size: 16,
+    };
+    let level = cpu::Level::best();
+    assert!(matches!(cpu::Cpu::new(cpu::CpuConfig { head_dim: 24, ..good }, level), Err(Error::Unsupported(_))));
+    assert!(matches!(cpu::Cpu::new(cpu::CpuConfig { block_size: 20, ..good }, level), Err(Error::Config(_))));
+    assert!(matches!(cpu::Cpu::new(cpu::CpuConfig { num_kv_heads: 0, ..good }, level), Err(Error::Config(_))));
+    let mut backend = cpu::Cpu::new(good, level).unwrap();
+    backend.grow(1).unwrap();
+    let table = [BlockId(0)];
+    let input = SequenceInput { block_table: &table, context_len: 0, first_held: 0, rows: Rows::All(1) };
+    let values = vec![0.0; HEADS * HEAD_DIM];
+    let view = TensorView::from_slice("k", &values, [1, HEADS, 1, HEAD_DIM]).unwrap();
+    for (block_size, layer) in [(32, 0), (16, 1)] {
+        let plan = StepPlan::new(block_size, &[input]).unwrap();
+        assert!(matches!(backend.append(layer, &plan, Fresh { k: view, v: view }), Err(Error::Config(_))));
+    }
+    assert!(matches!(TensorView::from_slice("k", &[], [1 << 33, 1 << 31, 1, 1]), Err(Error::Shape { .. })));
+}

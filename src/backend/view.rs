@@ -53,7 +53,8 @@ impl RawView {
     }
 
     fn from_slice(name: &'static str, len: usize, base: *mut u8, dtype: Dtype, shape: [usize; 4]) -> Result<Self> {
-        if shape.iter().product::<usize>() != len {
+        let count = shape.iter().try_fold(1usize, |count, &n| count.checked_mul(n));
+        if count != Some(len) {
             return Err(Error::Shape { name, expected: format!("{len} elements"), got: shape.to_vec() });
         }
         let [_, heads, rows, width] = shape.map(|n| n as isize);
@@ -76,7 +77,7 @@ impl RawView {
     #[inline(always)]
     fn at(&self, row: usize, head: usize) -> *mut u8 {
         let (b, t) = (row / self.shape[2], row % self.shape[2]);
-        debug_assert!(b < self.shape[0] && head < self.shape[1]);
+        assert!(b < self.shape[0] && head < self.shape[1]);
         let elements = b as isize * self.strides[0] + head as isize * self.strides[1] + t as isize * self.strides[2];
         self.base.wrapping_offset(elements * self.dtype.bytes() as isize)
     }
@@ -136,7 +137,7 @@ impl<'a> TensorView<'a> {
 
     /// Copies one token row of one head into `out` (`head_dim` values), widened to f32.
     #[inline(always)]
-    pub fn read_row(&self, row: usize, head: usize, out: &mut [f32]) {
+    pub(crate) fn read_row(&self, row: usize, head: usize, out: &mut [f32]) {
         let at = self.raw.at(row, head);
         let len = out.len().min(self.raw.shape[3]);
         match self.raw.dtype {
@@ -203,7 +204,7 @@ impl<'a> TensorViewMut<'a> {
     /// # Safety
     /// No other thread writes the same (row, head) at the same time.
     #[inline(always)]
-    pub unsafe fn write_row(&self, row: usize, head: usize, values: &[f32]) {
+    pub(crate) unsafe fn write_row(&self, row: usize, head: usize, values: &[f32]) {
         let at = self.raw.at(row, head);
         let len = values.len().min(self.raw.shape[3]);
         match self.raw.dtype {

@@ -21,7 +21,7 @@ const NONE: u32 = u32::MAX;
 pub(super) const MAX_BLOCKS: usize = u32::MAX as usize;
 
 #[derive(Debug, Clone, Copy)]
-struct Slot {
+struct Entry {
     refcount: u32,
     /// Neighbours on the free list; meaningless while held.
     older: u32,
@@ -30,7 +30,7 @@ struct Slot {
 
 #[derive(Debug, Clone)]
 pub(super) struct BlockPool {
-    slots: Vec<Slot>,
+    entries: Vec<Entry>,
     /// `None`: grows as needed.
     bound: Option<usize>,
     oldest: u32,
@@ -41,7 +41,7 @@ pub(super) struct BlockPool {
 
 impl BlockPool {
     pub(super) fn new(bound: Option<usize>) -> Self {
-        Self { slots: Vec::new(), bound, oldest: NONE, newest: NONE, num_listed: 0, peak: 0 }
+        Self { entries: Vec::new(), bound, oldest: NONE, newest: NONE, num_listed: 0, peak: 0 }
     }
 
     pub(super) fn bound(&self) -> Option<usize> {
@@ -53,11 +53,11 @@ impl BlockPool {
     }
 
     pub(super) fn num_known(&self) -> usize {
-        self.slots.len()
+        self.entries.len()
     }
 
     pub(super) fn num_held(&self) -> usize {
-        self.slots.len() - self.num_listed
+        self.entries.len() - self.num_listed
     }
 
     /// Known blocks that nobody holds.
@@ -75,16 +75,16 @@ impl BlockPool {
     }
 
     pub(super) fn refcount(&self, id: BlockId) -> u32 {
-        self.slots[id.0 as usize].refcount
+        self.entries[id.0 as usize].refcount
     }
 
     /// A block with refcount 1, or `None` when all are held.
     pub(super) fn take(&mut self) -> Option<BlockId> {
-        let fresh = self.slots.len() < self.limit() && (self.bound.is_some() || self.num_listed == 0);
+        let fresh = self.entries.len() < self.limit() && (self.bound.is_some() || self.num_listed == 0);
         if fresh {
-            self.slots.push(Slot { refcount: 1, older: NONE, newer: NONE });
+            self.entries.push(Entry { refcount: 1, older: NONE, newer: NONE });
             self.peak = self.peak.max(self.num_held());
-            return Some(BlockId((self.slots.len() - 1) as u32));
+            return Some(BlockId((self.entries.len() - 1) as u32));
         }
         let id = (self.oldest != NONE).then_some(BlockId(self.oldest))?;
         self.retain(id);
@@ -96,53 +96,53 @@ impl BlockPool {
         if self.refcount(id) == 0 {
             self.unlist(id);
         }
-        self.slots[id.0 as usize].refcount += 1;
+        self.entries[id.0 as usize].refcount += 1;
         self.peak = self.peak.max(self.num_held());
     }
 
     /// One holder less; the last one's block becomes the newest free one.
     pub(super) fn release(&mut self, id: BlockId) {
-        let slot = &mut self.slots[id.0 as usize];
-        slot.refcount -= 1;
-        if slot.refcount > 0 {
+        let entry = &mut self.entries[id.0 as usize];
+        entry.refcount -= 1;
+        if entry.refcount > 0 {
             return;
         }
-        (slot.older, slot.newer) = (self.newest, NONE);
+        (entry.older, entry.newer) = (self.newest, NONE);
         match self.newest {
             NONE => self.oldest = id.0,
-            newest => self.slots[newest as usize].newer = id.0,
+            newest => self.entries[newest as usize].newer = id.0,
         }
         self.newest = id.0;
         self.num_listed += 1;
     }
 
     fn unlist(&mut self, id: BlockId) {
-        let Slot { older, newer, .. } = self.slots[id.0 as usize];
+        let Entry { older, newer, .. } = self.entries[id.0 as usize];
         match older {
             NONE => self.oldest = newer,
-            older => self.slots[older as usize].newer = newer,
+            older => self.entries[older as usize].newer = newer,
         }
         match newer {
             NONE => self.newest = older,
-            newer => self.slots[newer as usize].older = older,
+            newer => self.entries[newer as usize].older = older,
         }
         self.num_listed -= 1;
     }
 
     /// Names the equation of the module documentation that does not hold; `holders[b]` counts table entries.
     pub(super) fn check(&self, holders: &[u32]) -> Result<(), String> {
-        for (id, (slot, &holders)) in self.slots.iter().zip(holders).enumerate() {
-            if slot.refcount != holders {
-                return Err(format!("block {id}: refcount {} != {holders} entries in block tables", slot.refcount));
+        for (id, (entry, &holders)) in self.entries.iter().zip(holders).enumerate() {
+            if entry.refcount != holders {
+                return Err(format!("block {id}: refcount {} != {holders} entries in block tables", entry.refcount));
             }
         }
         let (mut listed, mut older, mut id) = (0, NONE, self.oldest);
         while id != NONE {
-            let slot = self.slots[id as usize];
-            if slot.refcount != 0 || slot.older != older || listed == self.num_listed {
-                return Err(format!("free list: block {id} (refcount {}) after {listed} blocks", slot.refcount));
+            let entry = self.entries[id as usize];
+            if entry.refcount != 0 || entry.older != older || listed == self.num_listed {
+                return Err(format!("free list: block {id} (refcount {}) after {listed} blocks", entry.refcount));
             }
-            (listed, older, id) = (listed + 1, id, slot.newer);
+            (listed, older, id) = (listed + 1, id, entry.newer);
         }
         let num_zero = holders.iter().filter(|&&holders| holders == 0).count();
         if listed != self.num_listed || older != self.newest || listed != num_zero {

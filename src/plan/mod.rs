@@ -78,13 +78,13 @@ impl Rows<'_> {
 #[derive(Debug, Clone)]
 pub struct SequencePlan {
     /// Its blocks, those of the new tokens included.
-    pub block_table: Vec<BlockId>,
+    pub(crate) block_table: Vec<BlockId>,
     /// Tokens before this step.
-    pub context_len: usize,
+    pub(crate) context_len: usize,
     /// First token still held.
-    pub first_held: usize,
+    pub(crate) first_held: usize,
     /// Row of each new token, in order.
-    pub token_rows: Vec<u32>,
+    pub(crate) token_rows: Vec<u32>,
 }
 
 impl SequencePlan {
@@ -115,31 +115,35 @@ impl SequencePlan {
     }
 }
 
-/// The integers of one step.
+/// The integers of one step. Made by [`StepPlan::new`] only, whose checks backends rely on.
 #[derive(Debug, Clone)]
 pub struct StepPlan {
     /// Tokens of a block.
-    pub block_size: usize,
+    pub(crate) block_size: usize,
     /// Token rows of the step's tensors, padding included.
-    pub num_rows: usize,
+    pub(crate) num_rows: usize,
     /// First row of each sequence, and `num_rows` last.
-    pub query_start_loc: Vec<usize>,
+    pub(crate) query_start_loc: Vec<usize>,
     /// Slot of each row; -1 for padding.
-    pub slot_mapping: Vec<i64>,
+    pub(crate) slot_mapping: Vec<i64>,
     /// The sequences.
-    pub sequences: Vec<SequencePlan>,
+    pub(crate) sequences: Vec<SequencePlan>,
     /// The pages that this step opens, and where their statistics come from.
-    pub opens: Vec<PageOpen>,
+    pub(crate) opens: Vec<PageOpen>,
     /// The largest block id that the step reads or writes.
-    pub max_block: Option<BlockId>,
+    pub(crate) max_block: Option<BlockId>,
 }
 
 impl StepPlan {
     /// Plans a step over `inputs`.
     ///
     /// # Errors
-    /// [`Error::Config`] when a block table is too short for its tokens, or two sequences would write the same block.
+    /// [`Error::Config`] when a block table is too short for its tokens, when `first_held` is no block boundary before
+    /// the step, or when two sequences would write the same block.
     pub fn new(block_size: usize, inputs: &[SequenceInput<'_>]) -> Result<Self> {
+        if block_size == 0 {
+            return Err(Error::Config("a block holds at least one token, got block_size 0".to_owned()));
+        }
         let mut plan = Self {
             block_size,
             num_rows: 0,
@@ -150,7 +154,13 @@ impl StepPlan {
             max_block: None,
         };
         for input in inputs {
-            let seq_len = input.context_len + input.rows.num_tokens();
+            let (context_len, first_held) = (input.context_len, input.first_held);
+            if first_held > context_len || !first_held.is_multiple_of(block_size) {
+                return Err(Error::Config(format!(
+                    "first_held {first_held} is no block boundary within the {context_len} tokens before the step"
+                )));
+            }
+            let seq_len = context_len.saturating_add(input.rows.num_tokens());
             let needed = seq_len.div_ceil(block_size);
             if input.block_table.len() < needed {
                 return Err(Error::Config(format!(
@@ -162,6 +172,36 @@ impl StepPlan {
         }
         plan.check_written_blocks()?;
         Ok(plan)
+    }
+
+    /// Token rows of the step's tensors, padding included.
+    #[must_use]
+    pub fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+
+    /// First row of each sequence, and `num_rows` last.
+    #[must_use]
+    pub fn query_start_loc(&self) -> &[usize] {
+        &self.query_start_loc
+    }
+
+    /// Slot of each row; -1 for padding.
+    #[must_use]
+    pub fn slot_mapping(&self) -> &[i64] {
+        &self.slot_mapping
+    }
+
+    /// The sequences.
+    #[must_use]
+    pub fn sequences(&self) -> &[SequencePlan] {
+        &self.sequences
+    }
+
+    /// The pages that the step opens.
+    #[must_use]
+    pub fn opens(&self) -> &[PageOpen] {
+        &self.opens
     }
 
     fn push(&mut self, input: &SequenceInput<'_>) {

@@ -21,7 +21,7 @@ pub use dispatch::Level;
 
 use super::{AttendOptions, Backend, Fresh, TensorView, TensorViewMut};
 use crate::error::{Error, Result};
-use crate::format::{Dtype, Format, MAX_HEAD_DIM};
+use crate::format::{BLOCK_SIZES, Dtype, Format, MAX_HEAD_DIM, supports_block_size, supports_head_dim};
 use crate::paging::BlockId;
 use crate::plan::StepPlan;
 use arena::Arena;
@@ -60,13 +60,27 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// An empty backend; `level` must be available on this machine.
+    /// An empty backend.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] for more layers than can be listed.
+    /// [`Error::Unsupported`] for a `head_dim` that pages do not hold or a level that this machine lacks;
+    /// [`Error::Config`] for a block size, or a number of heads, that cannot be; [`Error::OutOfMemory`] for more layers
+    /// than can be listed.
     pub fn new(config: CpuConfig, level: Level) -> Result<Self> {
         let CpuConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size } = config;
+        if !supports_head_dim(head_dim) {
+            return Err(Error::Unsupported(format!("head_dim {head_dim}: pages hold multiples of 16 up to 256")));
+        }
+        if !supports_block_size(block_size) {
+            return Err(Error::Config(format!("block_size must be one of {BLOCK_SIZES:?}, got {block_size}")));
+        }
         let layout = PageLayout::new(format, dtype, head_dim, block_size);
+        if num_kv_heads == 0 || num_kv_heads.checked_mul(layout.bytes()).is_none_or(|n| n > isize::MAX as usize / 2) {
+            return Err(Error::Config(format!("num_kv_heads {num_kv_heads}: no block can be of so many heads")));
+        }
+        if !level.is_available() {
+            return Err(Error::Unsupported(format!("this machine does not have SIMD level {}", level.name())));
+        }
         let mut layers = Vec::new();
         if layers.try_reserve_exact(num_layers).is_err() {
             let bytes = num_layers.saturating_mul(size_of::<Arena>());
@@ -83,6 +97,23 @@ impl Cpu {
     pub fn try_clone(&self) -> Result<Self> {
         let layers = self.layers.iter().map(Arena::try_clone).collect::<Result<_>>()?;
         Ok(Self { layers, ..*self })
+    }
+
+    /// Is this a plan, and a layer, that this backend's pages can be used with?
+    fn check_plan(&self, layer: usize, plan: &StepPlan) -> Result<()> {
+        self.check_layer(layer)?;
+        if plan.block_size != self.block_size {
+            let (own, plan) = (self.block_size, plan.block_size);
+            return Err(Error::Config(format!("a plan for blocks of {plan} tokens, pages of {own}")));
+        }
+        self.check_block(plan.max_block)
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<()> {
+        if layer < self.layers.len() {
+            return Ok(());
+        }
+        Err(Error::Config(format!("layer {layer}: the backend has {} layers", self.layers.len())))
     }
 
     fn check_block(&self, block: Option<BlockId>) -> Result<()> {
@@ -106,7 +137,7 @@ impl Backend for Cpu {
         let bytes = missing.fold(0, usize::saturating_add);
         // A system that hands out memory when it is first used refuses only what no machine could give, and only in
         // one piece: ask for the whole first.
-        if Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
+        if std::hint::black_box(&mut Vec::<u8>::new()).try_reserve_exact(bytes).is_err() {
             return Err(Error::OutOfMemory { bytes, what: "pages" });
         }
         self.layers.iter_mut().try_for_each(|arena| arena.grow(num_blocks))
@@ -119,7 +150,7 @@ impl Backend for Cpu {
     }
 
     fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()> {
-        self.check_block(plan.max_block)?;
+        self.check_plan(layer, plan)?;
         self.append_step(layer, plan, fresh)
     }
 
@@ -132,7 +163,7 @@ impl Backend for Cpu {
         options: AttendOptions<'_>,
         out: TensorViewMut<'_>,
     ) -> Result<()> {
-        self.check_block(plan.max_block)?;
+        self.check_plan(layer, plan)?;
         self.attend_step(layer, plan, q, fresh, options, &out)
     }
 
@@ -144,6 +175,7 @@ impl Backend for Cpu {
         k: TensorViewMut<'_>,
         v: TensorViewMut<'_>,
     ) -> Result<()> {
+        self.check_layer(layer)?;
         let count = k.shape()[0].saturating_mul(k.shape()[2]);
         k.check("k", self.num_kv_heads, count, self.head_dim)?;
         v.check("v", self.num_kv_heads, count, self.head_dim)?;
