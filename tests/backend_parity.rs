@@ -191,7 +191,14 @@ fn to_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
         .collect()
 }
 
+/// Runs a case at every level that this machine has; says which it lacks.
 fn at_every_level(case: &Case, seed: u64) {
+    static MISSING: std::sync::Once = std::sync::Once::new();
+    MISSING.call_once(|| {
+        for level in Level::ALL.into_iter().filter(|level| !level.is_available()) {
+            eprintln!("SKIPPED: this machine does not have SIMD level {}", level.name());
+        }
+    });
     for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
         run(case, level, seed);
     }
@@ -258,10 +265,62 @@ fn random_cases_agree_with_f64() {
 }
 
 #[test]
-fn neither_threads_nor_the_batch_change_a_bit() {
+fn the_number_of_threads_changes_no_bit() {
     let alone = Case { block_size: 128, ..Case::plain(Format::Int8, vec![vec![2000], vec![1]]) };
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let one = pool(1).install(|| run(&alone, Level::best(), 3));
     let three = pool(3).install(|| run(&alone, Level::best(), 3));
     assert!(one == three);
+}
+
+#[test]
+fn the_rest_of_the_batch_changes_no_bit() {
+    const HEADS: usize = 2;
+    const HEAD_DIM: usize = 64;
+    for format in Format::ALL {
+        for others in [vec![], vec![3], vec![700, 1]] {
+            // The watched sequence comes last; its rows are drawn from a seed of their own.
+            let attend = |others: &[usize]| -> Vec<Vec<f32>> {
+                let config = CacheConfig { format, ..CacheConfig::new(1, HEADS, HEAD_DIM) };
+                let mut cache = PagedKvCache::new(config).unwrap();
+                let ids: Vec<SequenceId> = (0..=others.len()).map(|_| cache.new_sequence()).collect();
+                let (mut own, mut rest) = (Random(1), Random(2));
+                [600, 1, 5].map(|count| step_of(&mut cache, &ids, others, count, &mut own, &mut rest)).to_vec()
+            };
+            assert!(attend(&others) == attend(&[]), "{format:?} beside {others:?}");
+        }
+    }
+}
+
+/// One step of `others` and the watched sequence, packed; gives the watched one's output.
+fn step_of(
+    cache: &mut PagedKvCache,
+    ids: &[SequenceId],
+    others: &[usize],
+    count: usize,
+    own: &mut Random,
+    rest: &mut Random,
+) -> Vec<f32> {
+    let (heads, head_dim) = (cache.config().num_kv_heads, cache.config().head_dim);
+    let before: usize = others.iter().sum();
+    let rows = before + count;
+    let mut draw = |heads: usize| -> Vec<f32> {
+        (0..heads).flat_map(|_| [rest.normals(before * head_dim), own.normals(count * head_dim)].concat()).collect()
+    };
+    let (k, v, q) = (draw(heads), draw(heads), draw(2 * heads));
+    let mut out = vec![0.0; q.len()];
+    let counts = others.iter().copied().chain([count]);
+    let requests: Vec<_> = ids.iter().zip(counts).map(|(id, n)| (*id, Rows::All(n))).collect();
+    let step = cache.begin_step(&requests, false).unwrap();
+    let shape = |heads: usize| [1, heads, rows, head_dim];
+    let fresh = Fresh {
+        k: TensorView::from_slice("k", &k, shape(heads)).unwrap(),
+        v: TensorView::from_slice("v", &v, shape(heads)).unwrap(),
+    };
+    cache.append(&step, 0, fresh).unwrap();
+    let q = TensorView::from_slice("q", &q, shape(2 * heads)).unwrap();
+    let view = TensorViewMut::from_slice("out", &mut out, shape(2 * heads)).unwrap();
+    cache.attend(&step, 0, q, Some(fresh), AttendOptions::PLAIN, view).unwrap();
+    cache.commit(&step).unwrap();
+    out.chunks_exact(rows * head_dim).flat_map(|head| head[before * head_dim..].to_vec()).collect()
 }

@@ -2,7 +2,7 @@
 //!
 //! A *layer group* is the layers of a model that store their tokens alike. A sequence of `context` tokens holds whole
 //! blocks in each layer: `ceil(context / block_size)` of them, or, where a sliding window bounds what is read,
-//! at most `ceil(window / block_size) + 1` (the window may begin inside a block). A block costs one record for each
+//! at most `ceil((window - 1) / block_size) + 1` (the window may begin inside a block). A block costs one record for each
 //! kv head on this device. All of it is integers; the bytes of a record come from [`crate::format`].
 //!
 //! ```text
@@ -93,11 +93,12 @@ pub struct Capacity {
     pub sequences: u64,
 }
 
-/// Blocks of one layer that a sequence of `context` tokens holds between two steps.
+/// Blocks of one layer that a sequence of `context` tokens holds once a step has begun: what left the window is released
+/// then, so a prompt that one step writes whole is held whole until the next.
 #[must_use]
 pub fn blocks_held(context: usize, block_size: usize, window: Option<usize>) -> usize {
     let all = context.div_ceil(block_size);
-    window.map_or(all, |window| all.min(window.div_ceil(block_size) + 1))
+    window.map_or(all, |window| all.min(window.saturating_sub(1).div_ceil(block_size) + 1))
 }
 
 /// Bytes of one sequence of `context` tokens over all `groups`.
@@ -220,7 +221,7 @@ mod tests {
         assert_eq!(blocks_held(10_000, 128, Some(1024)), 9);
         assert_eq!(blocks_held(1024, 128, Some(1024)), 8);
         assert_eq!(blocks_held(1025, 128, Some(1024)), 9);
-        assert_eq!(blocks_held(10_000, 128, Some(1)), 2);
+        assert_eq!(blocks_held(10_000, 128, Some(1)), 1);
         assert_eq!(blocks_held(0, 128, None), 0);
     }
 

@@ -10,7 +10,7 @@ use crate::plan::Rows;
 use crate::{Error, Result, cache};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 type Shared = Arc<Mutex<cache::PagedKvCache>>;
 
@@ -127,12 +127,12 @@ impl PagedKvCache {
         Ok(lock(&self.inner).block_table(SequenceId(sequence.0))?.iter().map(|block| block.0).collect())
     }
     #[allow(clippy::needless_pass_by_value)] // extracted from Python
-    fn match_prefix(&self, token_ids: Vec<u32>) -> u64 {
-        lock(&self.inner).match_prefix(&token_ids).0
+    fn match_prefix(&self, token_ids: Vec<Whole>) -> Result<u64> {
+        Ok(lock(&self.inner).match_prefix(&token_ids_of(&token_ids)?).0)
     }
     #[allow(clippy::needless_pass_by_value)] // extracted from Python
-    fn publish_prefix(&self, sequence: Whole, token_ids: Vec<u32>) -> Result<usize> {
-        lock(&self.inner).publish_prefix(SequenceId(sequence.0), &token_ids)
+    fn publish_prefix(&self, sequence: Whole, token_ids: Vec<Whole>) -> Result<usize> {
+        lock(&self.inner).publish_prefix(SequenceId(sequence.0), &token_ids_of(&token_ids)?)
     }
 
     #[pyo3(signature = (sequences, num_new = None, *, mask = None, retain = false))]
@@ -144,6 +144,7 @@ impl PagedKvCache {
         mask: Option<&Bound<'_, PyAny>>,
         retain: bool,
     ) -> PyResult<Step> {
+        check_process()?;
         let masks = match mask {
             // SAFETY: `mask` is borrowed for the call, and the interpreter is held.
             Some(mask) => unsafe { HostTensor::new("mask", mask)?.to_bool_rows()? },
@@ -207,11 +208,11 @@ impl PagedKvCache {
     fn reset(&self) {
         lock(&self.inner).reset();
     }
-    fn copy(&self) -> Result<Self> {
-        Ok(Self::wrap(lock(&self.inner).try_clone()?))
+    fn copy(&self, py: Python<'_>) -> Result<Self> {
+        py.detach(|| Ok(Self::wrap(lock(&self.inner).try_clone()?)))
     }
-    fn __deepcopy__(&self, _memo: &Bound<'_, PyAny>) -> Result<Self> {
-        self.copy()
+    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> Result<Self> {
+        self.copy(py)
     }
     fn __repr__(&self) -> String {
         let CacheConfig { format, num_layers, num_kv_heads, head_dim, block_size, .. } = &self.config;
@@ -221,6 +222,24 @@ impl PagedKvCache {
              head_dim={head_dim}, block_size={block_size})"
         )
     }
+}
+
+fn token_ids_of(token_ids: &[Whole]) -> Result<Vec<u32>> {
+    let narrow =
+        |id: &Whole| u32::try_from(id.0).map_err(|_| Error::Config(format!("token ids are in 0..2^32, got {}", id.0)));
+    token_ids.iter().map(narrow).collect()
+}
+
+/// Kernel threads do not survive `fork`: a child that asked them for work would wait for ever.
+fn check_process() -> Result<()> {
+    static FIRST: OnceLock<u32> = OnceLock::new();
+    let (first, own) = (*FIRST.get_or_init(std::process::id), std::process::id());
+    if first == own {
+        return Ok(());
+    }
+    Err(Error::Unsupported(format!(
+        "process {own} was forked from {first}, whose kernel threads it does not have: start processes by \"spawn\""
+    )))
 }
 
 #[pymethods]
@@ -235,6 +254,7 @@ impl Step {
     }
 
     fn append(&self, py: Python<'_>, layer: Whole, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
+        check_process()?;
         let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
         // SAFETY: the caller's references keep both alive during the call.
         let fresh = unsafe { Fresh { k: k.view()?, v: v.view()? } };
@@ -256,6 +276,7 @@ impl Step {
         softcap: Option<f32>,
         sinks: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        check_process()?;
         let host_q = HostTensor::new("q", q)?;
         // SAFETY: the caller's reference keeps the tensor alive during the call.
         let q_view = unsafe { host_q.view()? };

@@ -44,14 +44,19 @@ impl HostTensor {
             let refused = |error: PyErr| Error::Unsupported(format!("{name}: not a strided tensor: {error}"));
             tensor.call_method0(method).map_err(refused)
         };
-        Ok(Self {
+        let host = Self {
             name,
             base: strided("data_ptr")?.extract()?,
             dtype: dtype.trim_start_matches("torch.").to_owned(),
             shape: tensor.getattr("shape")?.extract()?,
             strides: strided("stride")?.extract()?,
             writable: true,
-        })
+        };
+        let storage = strided("untyped_storage")?;
+        let start: usize = storage.call_method0("data_ptr")?.extract()?;
+        let bytes: usize = storage.call_method0("nbytes")?.extract()?;
+        host.check_within(start, bytes)?;
+        Ok(host)
     }
 
     fn of_array(name: &'static str, interface: &Bound<'_, PyDict>) -> PyResult<Self> {
@@ -92,15 +97,27 @@ impl HostTensor {
         Ok(())
     }
 
+    /// Refuses a tensor whose elements are not all in its storage: a fake one, or one whose storage was given back.
+    fn check_within(&self, start: usize, bytes: usize) -> Result<()> {
+        let (low, high) = self.extent();
+        let is_empty = self.shape.contains(&0);
+        if is_empty || (start != 0 && low >= start as isize && high <= start.saturating_add(bytes) as isize) {
+            return Ok(());
+        }
+        let name = self.name;
+        let needed = high.saturating_sub(low);
+        Err(Error::Unsupported(format!("{name}: {needed} bytes of elements, but a storage of {bytes} bytes")))
+    }
+
     /// First and one past the last byte that shape and strides reach.
     fn extent(&self) -> (isize, isize) {
-        let bytes = Dtype::parse(&self.dtype).map_or(1, Dtype::bytes) as isize;
+        let bytes = Dtype::parse(&self.dtype).map_or(1, Dtype::bytes) as isize; // of bool and of what is refused later: 1
         let (mut low, mut high) = (self.base as isize, self.base as isize);
         for (&n, &stride) in self.shape.iter().zip(&self.strides) {
-            let reach = stride * bytes * (n as isize - 1).max(0);
-            (low, high) = (low + reach.min(0), high + reach.max(0));
+            let reach = stride.saturating_mul(bytes).saturating_mul((n as isize - 1).max(0));
+            (low, high) = (low.saturating_add(reach.min(0)), high.saturating_add(reach.max(0)));
         }
-        if self.shape.contains(&0) { (low, low) } else { (low, high + bytes) }
+        if self.shape.contains(&0) { (low, low) } else { (low, high.saturating_add(bytes)) }
     }
 
     pub fn shape(&self) -> &[usize] {

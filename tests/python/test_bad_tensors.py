@@ -323,3 +323,25 @@ def test_an_option_that_cannot_work_is_named(options, error, words) -> None:
         with refused(cache, error, *words):
             step.attend(0, **{"q": q, "k": None, "v": None, "out": out, **options})
         assert (out == 7).all()
+
+
+@pytest.mark.parametrize("name", ["k", "v", "q", "out"])
+def test_a_tensor_whose_storage_was_given_back_is_refused(name) -> None:
+    with step_beside_a_neighbour() as (cache, step):
+        q = attendable(step)
+        tensors: dict[str, Any] = {"q": q, "k": zeros(*GOOD), "v": zeros(*GOOD), "out": zeros(*GOOD_Q)}
+        for kept_bytes in (0, 4):
+            tensors[name] = zeros(*tensors[name].shape)
+            tensors[name].untyped_storage().resize_(kept_bytes)
+            with refused(cache, UnsupportedError, f"{name}:", f"storage of {kept_bytes} bytes"):
+                step.attend(0, **tensors)
+
+
+def test_a_fake_tensor_is_refused() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with step_beside_a_neighbour() as (_, step):
+        with FakeTensorMode():
+            fake = torch.zeros(*GOOD)
+        with pytest.raises(KvarnError, match="k"):
+            step.append(0, fake, zeros(*GOOD))

@@ -249,7 +249,16 @@ def test_a_tensor_is_asked_where_it_is_and_never_to_copy_itself() -> None:
         step.append(0, k, v)
         step.attend(0, q, k, v)
     assert "data_ptr" in Watched.asked
-    assert Watched.asked <= {"data_ptr", "stride", "__get__", "new_empty", "size", "is_neg", "is_conj"}
+    assert Watched.asked <= {
+        "data_ptr",
+        "stride",
+        "__get__",
+        "new_empty",
+        "size",
+        "is_neg",
+        "is_conj",
+        "untyped_storage",
+    }
 
 
 @pytest.mark.parametrize("format", ["raw", "int8"])

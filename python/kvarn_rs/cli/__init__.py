@@ -1,7 +1,7 @@
 """The `kvarn` command: `generate`, `plan`, `doctor`, `bench`.
 
-Exit codes: 0 done; 1 a check of the command failed (`doctor`, `bench`); 2 bad input, with one line on stderr; 130
-interrupted; 141 the reader of stdout went away.
+Exit codes: 0 done; 1 a check of the command failed (`doctor`, `bench`), or the result could not be written; 2 bad
+input, with one line on stderr; 130 interrupted; 141 the reader of stdout went away.
 Each command is one module with `add_parser` and `run`, whose docstring documents its JSON.
 """
 
@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: that of the process) and returns its exit code."""
+    if sys.stdout is None:  # closed by the caller: there is nobody to print for
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
     parser = build_parser()
     try:
         arguments = parser.parse_args(argv)
@@ -69,3 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `head`, say; the flush at exit must not raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # stdout is full, say
+        print(f"kvarn: error: {error.strerror or error}", file=sys.stderr)
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, KvarnError
 from .console import Console, add_output_options
 from .generate import check_format
 from .models import require
@@ -113,6 +113,9 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         check_format(name, arguments.block_size)
     if arguments.context < 2:
         raise ConfigError("--context must be at least 2: one token, and one that attends to it")
+    cores = os.cpu_count() or 1
+    if arguments.threads is not None and not 1 <= arguments.threads <= cores:
+        raise ConfigError(f"--threads {arguments.threads}: this machine has {cores} cores")
     import torch
 
     from .. import _core
@@ -120,13 +123,20 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # read when the core's first kernel runs
     threads = arguments.threads or _core.num_threads()
-    if _core.num_threads() != threads:
-        console.warn(f"kvarn's threads were started before: it runs on {_core.num_threads()}, torch on {threads}")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            contenders = prepare(arguments, console)
+            try:
+                contenders = prepare(arguments, console)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, KvarnError):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else "out of memory"
+                raise ConfigError(f"no room for caches of this shape: {reason[:200]}") from error
+            if _core.num_threads() != threads:
+                own = _core.num_threads()
+                console.warn(f"kvarn's threads were started before: it runs on {own}, torch on {threads}")
             steps = arguments.repetitions * len(contenders)
             with console.progress("measuring", steps) as advance:
                 for contender in contenders:

@@ -44,7 +44,7 @@ class Console:
     def result(self, payload: dict[str, Any]) -> None:
         """The result for programs: one JSON object, if asked for."""
         if self.json:
-            print(json.dumps(payload, allow_nan=False, ensure_ascii=False), flush=True)
+            print(json.dumps(payload, allow_nan=False), flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """The result as a table; the first column is text, the others numbers."""

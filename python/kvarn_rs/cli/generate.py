@@ -48,6 +48,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Generates, compares if asked to, and prints."""
     prompt = read_prompt(arguments)
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ConfigError("the prompt is not UTF-8 text")
     if not prompt.strip():
         raise ConfigError("the prompt is empty: there is nothing to continue")
     require("torch", "transformers")

@@ -109,13 +109,23 @@ class ModelShape:
     assumed_sliding: bool
 
 
+_MAX_CONFIG_BYTES = 16 << 20
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The object in a `config.json`, given the file or its folder."""
-    file = path / "config.json" if path.is_dir() else path
+    file = path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        file = path / "config.json" if path.is_dir() else path
+        with file.open("rb") as opened:
+            data = opened.read(_MAX_CONFIG_BYTES + 1)
+        if len(data) > _MAX_CONFIG_BYTES:
+            raise ConfigError(f"{file} is over {_MAX_CONFIG_BYTES} bytes: no model configuration is so long")
+        config = json.loads(data.decode("utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+        raise ConfigError(f"cannot read {str(file)[:200]}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file} is not a model configuration: it is nested too deeply") from error
     except ValueError as error:  # not JSON, or not text
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):

@@ -179,6 +179,11 @@ def plan_notes(shape: ModelShape, context: int, arguments: argparse.Namespace) -
         notes.append(f"a context of {context:,} is beyond the model's own limit of {shape.max_context:,}")
     if shape.state_layers:
         notes.append(f"{shape.state_layers} layers keep a constant state or nothing, whatever the length: not counted")
+    if any(group.window is not None and group.window < context for group in shape.groups):
+        notes.append(
+            "sliding layers hold a prompt whole until the step after it: the figures are those of decode and of "
+            "prefill in chunks"
+        )
     if shape.assumed_sliding:
         notes.append("the configuration does not say which layers have the sliding window: all are taken to")
     replicated = sorted({group.num_kv_heads for group in shape.groups if group.num_kv_heads < arguments.tp})

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 import kvarn_rs
-from kvarn_rs.errors import ConfigError, DeviceError, RollbackError, UnknownFormatError, UnsupportedError
+from kvarn_rs.errors import (
+    ConfigError,
+    DeviceError,
+    DtypeError,
+    RollbackError,
+    ShapeError,
+    UnknownFormatError,
+    UnsupportedError,
+)
 
 from .attention import ATTENTION_NAME, register
 from .compat import Cache, dense_layer, plan_layers
@@ -27,7 +35,8 @@ class KvarnCache(Cache):
 
     `model.generate(**batch, past_key_values=KvarnCache(model, "int8"))` is all there is to it. Padding takes no space;
     beams, `num_return_sequences` and copies share blocks (copy-on-write); sliding layers release what leaves their
-    window. CPU only. Prompts beyond the model's `max_position_embeddings` are transformers' business: `generate` warns.
+    window when the next forward begins. CPU only. Prompts beyond the model's `max_position_embeddings` are
+    transformers' business: `generate` warns.
     A forward that raises leaves the cache as before it; where a model also has layers that are not paged (linear or
     chunked attention), call `reset` after that.
 
@@ -183,7 +192,11 @@ class KvarnCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the batch rows that `indices` (integers, or bool [B]) selects, in its order."""
         if batch_size := self._batch_size():
-            self._select(torch.arange(batch_size)[indices].tolist())
+            try:
+                rows = torch.arange(batch_size)[indices].tolist()
+            except IndexError as error:
+                raise ShapeError(f"rows of a batch of {batch_size}: {error}") from error
+            self._select(rows)
         for layer in self._other_layers():
             layer.batch_select_indices(indices)
 
@@ -192,6 +205,12 @@ class KvarnCache(Cache):
 
     def _select(self, rows: list[int]) -> None:
         self._store.settle()
+        batch_size = self._batch_size()
+        if batch_size:
+            wrong = [row for row in rows if not 0 <= row < batch_size]
+            if wrong or not rows:
+                what = f"row {wrong[0]}" if wrong else "no row at all"
+                raise ShapeError(f"{what} of a batch of {batch_size}: nothing was changed")
         for group in self._store.groups:
             if group.sequences:
                 group.select(rows)
@@ -202,6 +221,10 @@ class KvarnCache(Cache):
         self._dropped_forwards = self._store.dropped_forwards
         for layer in self._other_layers():
             layer.reset()
+
+    def __copy__(self) -> KvarnCache:
+        """As `copy.deepcopy`: two caches cannot share the forward in progress."""
+        return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KvarnCache:
         """An independent cache of the same tokens, its pages copied."""
@@ -264,10 +287,12 @@ def _use_kvarn_attention(model: Any, decoder_config: Any, strict: bool) -> None:
 
 def _why_not_paged(group: LayerGroup, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Creates a group's core cache from the first K and V of its layers; or tells why that cannot be."""
+    if k.dtype != v.dtype:
+        return f"K and V have different dtypes, {k.dtype} and {v.dtype}"
     if k.shape != v.shape:
         return f"K and V have different shapes, {list(k.shape)} and {list(v.shape)}"
     try:
         group.create_core(k)
-    except (ConfigError, UnsupportedError) as error:
+    except (ConfigError, DtypeError, UnsupportedError) as error:
         return str(error)
     return None

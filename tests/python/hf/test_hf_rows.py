@@ -1,0 +1,53 @@
+"""Rows of a batch that are not there are refused, and nothing has changed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from hf.families import decode, forward, kvarn_cache, make_model, prompt
+from kvarn_rs import ShapeError
+
+WRONG = {
+    "negative": lambda cache: cache.reorder_cache(torch.tensor([-1, 0])),
+    "too large": lambda cache: cache.reorder_cache(torch.tensor([0, 0, 7])),
+    "none": lambda cache: cache.reorder_cache(torch.tensor([], dtype=torch.long)),
+    "repeated never": lambda cache: cache.batch_repeat_interleave(0),
+    "repeated less": lambda cache: cache.batch_repeat_interleave(-1),
+    "selected beyond": lambda cache: cache.batch_select_indices(torch.tensor([5])),
+}
+
+
+@pytest.mark.parametrize("move", WRONG.values(), ids=WRONG)
+def test_a_row_that_is_not_there_is_refused_and_nothing_moves(move):
+    model = make_model("qwen3_mixed")
+    cache, twin = kvarn_cache(model), kvarn_cache(model)
+    for one in (cache, twin):
+        forward(model, one, prompt(2, 40))
+    before = cache.stats()
+    with pytest.raises(ShapeError, match=r"nothing was changed|rows of a batch"):
+        move(cache)
+    assert cache.stats() == before
+    next_ids = prompt(2, 1, seed=3)
+    assert torch.equal(decode(model, cache, next_ids, 5), decode(model, twin, next_ids, 5))
+
+
+def test_a_shallow_copy_is_a_cache_of_its_own():
+    model = make_model("llama")
+    cache = kvarn_cache(model)
+    forward(model, cache, prompt(1, 20))
+    forward(model, copy.copy(cache), prompt(1, 3))
+    assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("format", ["raw", "int8"])
+def test_k_and_v_of_two_dtypes_stay_with_transformers(format):
+    model = make_model("llama")
+    cache = kvarn_cache(model, format)
+    k, v = torch.randn(2, 1, 2, 5, 16)
+    with pytest.warns(UserWarning, match="different dtypes"):
+        keys, values = cache.update(k, v.bfloat16(), 0)
+    assert torch.equal(keys, k)
+    assert torch.equal(values, v.bfloat16())
