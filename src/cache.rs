@@ -51,7 +51,7 @@ pub struct CacheStats {
     pub bytes_in_use: usize,
     /// Bytes of the most blocks ever in use.
     pub peak_bytes: usize,
-    /// Bytes of memory held, used or not.
+    /// Bytes of address space held; a page takes memory when it is first used.
     pub allocated_bytes: usize,
     /// Bytes of one block.
     pub bytes_per_block: usize,

@@ -1,4 +1,7 @@
-"""The Rust core. Tensors are torch CPU tensors or numpy arrays of float32, float16 or bfloat16; none is copied."""
+"""The Rust core. Tensors are torch CPU tensors (float32, float16, bfloat16) or numpy arrays (float32, float16).
+
+Queries, keys, values and outputs are used where they lie.
+"""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -39,7 +42,7 @@ class PagedKvCache:
         head_dim: channels of a head, a multiple of 16 up to 256.
         format: how pages hold their tokens, one of `kvarn_rs.FORMATS`.
         block_size: tokens of a block: 16, 32, 64 or 128.
-        num_blocks: blocks of the pool, allocated at once; `None` grows as needed.
+        num_blocks: blocks of the pool, refused at once if they cannot be had; `None` grows as needed.
         dtype: element type of `raw` pages: `float32`, `float16` or `bfloat16`. Other formats take any.
         window: tokens that a query sees, itself included; blocks wholly outside are released as steps begin.
 
@@ -144,9 +147,11 @@ class PagedKvCache:
             UnknownSequenceError, DtypeError, StrideError, DeviceError
         """
     def stats(self) -> dict[str, Any]:
-        """Blocks and bytes: `blocks_in_use`, `peak_blocks`, `free_blocks` (`None` when the pool grows), `open_blocks`
-        (with room left), `bytes_in_use`, `peak_bytes`, `allocated_bytes`, `bytes_per_block`, `bytes_per_token` (all
-        layers together), `num_sequences`, `cow_copies`.
+        """Blocks and bytes; bytes are of whole blocks, every layer together.
+
+        `blocks_in_use`, `peak_blocks`, `free_blocks` (`None` when the pool grows), `open_blocks` (with room left),
+        `bytes_in_use`, `peak_bytes`, `allocated_bytes` (address space: a page takes memory when it is first used),
+        `bytes_per_block`, `bytes_per_token`, `num_sequences`, `cow_copies`.
         """
     def reset(self) -> None:
         """Forgets every sequence, step and prefix; keeps the memory."""

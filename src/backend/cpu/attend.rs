@@ -1,6 +1,6 @@
 //! Attend: decode cuts the history into splits and merges them by their log-sum-exp; prefill is in [`super::prefill`].
 
-use super::generic::{Rows, Scratch, Tile};
+use super::generic::{PageView, Rows, Scratch};
 use super::{Cpu, PARALLEL_VALUES};
 use crate::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
 use crate::error::{Error, Result};
@@ -54,8 +54,7 @@ impl Cpu {
         let (prefill, decode): (Vec<_>, Vec<_>) =
             (0..plan.sequences.len()).partition(|&s| plan.sequences[s].is_prefill());
         attention.decode(&decode);
-        attention.prefill(&prefill, fresh);
-        Ok(())
+        attention.prefill(&prefill, fresh)
     }
 
     fn check_attend<'a>(
@@ -138,9 +137,9 @@ impl Attention<'_> {
     }
 
     /// The page of a block, as the sequence's positions see it.
-    pub(super) fn page(&self, sequence: &SequencePlan, block: usize, head: usize) -> Tile<'_> {
+    pub(super) fn page(&self, sequence: &SequencePlan, block: usize, head: usize) -> PageView<'_> {
         let id: BlockId = sequence.block_table[block];
-        Tile {
+        PageView {
             first: block * self.cpu.block_size,
             tokens: self.cpu.block_size,
             record: self.cpu.layers[self.layer].record(id, head),
@@ -148,9 +147,9 @@ impl Attention<'_> {
         }
     }
 
-    pub(super) fn attend_tile(&self, tile: &Tile<'_>, rows: &mut Rows<'_>, scratch: &mut Scratch) {
+    pub(super) fn attend_page(&self, page_view: &PageView<'_>, rows: &mut Rows<'_>, scratch: &mut Scratch) {
         // SAFETY: the kernels' level is available (`dispatch::kernels` checked it).
-        unsafe { (self.cpu.kernels.attend_tile)(tile, rows, self.options.softcap, scratch) };
+        unsafe { (self.cpu.kernels.attend_page)(page_view, rows, self.options.softcap, scratch) };
     }
 
     /// Writes a row's output from its final state. A sink logit takes part in the softmax and has no value.
@@ -227,7 +226,7 @@ impl Attention<'_> {
         let mut state = Rows { head_dim: self.cpu.head_dim, q, visible, max, sum, acc };
         let block_size = self.cpu.block_size;
         for block in split.start / block_size..split.end.div_ceil(block_size) {
-            self.attend_tile(&self.page(sequence, block, rows.head), &mut state, scratch);
+            self.attend_page(&self.page(sequence, block, rows.head), &mut state, scratch);
         }
     }
 

@@ -1,6 +1,6 @@
 //! The one door to the kernels: a table of entry points a level, chosen once.
 
-use super::generic::{Rows, Scratch, Tile, attend_tile, unpack};
+use super::generic::{PageView, Rows, Scratch, attend_page, unpack};
 use super::scalar::Scalar;
 use crate::error::{Error, Result};
 use crate::format::TokenPage;
@@ -67,8 +67,8 @@ impl Level {
 /// The entry points of a level. Calling one is sound on a machine that has the level.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels {
-    /// See [`attend_tile`].
-    pub attend_tile: unsafe fn(&Tile<'_>, &mut Rows<'_>, Option<f32>, &mut Scratch),
+    /// See [`attend_page`].
+    pub attend_page: unsafe fn(&PageView<'_>, &mut Rows<'_>, Option<f32>, &mut Scratch),
     /// See [`unpack`].
     pub unpack: unsafe fn(TokenPage, &[u8], &mut [f32]),
 }
@@ -77,9 +77,9 @@ pub struct Kernels {
 pub fn kernels(level: Level) -> Kernels {
     assert!(level.is_available(), "the level was checked when it was chosen");
     match level {
-        Level::Scalar => Kernels { attend_tile: attend_tile::<Scalar>, unpack: unpack::<Scalar> },
+        Level::Scalar => Kernels { attend_page: attend_page::<Scalar>, unpack: unpack::<Scalar> },
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => Kernels { attend_tile: x86::attend_tile_avx2, unpack: x86::unpack_avx2 },
+        Level::Avx2 => Kernels { attend_page: x86::attend_page_avx2, unpack: x86::unpack_avx2 },
         #[cfg(not(target_arch = "x86_64"))]
         Level::Avx2 => unreachable!("not available here"),
     }
@@ -88,12 +88,17 @@ pub fn kernels(level: Level) -> Kernels {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::avx2::Avx2;
-    use super::{Rows, Scratch, Tile, TokenPage, attend_tile, unpack};
+    use super::{PageView, Rows, Scratch, TokenPage, attend_page, unpack};
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn attend_tile_avx2(tile: &Tile<'_>, rows: &mut Rows<'_>, softcap: Option<f32>, scratch: &mut Scratch) {
+    pub unsafe fn attend_page_avx2(
+        page_view: &PageView<'_>,
+        rows: &mut Rows<'_>,
+        softcap: Option<f32>,
+        scratch: &mut Scratch,
+    ) {
         // SAFETY: the instructions are on.
-        unsafe { attend_tile::<Avx2>(tile, rows, softcap, scratch) }
+        unsafe { attend_page::<Avx2>(page_view, rows, softcap, scratch) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

@@ -1,6 +1,6 @@
-//! One body for every instruction set: query rows against one tile, under an online softmax.
+//! One body for every instruction set: query rows against one page, under an online softmax.
 //!
-//! For each row, with `m` the largest score so far, after any number of tiles:
+//! For each row, with `m` the largest score so far, after any number of pages:
 //!
 //! ```text
 //! sum = sum_t exp(score[t] - m)        acc[d] = sum_t exp(score[t] - m) * V[t,d]
@@ -9,17 +9,17 @@
 //! Everything here is inlined into the entry points of [`super::dispatch`], which turn the instructions on.
 
 use super::page::PageLayout;
-use super::page_kernel::{Bf16, F16, F32, Int8Kernel, MAX_ROWS, PageKernel, RawKernel, TILE_TOKENS};
+use super::page_kernel::{Bf16, F16, F32, Int8Kernel, MAX_ROWS, PAGE_TOKENS, PageKernel, RawKernel};
 use super::simd::Simd;
 use crate::format::order::{DEPTH, LANES};
 use crate::format::{Dtype, MAX_HEAD_DIM, TokenPage};
 
 /// Tokens that lie together: one page of one head, and where in the sequence it begins.
 #[derive(Debug, Clone, Copy)]
-pub struct Tile<'a> {
+pub struct PageView<'a> {
     /// Position of the first token.
     pub first: usize,
-    /// Tokens that the page has room for, a multiple of 16, at most [`TILE_TOKENS`].
+    /// Tokens that the page has room for, a multiple of 16, at most [`PAGE_TOKENS`].
     pub tokens: usize,
     /// The record.
     pub record: &'a [u8],
@@ -47,32 +47,37 @@ pub struct Rows<'a> {
 /// Memory that a kernel needs beside its rows.
 #[derive(Debug)]
 pub struct Scratch {
-    weights: [f32; MAX_ROWS * TILE_TOKENS],
+    weights: [f32; MAX_ROWS * PAGE_TOKENS],
     scaled: [f32; MAX_ROWS * MAX_HEAD_DIM],
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        Self { weights: [0.0; MAX_ROWS * TILE_TOKENS], scaled: [0.0; MAX_ROWS * MAX_HEAD_DIM] }
+        Self { weights: [0.0; MAX_ROWS * PAGE_TOKENS], scaled: [0.0; MAX_ROWS * MAX_HEAD_DIM] }
     }
 }
 
-/// Takes one tile into the state of `rows`.
+/// Takes one page into the state of `rows`.
 ///
 /// # Safety
 /// The machine has `S`'s instructions.
 #[inline(always)]
-pub unsafe fn attend_tile<S: Simd>(tile: &Tile<'_>, rows: &mut Rows<'_>, softcap: Option<f32>, scratch: &mut Scratch) {
-    let record = tile.record;
+pub unsafe fn attend_page<S: Simd>(
+    page_view: &PageView<'_>,
+    rows: &mut Rows<'_>,
+    softcap: Option<f32>,
+    scratch: &mut Scratch,
+) {
+    let record = page_view.record;
     // SAFETY: passed on.
     unsafe {
-        match tile.layout {
+        match page_view.layout {
             PageLayout::Raw(page) => match page.dtype {
-                Dtype::F32 => sweep::<S, _>(&RawKernel::new(page, record, F32), tile, rows, softcap, scratch),
-                Dtype::F16 => sweep::<S, _>(&RawKernel::new(page, record, F16), tile, rows, softcap, scratch),
-                Dtype::Bf16 => sweep::<S, _>(&RawKernel::new(page, record, Bf16), tile, rows, softcap, scratch),
+                Dtype::F32 => sweep::<S, _>(&RawKernel::new(page, record, F32), page_view, rows, softcap, scratch),
+                Dtype::F16 => sweep::<S, _>(&RawKernel::new(page, record, F16), page_view, rows, softcap, scratch),
+                Dtype::Bf16 => sweep::<S, _>(&RawKernel::new(page, record, Bf16), page_view, rows, softcap, scratch),
             },
-            PageLayout::Int8(page) => sweep::<S, _>(&Int8Kernel { page, record }, tile, rows, softcap, scratch),
+            PageLayout::Int8(page) => sweep::<S, _>(&Int8Kernel { page, record }, page_view, rows, softcap, scratch),
         }
     }
 }
@@ -80,7 +85,7 @@ pub unsafe fn attend_tile<S: Simd>(tile: &Tile<'_>, rows: &mut Rows<'_>, softcap
 #[inline(always)]
 unsafe fn sweep<S: Simd, P: PageKernel<S>>(
     page: &P,
-    tile: &Tile<'_>,
+    page_view: &PageView<'_>,
     rows: &mut Rows<'_>,
     softcap: Option<f32>,
     scratch: &mut Scratch,
@@ -92,7 +97,7 @@ unsafe fn sweep<S: Simd, P: PageKernel<S>>(
             && rows.max.len() >= num_rows
             && rows.sum.len() >= num_rows
             && rows.head_dim <= MAX_HEAD_DIM
-            && tile.tokens <= TILE_TOKENS
+            && page_view.tokens <= PAGE_TOKENS
     );
     let mut row = 0;
     while row < num_rows {
@@ -100,12 +105,12 @@ unsafe fn sweep<S: Simd, P: PageKernel<S>>(
         // SAFETY: the rows exist (asserted above).
         unsafe {
             match count {
-                1 => row_tile::<S, P, 1>(page, tile, rows, row, softcap, scratch),
-                2 => row_tile::<S, P, 2>(page, tile, rows, row, softcap, scratch),
-                3 => row_tile::<S, P, 3>(page, tile, rows, row, softcap, scratch),
-                4 => row_tile::<S, P, 4>(page, tile, rows, row, softcap, scratch),
-                5 => row_tile::<S, P, 5>(page, tile, rows, row, softcap, scratch),
-                _ => row_tile::<S, P, MAX_ROWS>(page, tile, rows, row, softcap, scratch),
+                1 => attend_rows::<S, P, 1>(page, page_view, rows, row, softcap, scratch),
+                2 => attend_rows::<S, P, 2>(page, page_view, rows, row, softcap, scratch),
+                3 => attend_rows::<S, P, 3>(page, page_view, rows, row, softcap, scratch),
+                4 => attend_rows::<S, P, 4>(page, page_view, rows, row, softcap, scratch),
+                5 => attend_rows::<S, P, 5>(page, page_view, rows, row, softcap, scratch),
+                _ => attend_rows::<S, P, MAX_ROWS>(page, page_view, rows, row, softcap, scratch),
             }
         }
         row += count;
@@ -113,9 +118,9 @@ unsafe fn sweep<S: Simd, P: PageKernel<S>>(
 }
 
 #[inline(always)]
-unsafe fn row_tile<S: Simd, P: PageKernel<S>, const R: usize>(
+unsafe fn attend_rows<S: Simd, P: PageKernel<S>, const R: usize>(
     page: &P,
-    tile: &Tile<'_>,
+    page_view: &PageView<'_>,
     rows: &mut Rows<'_>,
     first_row: usize,
     softcap: Option<f32>,
@@ -125,8 +130,8 @@ unsafe fn row_tile<S: Simd, P: PageKernel<S>, const R: usize>(
     let (mut low, mut high) = (usize::MAX, 0);
     for r in 0..R {
         let (start, end) = rows.visible[first_row + r];
-        let start = start.saturating_sub(tile.first);
-        let end = end.saturating_sub(tile.first).min(tile.tokens);
+        let start = start.saturating_sub(page_view.first);
+        let end = end.saturating_sub(page_view.first).min(page_view.tokens);
         if start < end {
             ranges[r] = (start, end);
             (low, high) = (low.min(start), high.max(end));
@@ -138,7 +143,7 @@ unsafe fn row_tile<S: Simd, P: PageKernel<S>, const R: usize>(
     let (first, end) = (low / LANES, high.div_ceil(LANES));
     let weights = scratch.weights.as_mut_ptr();
     let scaled = scratch.scaled.as_mut_ptr();
-    // SAFETY: `first..end` are panels of the tile; `sweep` checked the rows; the scratch holds MAX_ROWS rows.
+    // SAFETY: `first..end` are panels of the page; `sweep` checked the rows; the scratch holds MAX_ROWS rows.
     unsafe {
         let q = rows.q.as_ptr().add(first_row * rows.head_dim);
         let common = page.prepare::<R>(q, scaled);
@@ -149,11 +154,11 @@ unsafe fn row_tile<S: Simd, P: PageKernel<S>, const R: usize>(
                 if let Some(cap) = softcap {
                     score = S::mul(S::splat(cap), S::tanh(S::mul(score, S::splat(1.0 / cap))));
                 }
-                S::store(weights.add(r * TILE_TOKENS + panel * LANES), score);
+                S::store(weights.add(r * PAGE_TOKENS + panel * LANES), score);
             }
         }
         for r in 0..R {
-            let row_weights = &mut scratch.weights[r * TILE_TOKENS..(r + 1) * TILE_TOKENS];
+            let row_weights = &mut scratch.weights[r * PAGE_TOKENS..(r + 1) * PAGE_TOKENS];
             softmax_row::<S>(row_weights, ranges[r], (first, end), first_row + r, rows);
         }
         let acc = rows.acc.as_mut_ptr().add(first_row * rows.head_dim);
@@ -218,8 +223,8 @@ pub unsafe fn unpack<S: Simd>(page: TokenPage, record: &[u8], out: &mut [f32]) {
     unsafe {
         let mean = widen::<S, MAX_HEAD_DIM>(halves(page.k_channel_mean()), head_dim);
         let scale = widen::<S, MAX_HEAD_DIM>(halves(page.k_channel_scale()), head_dim);
-        let v_token_scale = widen::<S, TILE_TOKENS>(halves(page.v_token_scale()), block_size);
-        let zero_point = widen::<S, TILE_TOKENS>(halves(page.v_token_zero_point()), block_size);
+        let v_token_scale = widen::<S, PAGE_TOKENS>(halves(page.v_token_scale()), block_size);
+        let zero_point = widen::<S, PAGE_TOKENS>(halves(page.v_token_zero_point()), block_size);
         let (k_codes, v_codes) = (record.as_ptr().add(page.k_codes()), record.as_ptr().add(page.v_codes()));
         let (k, v) = (out.as_mut_ptr(), out.as_mut_ptr().add(head_dim * block_size));
         for token in (0..block_size).step_by(LANES) {

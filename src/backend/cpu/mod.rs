@@ -124,7 +124,7 @@ impl Cpu {
         }
     }
 
-    /// Bytes of host memory that the pages take, used or not.
+    /// Bytes of address space that the pages take; a page takes memory when it is first used.
     #[must_use]
     pub fn allocated_bytes(&self) -> usize {
         self.layers.iter().map(Arena::bytes).sum()

@@ -7,13 +7,13 @@ use crate::format::{MAX_HEAD_DIM, RawPage, TokenPage};
 /// Most query rows that a kernel takes at once.
 pub const MAX_ROWS: usize = 6;
 /// Most tokens of a page: the distance between two rows of weights.
-pub const TILE_TOKENS: usize = 128;
+pub const PAGE_TOKENS: usize = 128;
 
 /// One page of one head, read by `R` query rows at once.
 ///
 /// # Safety
 /// Methods run on a machine with `S`'s instructions; panels lie within the page; `q` is `[R, head_dim]`, `scaled`
-/// `[R, MAX_HEAD_DIM]`, `weights` `[R, TILE_TOKENS]`, `acc` `[R, head_dim]`.
+/// `[R, MAX_HEAD_DIM]`, `weights` `[R, PAGE_TOKENS]`, `acc` `[R, head_dim]`.
 pub unsafe trait PageKernel<S: Simd> {
     /// Rows that fit the registers.
     const ROWS: usize;
@@ -116,7 +116,7 @@ unsafe impl<S: Simd, E: Element> PageKernel<S> for RawKernel<E> {
                 for t in first * LANES..end * LANES {
                     let v = E::load::<S>(self.v, channel * self.block_size + t * LANES);
                     for r in 0..R {
-                        sums[r] = S::mul_add(S::splat(*weights.add(r * TILE_TOKENS + t)), v, sums[r]);
+                        sums[r] = S::mul_add(S::splat(*weights.add(r * PAGE_TOKENS + t)), v, sums[r]);
                     }
                 }
                 for r in 0..R {
@@ -208,9 +208,9 @@ unsafe impl<S: Simd> PageKernel<S> for Int8Kernel<'_> {
                 let t = panel * LANES;
                 let (scale, zero_point) = (S::load_f16(scale.add(t)), S::load_f16(zero_point.add(t)));
                 for r in 0..R {
-                    let weight = S::load(weights.add(r * TILE_TOKENS + t));
+                    let weight = S::load(weights.add(r * PAGE_TOKENS + t));
                     zeros[r] = S::mul_add(weight, zero_point, zeros[r]);
-                    S::store(weights.add(r * TILE_TOKENS + t), S::mul(weight, scale));
+                    S::store(weights.add(r * PAGE_TOKENS + t), S::mul(weight, scale));
                 }
             }
             let mut common = [0.0; R];
@@ -227,7 +227,7 @@ unsafe impl<S: Simd> PageKernel<S> for Int8Kernel<'_> {
                     let v = S::load_u8x4(codes.add(channel * self.page.block_size + t * LANES));
                     for j in 0..DEPTH {
                         for r in 0..R {
-                            sums[r] = S::mul_add(S::splat(*weights.add(r * TILE_TOKENS + t + j)), v[j], sums[r]);
+                            sums[r] = S::mul_add(S::splat(*weights.add(r * PAGE_TOKENS + t + j)), v[j], sums[r]);
                         }
                     }
                 }

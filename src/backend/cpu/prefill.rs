@@ -1,23 +1,25 @@
 //! Attention of a prefill: many query rows a head, cut into chunks that run side by side.
 //!
-//! A page is decoded once for all rows of a chunk, into one page of scratch a thread; the step's own tokens, where
-//! given, are read unquantized, from pages of f32 laid out like `raw` ones.
+//! A page is decoded once for all rows of a chunk, into one page of scratch a worker; the step's own tokens, where
+//! given, are read unquantized, from pages of f32 laid out like `raw` ones: a copy of the step's own keys and values,
+//! 8 bytes a channel and token, for as long as one call attends.
 
 use super::attend::{Attention, RowRange};
-use super::generic::{Rows, Scratch, Tile};
+use super::generic::{PageView, Rows, Scratch};
 use super::page::PageLayout;
-use super::page_kernel::TILE_TOKENS;
+use super::page_kernel::PAGE_TOKENS;
 use crate::backend::Fresh;
+use crate::error::{Error, Result};
 use crate::format::{CodeOrder, Dtype, MAX_HEAD_DIM, RawPage};
 use rayon::prelude::*;
 
 /// Query rows of a chunk: enough to make decoding a page cheap, few enough for their state to stay in cache.
 const CHUNK_ROWS: usize = 48;
 
-/// One sequence's own tokens, unquantized: `[num_kv_heads, tiles]` pages of f32.
+/// One sequence's own tokens, unquantized: `[num_kv_heads, num_pages]` pages of f32.
 struct FreshPages {
     page: RawPage,
-    tiles: usize,
+    num_pages: usize,
     values: Vec<f32>,
 }
 
@@ -33,24 +35,22 @@ struct Worker {
 }
 
 impl Attention<'_> {
-    pub(super) fn prefill(&self, sequences: &[usize], fresh: Option<Fresh<'_>>) {
+    pub(super) fn prefill(&self, sequences: &[usize], fresh: Option<Fresh<'_>>) -> Result<()> {
         // `raw` pages hold the fresh tokens as they are.
         let fresh = if self.cpu.layout.is_raw() { None } else { fresh };
         for &index in sequences {
-            let packed = fresh.map(|fresh| self.pack(index, fresh));
+            let packed = fresh.map(|fresh| self.pack(index, fresh)).transpose()?;
             let num_rows = self.sequence(index).num_new() * self.group;
             let chunks = num_rows.div_ceil(CHUNK_ROWS);
             // The last chunks see the most: they go first.
-            (0..chunks * self.cpu.num_kv_heads).into_par_iter().with_max_len(1).for_each_init(
-                Worker::default,
-                |worker, job| {
-                    let (chunk, head) = (chunks - 1 - job / self.cpu.num_kv_heads, job % self.cpu.num_kv_heads);
-                    let first = chunk * CHUNK_ROWS;
-                    let count = CHUNK_ROWS.min(num_rows - first);
-                    self.chunk(RowRange { sequence: index, head, first, count }, packed.as_ref(), worker);
-                },
-            );
+            (0..chunks * self.cpu.num_kv_heads).into_par_iter().for_each_init(Worker::default, |worker, job| {
+                let (chunk, head) = (chunks - 1 - job / self.cpu.num_kv_heads, job % self.cpu.num_kv_heads);
+                let first = chunk * CHUNK_ROWS;
+                let count = CHUNK_ROWS.min(num_rows - first);
+                self.chunk(RowRange { sequence: index, head, first, count }, packed.as_ref(), worker);
+            });
         }
+        Ok(())
     }
 
     fn chunk(&self, range: RowRange, fresh: Option<&FreshPages>, worker: &mut Worker) {
@@ -73,22 +73,22 @@ impl Attention<'_> {
         let seen: Vec<(usize, usize)> = visible.iter().map(|&(s, e)| (s, e.min(history_end))).collect();
         let mut rows = Rows { head_dim, q, visible: &seen, max, sum, acc };
         for block in start / block_size..history_end.div_ceil(block_size) {
-            let mut tile = self.page(sequence, block, range.head);
-            if let PageLayout::Int8(page) = tile.layout {
+            let mut page_view = self.page(sequence, block, range.head);
+            if let PageLayout::Int8(page) = page_view.layout {
                 let raw = RawPage { head_dim, block_size, dtype: Dtype::F32 };
                 unpacked.resize(raw.bytes() / 4, 0.0);
                 // SAFETY: the kernels' level is available.
-                unsafe { (self.cpu.kernels.unpack)(page, tile.record, unpacked) };
-                tile.record = as_bytes(unpacked);
-                tile.layout = PageLayout::Raw(raw);
+                unsafe { (self.cpu.kernels.unpack)(page, page_view.record, unpacked) };
+                page_view.record = as_bytes(unpacked);
+                page_view.layout = PageLayout::Raw(raw);
             }
-            self.attend_tile(&tile, &mut rows, scratch);
+            self.attend_page(&page_view, &mut rows, scratch);
         }
         if let Some(fresh) = fresh {
             rows.visible = visible;
-            let from = start.saturating_sub(sequence.context_len) / TILE_TOKENS;
-            for index in from..(end - sequence.context_len).div_ceil(TILE_TOKENS) {
-                self.attend_tile(&fresh.tile(range.head, index, sequence.context_len), &mut rows, scratch);
+            let from = start.saturating_sub(sequence.context_len) / PAGE_TOKENS;
+            for index in from..(end - sequence.context_len).div_ceil(PAGE_TOKENS) {
+                self.attend_page(&fresh.page_view(range.head, index, sequence.context_len), &mut rows, scratch);
             }
         }
         for r in 0..range.count {
@@ -97,18 +97,23 @@ impl Attention<'_> {
         }
     }
 
-    fn pack(&self, index: usize, fresh: Fresh<'_>) -> FreshPages {
+    fn pack(&self, index: usize, fresh: Fresh<'_>) -> Result<FreshPages> {
         let sequence = self.sequence(index);
         let head_dim = self.cpu.head_dim;
-        let page = RawPage { head_dim, block_size: TILE_TOKENS, dtype: Dtype::F32 };
-        let tiles = sequence.num_new().div_ceil(TILE_TOKENS);
-        let mut values = vec![0f32; self.cpu.num_kv_heads * tiles * page.bytes() / 4];
+        let page = RawPage { head_dim, block_size: PAGE_TOKENS, dtype: Dtype::F32 };
+        let num_pages = sequence.num_new().div_ceil(PAGE_TOKENS);
+        let len = self.cpu.num_kv_heads * num_pages * page.bytes() / 4;
+        let mut values = Vec::new();
+        if values.try_reserve_exact(len).is_err() {
+            return Err(Error::OutOfMemory { bytes: 4 * len, what: "the unquantized tokens of a prefill" });
+        }
+        values.resize(len, 0f32);
         values.par_chunks_exact_mut(page.bytes() / 4).enumerate().for_each(|(job, values)| {
-            let (head, tile) = (job / tiles, job % tiles);
+            let (head, page_view) = (job / num_pages, job % num_pages);
             let (k, v) = values.split_at_mut(page.v() / 4);
-            let rows = sequence.token_rows.chunks(TILE_TOKENS).nth(tile).unwrap_or_default();
+            let rows = sequence.token_rows.chunks(PAGE_TOKENS).nth(page_view).unwrap_or_default();
             let mut row = [0f32; MAX_HEAD_DIM];
-            let (shape, order) = ([TILE_TOKENS, head_dim], CodeOrder::Cpu);
+            let (shape, order) = ([PAGE_TOKENS, head_dim], CodeOrder::Cpu);
             for (token, &index) in rows.iter().enumerate() {
                 fresh.k.read_row(index as usize, head, &mut row[..head_dim]);
                 row[..head_dim].iter().enumerate().for_each(|(d, &x)| k[order.raw_k(shape, token, d)] = x);
@@ -116,17 +121,17 @@ impl Attention<'_> {
                 row[..head_dim].iter().enumerate().for_each(|(d, &x)| v[order.raw_v(shape, token, d)] = x);
             }
         });
-        FreshPages { page, tiles, values }
+        Ok(FreshPages { page, num_pages, values })
     }
 }
 
 impl FreshPages {
-    fn tile(&self, head: usize, index: usize, context_len: usize) -> Tile<'_> {
+    fn page_view(&self, head: usize, index: usize, context_len: usize) -> PageView<'_> {
         let page = self.page.bytes() / 4;
-        Tile {
-            first: context_len + index * TILE_TOKENS,
-            tokens: TILE_TOKENS,
-            record: as_bytes(&self.values[(head * self.tiles + index) * page..][..page]),
+        PageView {
+            first: context_len + index * PAGE_TOKENS,
+            tokens: PAGE_TOKENS,
+            record: as_bytes(&self.values[(head * self.num_pages + index) * page..][..page]),
             layout: PageLayout::Raw(self.page),
         }
     }
