@@ -40,7 +40,7 @@ fn step(cache: &mut PagedKvCache, sequences: &[SequenceId], counts: &[usize], to
     for layer in 0..layers {
         let view_q = TensorView::from_slice("q", &q, [1, Q_HEADS, rows, HEAD_DIM])?;
         let view_out = TensorViewMut::from_slice("out", &mut out, [1, Q_HEADS, rows, HEAD_DIM])?;
-        cache.append(&step, layer, fresh)?;
+        cache.append(&step, layer, fresh, None)?;
         cache.attend(&step, layer, view_q, Some(fresh), AttendOptions::PLAIN, view_out)?;
     }
     cache.commit(&step)?;

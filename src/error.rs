@@ -15,6 +15,9 @@ pub enum Error {
     /// A setting, or two settings together, that cannot work.
     #[error("{0}")]
     Config(String),
+    /// A calibration that cannot be used: not one, damaged, of another version, or of another model.
+    #[error("{0}")]
+    Calibration(String),
     /// Something that is well formed but that this build or format does not do.
     #[error("{0}")]
     Unsupported(String),
@@ -24,6 +27,14 @@ pub enum Error {
         /// Blocks the operation would have taken.
         needed: usize,
         /// Blocks that were free (cached prefix blocks count as free).
+        free: usize,
+    },
+    /// The pool has fewer free pages for open blocks than the operation needs.
+    #[error("out of open pages: needed {needed}, free {free}")]
+    OutOfOpenPages {
+        /// Pages the operation would have taken.
+        needed: usize,
+        /// Pages that were free.
         free: usize,
     },
     /// A sequence id that was never given out, or was freed.
@@ -51,6 +62,18 @@ pub enum Error {
         floor: usize,
         /// The committed length.
         len: usize,
+    },
+    /// A truncation into a block that is sealed: its tokens cannot be written over one by one.
+    #[error("cannot roll sequence {id} back to {requested} tokens: tokens {start}..{end} are sealed")]
+    Sealed {
+        /// The sequence.
+        id: u64,
+        /// The length asked for.
+        requested: usize,
+        /// First token of the sealed block.
+        start: usize,
+        /// One past its last token.
+        end: usize,
     },
     /// A sequence that is part of an open step, where only a settled one will do.
     #[error("sequence {id} is part of an open step: commit or abort it first")]

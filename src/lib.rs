@@ -24,7 +24,7 @@
 //! | places | [`paging`] |
 //! | intent | [`plan`] |
 //! | work | [`backend`] |
-//! | story | [`cache`] |
+//! | story | [`cache`], [`calibration`] |
 //!
 //! ```
 //! use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
@@ -39,7 +39,7 @@
 //!     v: TensorView::from_slice("v", &v, [1, 2, 1, 64])?,
 //! };
 //! let mut out = vec![0.0; 8 * 64];
-//! cache.append(&step, 0, fresh)?;
+//! cache.append(&step, 0, fresh, None)?;
 //! cache.attend(
 //!     &step,
 //!     0,
@@ -55,6 +55,7 @@
 
 pub mod backend;
 pub mod cache;
+pub mod calibration;
 pub mod config;
 pub mod error;
 pub mod format;

@@ -25,10 +25,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("quant", &["error", "format"]),
     ("paging", &["error"]),
     ("plan", &["error", "format", "paging"]),
-    ("backend", &["error", "format", "quant", "plan", "paging::BlockId", "paging::ids"]),
-    ("cache", &["error", "format", "config", "quant", "paging", "plan", "backend"]),
-    ("scheduler", &["error", "config", "paging", "plan"]),
+    ("backend", &["error", "format", "quant", "plan", "paging::BlockId", "paging::PageId", "paging::ids"]),
     ("calibration", &["error", "format", "config", "quant"]),
+    ("cache", &["error", "format", "config", "quant", "paging", "plan", "backend", "calibration"]),
+    ("scheduler", &["error", "config", "paging", "plan"]),
     ("py", &["error", "format", "config", "quant", "paging", "plan", "backend", "cache", "scheduler", "calibration"]),
 ];
 

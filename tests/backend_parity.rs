@@ -124,7 +124,7 @@ fn run(case: &Case, level: Level, seed: u64) -> Vec<f32> {
             };
             Fresh { k: view("k", &bytes_k).unwrap(), v: view("v", &bytes_v).unwrap() }
         };
-        cache.append(&step, 0, fresh).unwrap();
+        cache.append(&step, 0, fresh, None).unwrap();
         let options = AttendOptions {
             scale: Some(0.2),
             softcap: case.softcap,
@@ -317,7 +317,7 @@ fn step_of(
         k: TensorView::from_slice("k", &k, shape(heads)).unwrap(),
         v: TensorView::from_slice("v", &v, shape(heads)).unwrap(),
     };
-    cache.append(&step, 0, fresh).unwrap();
+    cache.append(&step, 0, fresh, None).unwrap();
     let q = TensorView::from_slice("q", &q, shape(2 * heads)).unwrap();
     let view = TensorViewMut::from_slice("out", &mut out, shape(2 * heads)).unwrap();
     cache.attend(&step, 0, q, Some(fresh), AttendOptions::PLAIN, view).unwrap();

@@ -19,7 +19,7 @@ fn config() -> CacheConfig {
 fn append(cache: &mut PagedKvCache, step: &Step, k: &[f32], v: &[f32]) -> Result<(), Error> {
     let shape = [1, HEADS, k.len() / (HEADS * HEAD_DIM), HEAD_DIM];
     let fresh = Fresh { k: TensorView::from_slice("k", k, shape)?, v: TensorView::from_slice("v", v, shape)? };
-    cache.append(step, 0, fresh)
+    cache.append(step, 0, fresh, None)
 }
 
 /// A cache in which one sequence holds twenty tokens of two blocks.
@@ -193,15 +193,16 @@ fn a_foreign_block_table_beyond_the_memory_is_refused() {
         num_kv_heads: HEADS,
         head_dim: HEAD_DIM,
         block_size: 16,
+        codec: None,
     };
     let mut backend = cpu::Cpu::new(config, cpu::Level::best()).unwrap();
-    backend.grow(1).unwrap();
+    backend.grow(1, 1).unwrap();
     let table = [BlockId(1_000_000)];
-    let input = SequenceInput { block_table: &table, context_len: 0, first_held: 0, rows: Rows::All(1) };
+    let input = SequenceInput { block_table: &table, pages: None, context_len: 0, first_held: 0, rows: Rows::All(1) };
     let plan = StepPlan::new(16, &[input]).unwrap();
     let values = vec![0.0; HEADS * HEAD_DIM];
     let view = TensorView::from_slice("k", &values, [1, HEADS, 1, HEAD_DIM]).unwrap();
-    let error = backend.append(0, &plan, Fresh { k: view, v: view }).unwrap_err();
+    let error = backend.append(0, &plan, Fresh { k: view, v: view }, &[]).unwrap_err();
     assert!(matches!(error, Error::UnknownBlock { id: 1_000_000, .. }), "{error:?}");
 }
 
@@ -226,20 +227,21 @@ fn a_backend_is_built_for_pages_that_exist_and_used_with_plans_of_its_blocks() {
         num_kv_heads: HEADS,
         head_dim: HEAD_DIM,
         block_size: 16,
+        codec: None,
     };
     let level = cpu::Level::best();
     assert!(matches!(cpu::Cpu::new(cpu::CpuConfig { head_dim: 24, ..good }, level), Err(Error::Unsupported(_))));
     assert!(matches!(cpu::Cpu::new(cpu::CpuConfig { block_size: 20, ..good }, level), Err(Error::Config(_))));
     assert!(matches!(cpu::Cpu::new(cpu::CpuConfig { num_kv_heads: 0, ..good }, level), Err(Error::Config(_))));
     let mut backend = cpu::Cpu::new(good, level).unwrap();
-    backend.grow(1).unwrap();
+    backend.grow(1, 1).unwrap();
     let table = [BlockId(0)];
-    let input = SequenceInput { block_table: &table, context_len: 0, first_held: 0, rows: Rows::All(1) };
+    let input = SequenceInput { block_table: &table, pages: None, context_len: 0, first_held: 0, rows: Rows::All(1) };
     let values = vec![0.0; HEADS * HEAD_DIM];
     let view = TensorView::from_slice("k", &values, [1, HEADS, 1, HEAD_DIM]).unwrap();
     for (block_size, layer) in [(32, 0), (16, 1)] {
         let plan = StepPlan::new(block_size, &[input]).unwrap();
-        assert!(matches!(backend.append(layer, &plan, Fresh { k: view, v: view }), Err(Error::Config(_))));
+        assert!(matches!(backend.append(layer, &plan, Fresh { k: view, v: view }, &[]), Err(Error::Config(_))));
     }
     assert!(matches!(TensorView::from_slice("k", &[], [1 << 33, 1 << 31, 1, 1]), Err(Error::Shape { .. })));
 }

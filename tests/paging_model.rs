@@ -1,7 +1,7 @@
 //! Paging against a plain map: random operations, and after each one every token of every sequence is read back
 //! through its block table.
 //!
-//! The model keeps the token ids of each sequence and a simulated memory of one id a slot. Blocks taken are poisoned,
+//! The model keeps the token ids of each sequence and a simulated memory of one id a slot, of pages and of tiles. Blocks taken are poisoned,
 //! copies and writes are carried out, so a block that is shared, freed, copied or published wrongly shows as a wrong
 //! token. Counts, errors and the longest match are predicted from block tables alone.
 
@@ -27,6 +27,8 @@ struct Setup {
     block_size: usize,
     num_blocks: Option<usize>,
     window: Option<usize>,
+    /// Do blocks seal, and out of how many pages?
+    open_pages: Option<Option<usize>>,
 }
 
 /// Sequences are picked by number, see `Model::pick`; `bits` are token ids, one a bit, so that prefixes often agree.
@@ -70,7 +72,14 @@ enum Operation {
 fn setup() -> impl Strategy<Value = Setup> {
     let bound = prop_oneof![1 => Just(None), 2 => (2_usize..=40).prop_map(Some)];
     let window = prop_oneof![1 => Just(None), 2 => (1_usize..=12).prop_map(Some)];
-    (1_usize..=4, bound, window).prop_map(|(block_size, num_blocks, window)| Setup { block_size, num_blocks, window })
+    let open_pages =
+        prop_oneof![1 => Just(None), 1 => Just(Some(None)), 2 => (2_usize..=12).prop_map(|n| Some(Some(n)))];
+    (1_usize..=4, bound, window, open_pages).prop_map(|(block_size, num_blocks, window, open_pages)| Setup {
+        block_size,
+        num_blocks,
+        window,
+        open_pages,
+    })
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -114,6 +123,6 @@ fn random_operations_read_back_what_was_written() {
     }
     let total = total.into_inner();
     assert!(total["operations"] >= MIN_OPERATIONS, "too few operations: {total:?}");
-    assert_eq!(total.len(), 15, "an outcome never occurred: {total:?}");
+    assert_eq!(total.len(), 18, "an outcome never occurred: {total:?}");
     assert!(total.values().all(|&times| times > NUM_RUNS as usize / 10), "an outcome is rare: {total:?}");
 }

@@ -4,8 +4,9 @@
 `generate`. Importing this package imports neither torch nor numpy.
 """
 
-from kvarn_rs._core import PagedKvCache, Step, __version__, formats
+from kvarn_rs._core import Calibration, PagedKvCache, Step, __version__, formats
 from kvarn_rs.errors import (
+    CalibrationError,
     ConfigError,
     DeviceError,
     DtypeError,
@@ -14,6 +15,7 @@ from kvarn_rs.errors import (
     OpenStepError,
     OutOfBlocksError,
     OutOfMemoryError,
+    OutOfOpenPagesError,
     RollbackError,
     ShapeError,
     StaleStepError,
@@ -26,8 +28,15 @@ from kvarn_rs.errors import (
 FORMATS: tuple[str, ...] = tuple(formats())
 """Names of the cache formats, from the largest to the smallest."""
 
+CODECS: tuple[str, ...] = tuple(codecs())
+"""Names of the schemes that `raw` pages can be quantized with in place, to compare formats by."""
+
 __all__ = [
+    "CODECS",
     "FORMATS",
+    "Calibration",
+    "Calibration",
+    "CalibrationError",
     "ConfigError",
     "DeviceError",
     "DtypeError",
@@ -36,6 +45,7 @@ __all__ = [
     "OpenStepError",
     "OutOfBlocksError",
     "OutOfMemoryError",
+    "OutOfOpenPagesError",
     "PagedKvCache",
     "RollbackError",
     "ShapeError",

@@ -4,6 +4,7 @@ Queries, keys, values and outputs are used where they lie.
 """
 
 from collections.abc import Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, final
 
@@ -11,6 +12,9 @@ from typing_extensions import Self, TypeVar
 
 __all__ = [
     "DECODE_TOKENS",
+    "FIRST_TOKENS",
+    "QUERY_TOKENS",
+    "Calibration",
     "PagedKvCache",
     "Step",
     "__version__",
@@ -26,7 +30,74 @@ __version__: str
 DECODE_TOKENS: int
 """Most new tokens of a sequence in a step that reads everything from pages; more are a prefill."""
 
+FIRST_TOKENS: int
+"""Fewest query tokens that a layer is calibrated with."""
+
+QUERY_TOKENS: int
+"""Query tokens after which a layer's calibration is frozen."""
+
 _Tensor = TypeVar("_Tensor")
+
+@final
+class Calibration:
+    """What sealing knows of a model: learned from its first tokens by all its caches together, or out of a file.
+
+    It belongs to one model and holds, per layer and key/value head, how rounding errors of K are passed on so that they
+    cancel where the queries look, and the mean and deviation of the K channels. Layers are numbered as in the model. A
+    layer is calibrated when its first block is about to seal, from at least `FIRST_TOKENS` tokens; once more at
+    `QUERY_TOKENS`; and is then frozen: nothing changes it any more. Copies, deep ones too, are the calibration itself.
+    """
+
+    def __new__(cls) -> Self: ...
+    @staticmethod
+    def load(path: str | PathLike[str], fingerprint: str | None = None) -> Calibration:
+        """The calibration in a file that `save` wrote.
+
+        Args:
+            path: a safetensors file. Everything in it is checked.
+            fingerprint: that of the model it is for; `None` takes any.
+
+        Raises:
+            CalibrationError: not such a file, damaged, of another version, or of another model.
+        """
+    def save(self, path: str | PathLike[str], fingerprint: str, model: str = "") -> None:
+        """Writes the frozen layers, whole or not at all. The same layers make the same bytes.
+
+        Args:
+            path: the file, in a folder that exists; one that is there is replaced.
+            fingerprint: identifies the model; `load` compares it.
+            model: the model's name, for people.
+
+        Raises:
+            ConfigError: no layer is frozen.
+            CalibrationError: the file cannot be written.
+        """
+    @property
+    def state(self) -> str:
+        """`no`, `own prompt`, `frozen` or `file`: how far its least layer has come; `no` without layers."""
+    @property
+    def fingerprint(self) -> str | None:
+        """What its file says of the model; `None` if it is from no file."""
+    @property
+    def model(self) -> str | None:
+        """The model's name in its file; `None` if it is from no file."""
+    def layers(self) -> list[dict[str, Any]]:
+        """The layers seen or loaded, in order.
+
+        `layer` (the model's number), `num_kv_heads`, `head_dim`, `query_tokens` (seen; from a file, of the layer that
+        had seen the fewest), `state`, `rotated_heads` (heads in whose rotated frame rounding is expected to cost less;
+        `None` while there is nothing to tell by).
+        """
+    def wanted(self, layer: int) -> int:
+        """Query tokens that a layer would still take: `QUERY_TOKENS` less those seen, 0 once frozen or loaded."""
+    def freeze(self) -> None:
+        """Calibrates and freezes every layer with what it has seen.
+
+        Raises:
+            ConfigError: nothing was seen, or a layer has seen fewer than `FIRST_TOKENS` tokens; none was frozen.
+        """
+    def __copy__(self) -> Calibration: ...
+    def __deepcopy__(self, _memo: object) -> Calibration: ...
 
 @final
 class PagedKvCache:

@@ -9,6 +9,10 @@ class ConfigError(KvarnError, ValueError):
     """A setting, or two settings together, that cannot work; also a corrupt or unreadable configuration file."""
 
 
+class CalibrationError(ConfigError):
+    """A calibration that cannot be used: not one, damaged, of another version, or of another model."""
+
+
 class UnknownFormatError(ConfigError):
     """A cache format name that does not exist."""
 
@@ -31,6 +35,15 @@ class OutOfBlocksError(KvarnError, MemoryError):
         self.free = free
 
 
+class OutOfOpenPagesError(OutOfBlocksError):
+    """The pool has fewer free pages for open blocks than the operation needs; nothing was changed.
+
+    Attributes:
+        needed: pages that the operation would have taken.
+        free: pages that were free.
+    """
+
+
 class OutOfMemoryError(KvarnError, MemoryError):
     """The machine does not give the memory that the pages need; nothing was changed."""
 
@@ -43,7 +56,7 @@ class UnknownSequenceError(KvarnError, KeyError):
 
 
 class RollbackError(KvarnError, ValueError):
-    """A truncation to a length that the sequence does not have, or whose tokens left the sliding window."""
+    """A truncation to a length that the sequence does not have, that left the sliding window, or within a sealed block."""
 
 
 class StaleStepError(KvarnError, RuntimeError):

@@ -6,8 +6,9 @@ pub mod view;
 pub use view::{TensorView, TensorViewMut};
 
 use crate::error::Result;
-use crate::paging::BlockId;
+use crate::paging::{BlockId, PageId};
 use crate::plan::StepPlan;
+use crate::quant::HeadCalibration;
 
 /// What attention is asked for, besides tensors and plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,22 +39,23 @@ pub struct Fresh<'a> {
 
 /// The verbs of a device. Every layer has its own pages; block ids are the same in all of them.
 pub trait Backend {
-    /// Makes room for block ids below `num_blocks`; never shrinks. The other verbs refuse ids without room
-    /// ([`crate::Error::UnknownBlock`]); `copy_blocks` takes only ids that have it.
+    /// Makes room for block ids below `num_blocks` and pages below `num_pages`; never shrinks. The other verbs refuse
+    /// ids without room ([`crate::Error::UnknownBlock`]); `copy_pages` takes only ids that have it.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`]; nothing has changed for a caller.
-    fn grow(&mut self, num_blocks: usize) -> Result<()>;
+    fn grow(&mut self, num_blocks: usize, num_pages: usize) -> Result<()>;
 
-    /// Copies whole blocks in every layer, in order, as `(source, destination)`.
-    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]);
+    /// Copies whole pages in every layer, in order, as `(source, destination)`.
+    fn copy_pages(&mut self, copies: &[(PageId, PageId)]);
 
-    /// Writes the step's keys and values, `[B, num_kv_heads, T, head_dim]`, into the pages of `layer`.
+    /// Writes the step's keys and values, `[B, num_kv_heads, T, head_dim]`, into the pages of `layer`, and seals what the
+    /// plan says. `heads` are what the model's calibration knows of the layer's kv heads, or empty.
     ///
     /// # Errors
     /// [`crate::Error::Shape`], or [`crate::Error::NonFinite`] for a NaN or infinity at a row that is a token. Nothing
     /// is written then.
-    fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()>;
+    fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>, heads: &[HeadCalibration]) -> Result<()>;
 
     /// Attends with `q`, `[B, num_q_heads, T, head_dim]`, to what `layer` holds, causally, and writes `out` of the same
     /// shape; rows of padding become zeros. With `fresh`, a prefill's own tokens attend to each other unquantized.
@@ -67,11 +69,13 @@ pub trait Backend {
         out: TensorViewMut<'_>,
     ) -> Result<()>;
 
-    /// Decodes positions `start..` of a sequence into `k` and `v`, `[1, num_kv_heads, n, head_dim]` each.
+    /// Decodes positions `start..` of a sequence into `k` and `v`, `[1, num_kv_heads, n, head_dim]` each. `pages` are
+    /// those of its blocks, [`PageId::SEALED`] for tiles.
     fn dequantize(
         &self,
         layer: usize,
         block_table: &[BlockId],
+        pages: &[PageId],
         start: usize,
         k: TensorViewMut<'_>,
         v: TensorViewMut<'_>,

@@ -23,6 +23,9 @@ pub struct CacheConfig {
     pub block_size: usize,
     /// Blocks of the pool; `None` grows as needed.
     pub num_blocks: Option<usize>,
+    /// Pages of the pool for open blocks, in formats that seal: two for each sequence that may run at once. `None`
+    /// grows as needed.
+    pub num_open_pages: Option<usize>,
     /// Sliding window in tokens, the query itself included; `None` sees everything.
     pub window: Option<usize>,
 }
@@ -39,6 +42,7 @@ impl CacheConfig {
             head_dim,
             block_size: 128,
             num_blocks: None,
+            num_open_pages: None,
             window: None,
         }
     }
@@ -79,6 +83,10 @@ impl CacheConfig {
                 self.num_layers, self.num_kv_heads
             )));
         }
+        if self.num_open_pages == Some(0) || self.num_open_pages.is_some_and(|n| n >= u32::MAX as usize) {
+            let given = self.num_open_pages.unwrap_or_default();
+            return Err(Error::Config(format!("num_open_pages must be in 1..{}, got {given}", u32::MAX)));
+        }
         if self.window == Some(0) {
             return Err(Error::Config("window must be at least 1 token".to_owned()));
         }
@@ -86,14 +94,23 @@ impl CacheConfig {
     }
 
     const fn checked_block_bytes(&self) -> Option<usize> {
-        let record = format::record_bytes(self.format, self.dtype, self.head_dim, self.block_size);
+        // A page is never smaller than the tile that it becomes.
+        let record = format::page_bytes(self.format, self.dtype, self.head_dim, self.block_size);
         match self.num_layers.checked_mul(self.num_kv_heads) {
             Some(records) => records.checked_mul(record),
             None => None,
         }
     }
 
-    /// Bytes of one block in every layer.
+    /// Bytes of one page of tokens that are still written to, in every layer.
+    #[must_use]
+    pub const fn open_page_bytes(&self) -> usize {
+        self.num_layers
+            * self.num_kv_heads
+            * format::page_bytes(self.format, self.dtype, self.head_dim, self.block_size)
+    }
+
+    /// Bytes of one block at rest in every layer.
     #[must_use]
     pub const fn block_bytes(&self) -> usize {
         self.num_layers
@@ -117,6 +134,7 @@ mod tests {
             (CacheConfig { num_layers: 0, ..good.clone() }, "num_layers"),
             (CacheConfig { num_kv_heads: 1 << 60, ..good.clone() }, "1152921504606846976 heads"),
             (CacheConfig { num_blocks: Some(0), ..good.clone() }, "num_blocks"),
+            (CacheConfig { num_open_pages: Some(0), ..good.clone() }, "num_open_pages"),
             (CacheConfig { window: Some(0), ..good.clone() }, "window"),
         ] {
             let message = bad.validate().unwrap_err().to_string();

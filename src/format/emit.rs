@@ -1,6 +1,6 @@
 //! Prints the layouts: what other languages and the golden file check themselves against.
 
-use super::{BLOCK_SIZES, CodeOrder, Dtype, FORMAT_VERSION, Format, RawPage, TokenPage, record_bytes};
+use super::{BLOCK_SIZES, CodeOrder, Dtype, FORMAT_VERSION, Format, RawPage, SealedTile, TokenPage, record_bytes};
 use core::fmt::{self, Display, Formatter};
 
 const HEAD_DIMS: [usize; 6] = [16, 64, 80, 96, 128, 256];
@@ -22,6 +22,12 @@ impl Display for LayoutJson {
                 }
                 out.write_str(separator)?;
                 int8_record(out, TokenPage { head_dim, block_size })?;
+                for format in Format::ALL {
+                    if let Some(bits) = format.tile_bits() {
+                        out.write_str(separator)?;
+                        tile_record(out, format, SealedTile { head_dim, block_size, bits })?;
+                    }
+                }
             }
         }
         writeln!(out, "\n  ],\n  \"orders\": [")?;
@@ -31,11 +37,14 @@ impl Display for LayoutJson {
                 write!(
                     out,
                     "{separator}    {{\"order\": \"{order:?}\", \"block_size\": 128, \"head_dim\": 64, \"token\": {token}, \"channel\": {channel}, \
-                     \"k_code\": {}, \"v_code\": {}, \"raw_k\": {}, \"raw_v\": {}}}",
+                     \"k_code\": {}, \"v_code\": {}, \"raw_k\": {}, \"raw_v\": {}, \
+                     \"tile_k\": {:?}, \"tile_v\": {:?}}}",
                     order.k_code([128, 64], token, channel),
                     order.v_code([128, 64], token, channel),
                     order.raw_k([128, 64], token, channel),
                     order.raw_v([128, 64], token, channel),
+                    [4, 2, 1].map(|bits| order.tile_k([128, 64], bits, token, channel)),
+                    [4, 2, 1].map(|bits| order.tile_v([128, 64], bits, token, channel)),
                 )?;
                 separator = ",\n";
             }
@@ -74,5 +83,30 @@ fn int8_record(out: &mut Formatter<'_>, page: TokenPage) -> fmt::Result {
         page.k_channel_mean(),
         page.k_channel_scale(),
         record_bytes(Format::Int8, Dtype::F32, head_dim, block_size),
+    )
+}
+
+fn tile_record(out: &mut Formatter<'_>, format: Format, tile: SealedTile) -> fmt::Result {
+    let SealedTile { head_dim, block_size, bits } = tile;
+    write!(
+        out,
+        "    {{\"format\": \"{}\", \"head_dim\": {head_dim}, \"block_size\": {block_size}, \"bits\": {bits}, \
+         \"k_codes\": {}, \"v_codes\": {}, \"high_plane\": {}, \"k_channel_scale\": {}, \"k_channel_zero_point\": {}, \
+         \"k_token_scale\": {}, \"v_token_scale\": {}, \"v_token_zero_point\": {}, \"first_v\": {}, \
+         \"first_v_scale\": {}, \"first_v_zero_point\": {}, \"header\": {}, \"bytes\": {}}}",
+        format.name(),
+        tile.k_codes(),
+        tile.v_codes(),
+        tile.high_plane(),
+        tile.k_channel_scale(),
+        tile.k_channel_zero_point(),
+        tile.k_token_scale(),
+        tile.v_token_scale(),
+        tile.v_token_zero_point(),
+        tile.first_v(),
+        tile.first_v_scale(),
+        tile.first_v_zero_point(),
+        tile.header(),
+        record_bytes(format, Dtype::F32, head_dim, block_size),
     )
 }

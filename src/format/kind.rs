@@ -1,17 +1,23 @@
 //! The names: cache formats and element types.
 
-/// How a page holds its tokens.
+/// How a block holds its tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Format {
     /// Unquantized pages in the model's element type: tests the plumbing, baseline of the kernels.
     Raw,
     /// INT8 pages under a calibration window.
     Int8,
+    /// INT8 pages while open, sealed into 4-bit tiles.
+    Int4,
+    /// INT8 pages while open, sealed into 3-bit tiles: a 2-bit plane and a 1-bit plane.
+    Int3,
+    /// INT8 pages while open, sealed into 2-bit tiles.
+    Int2,
 }
 
 impl Format {
     /// Every format, from the largest to the smallest.
-    pub const ALL: [Self; 2] = [Self::Raw, Self::Int8];
+    pub const ALL: [Self; 5] = [Self::Raw, Self::Int8, Self::Int4, Self::Int3, Self::Int2];
 
     /// The name used in every interface.
     #[must_use]
@@ -19,6 +25,9 @@ impl Format {
         match self {
             Self::Raw => "raw",
             Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::Int3 => "int3",
+            Self::Int2 => "int2",
         }
     }
 
@@ -26,6 +35,17 @@ impl Format {
     #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|format| format.name() == name)
+    }
+
+    /// Bits of a code in a sealed tile; `None` where blocks stay pages.
+    #[must_use]
+    pub const fn tile_bits(self) -> Option<u32> {
+        match self {
+            Self::Raw | Self::Int8 => None,
+            Self::Int4 => Some(4),
+            Self::Int3 => Some(3),
+            Self::Int2 => Some(2),
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Where each field of a record starts, in bytes from the record's first. A record is one (block, kv head).
 
 use super::kind::{Dtype, Format};
+use super::tile::SealedTile;
 
 /// Records start on multiples of this many bytes.
 pub const RECORD_ALIGNMENT: usize = 16;
 
-const F16_BYTES: usize = 2;
+pub(super) const F16_BYTES: usize = 2;
 
 /// Offsets of an INT8 page's record.
 ///
@@ -98,12 +99,22 @@ impl RawPage {
     }
 }
 
-/// Bytes of the record of one (block, kv head); `dtype` is the element type of `raw` pages and says nothing of others.
+/// Bytes of the record of one (block, kv head) at rest: a page, or a tile in formats that seal. `dtype` is the element
+/// type of `raw` pages and says nothing of others.
 #[must_use]
 pub const fn record_bytes(format: Format, dtype: Dtype, head_dim: usize, block_size: usize) -> usize {
+    match format.tile_bits() {
+        Some(bits) => SealedTile { head_dim, block_size, bits }.bytes(),
+        None => page_bytes(format, dtype, head_dim, block_size),
+    }
+}
+
+/// Bytes of the page that one (block, kv head) is while tokens are written to it.
+#[must_use]
+pub const fn page_bytes(format: Format, dtype: Dtype, head_dim: usize, block_size: usize) -> usize {
     match format {
         Format::Raw => RawPage { head_dim, block_size, dtype }.bytes(),
-        Format::Int8 => TokenPage { head_dim, block_size }.bytes(),
+        _ => TokenPage { head_dim, block_size }.bytes(),
     }
 }
 
@@ -115,6 +126,12 @@ mod tests {
     fn int8_takes_266_bytes_a_token_at_128_channels_and_136_at_64() {
         assert_eq!(record_bytes(Format::Int8, Dtype::Bf16, 128, 128), 266 * 128);
         assert_eq!(record_bytes(Format::Int8, Dtype::Bf16, 64, 128), 136 * 128);
+    }
+
+    #[test]
+    fn what_seals_is_a_tile_at_rest_and_an_int8_page_while_open() {
+        assert_eq!(record_bytes(Format::Int4, Dtype::Bf16, 128, 128), 17_808);
+        assert_eq!(page_bytes(Format::Int4, Dtype::Bf16, 128, 128), 266 * 128);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! What does each byte mean?
 //!
 //! A *block* is `block_size` tokens of one layer, all key/value heads. It is stored as one *record* per head, heads in
-//! order. [`kind`] names the formats, [`layout`] places every field of a record, [`order`] says where a code sits
-//! within its field, [`emit`] prints all of it for other languages and for the golden file.
+//! order: a *page* while tokens are written to it, and, in formats that seal, a *tile* once it is full. [`kind`] names the
+//! formats, [`layout`] and [`tile`] place every field of a record, [`order`] says where a code sits within its field,
+//! [`emit`] prints all of it for other languages and for the golden file.
 //!
 //! Nothing here computes on values: `core` only.
 
@@ -10,10 +11,12 @@ pub mod emit;
 pub mod kind;
 pub mod layout;
 pub mod order;
+pub mod tile;
 
 pub use kind::{Dtype, Format};
-pub use layout::{RawPage, TokenPage, record_bytes};
+pub use layout::{RawPage, TokenPage, page_bytes, record_bytes};
 pub use order::CodeOrder;
+pub use tile::SealedTile;
 
 /// Version of everything in this module; a change of any byte raises it.
 pub const FORMAT_VERSION: u32 = 1;

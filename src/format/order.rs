@@ -1,10 +1,15 @@
 //! Where a code sits within its field. An order is a bijection from (token, channel) to an index.
 //!
-//! The *canonical* order is the oracle's and that of files: K and V both `[token][channel]`. A backend may keep its own:
+//! The *canonical* order is the oracle's and that of files: K and V both `[token][channel]`, in tiles K `[channel][token]`;
+//! codes of tiles follow each other from the low bits of a byte up. A backend may keep its own:
 //!
 //! * `Cpu`, INT8 codes: sixteen lanes of four values, what a vector unit multiplies without a shuffle or a sum across
 //!   lanes. A lane of K is a token, `[token/16][channel/4][16 tokens][4 channels]`; a lane of V is a channel,
 //!   `[channel/16][token/4][16 channels][4 tokens]`.
+//! * `Cpu`, codes of tiles: the same lanes, each a word of [`word_codes`] codes: 32 bits of eight 4-bit or sixteen 2-bit
+//!   codes, or 16 bits of sixteen 1-bit ones. Shifted by a multiple of the code's width and masked, a word is four codes
+//!   in four bytes (1-bit codes: in four nibbles), as an INT8 lane. K `[token/16][channel/codes][16 tokens][codes]`,
+//!   V `[channel/16][token/codes][16 channels][codes]`.
 //! * `Cpu`, `raw` elements: K `[token/16][channel][16 tokens]`, V `[channel/16][token][16 channels]`.
 //!
 //! The kernels take K panel by panel and V channel group by channel group: both are read front to back.
@@ -14,6 +19,20 @@ pub const LANES: usize = 16;
 
 /// Values of one lane side by side, in INT8 fields.
 pub const DEPTH: usize = 4;
+
+/// Codes of one lane's word in a plane of a tile, for planes of 4, 2 or 1 bits.
+#[must_use]
+pub const fn word_codes(plane_bits: u32) -> usize {
+    if plane_bits == 4 { 8 } else { 16 }
+}
+
+/// Index of a code whose lane and depth are given: values of a lane lie in words, four of them a quarter of a word apart.
+const fn in_words(plane_bits: u32, lane: usize, depth: usize, depth_len: usize) -> usize {
+    let word = word_codes(plane_bits);
+    let first = (lane / LANES * (depth_len / word) + depth / word) * (LANES * word) + lane % LANES * word;
+    let within = depth % word;
+    first + within % DEPTH * (word / DEPTH) + within / DEPTH
+}
 
 /// An order of the codes within a field of shape `page`: `[block_size, head_dim]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +74,26 @@ impl CodeOrder {
                     + channel % LANES * DEPTH
                     + token % DEPTH
             }
+        }
+    }
+
+    /// Index of a K code within a plane of a tile: its lowest bit is bit `index * plane_bits` of the plane.
+    #[must_use]
+    pub const fn tile_k(self, page: [usize; 2], plane_bits: u32, token: usize, channel: usize) -> usize {
+        let [block_size, head_dim] = page;
+        match self {
+            Self::Canonical => channel * block_size + token,
+            Self::Cpu => in_words(plane_bits, token, channel, head_dim),
+        }
+    }
+
+    /// Index of a V code within a plane of a tile.
+    #[must_use]
+    pub const fn tile_v(self, page: [usize; 2], plane_bits: u32, token: usize, channel: usize) -> usize {
+        let [block_size, head_dim] = page;
+        match self {
+            Self::Canonical => token * head_dim + channel,
+            Self::Cpu => in_words(plane_bits, channel, token, block_size),
         }
     }
 
@@ -104,9 +143,23 @@ mod tests {
                     assert_bijection(|t, d| order.v_code([block_size, head_dim], t, d), block_size, head_dim);
                     assert_bijection(|t, d| order.raw_k([block_size, head_dim], t, d), block_size, head_dim);
                     assert_bijection(|t, d| order.raw_v([block_size, head_dim], t, d), block_size, head_dim);
+                    for bits in [4, 2, 1] {
+                        assert_bijection(|t, d| order.tile_k([block_size, head_dim], bits, t, d), block_size, head_dim);
+                        assert_bijection(|t, d| order.tile_v([block_size, head_dim], bits, t, d), block_size, head_dim);
+                    }
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_shifted_word_of_a_tile_holds_four_channels_in_four_bytes() {
+        for (bits, shift) in [(4, 4), (2, 2)] {
+            let bit = |d| CodeOrder::Cpu.tile_k([128, 64], bits, 0, d) * bits as usize;
+            assert_eq!([0, 1, 2, 3].map(bit), [0, 8, 16, 24]);
+            assert_eq!([4, 5, 6, 7].map(bit), [0, 8, 16, 24].map(|first| first + shift));
+        }
+        assert_eq!([0, 1, 2, 3, 4].map(|d| CodeOrder::Cpu.tile_k([128, 64], 1, 0, d)), [0, 4, 8, 12, 1]);
     }
 
     #[test]

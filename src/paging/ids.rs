@@ -17,6 +17,15 @@ impl fmt::Display for BlockId {
     }
 }
 
+/// A page: where the tokens of an open block are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageId(pub u32);
+
+impl PageId {
+    /// What a list of pages holds where the block is sealed. Never an id of the pool.
+    pub const SEALED: Self = Self(u32::MAX);
+}
+
 /// A sequence. Ids are given out in increasing order and never again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(pub u64);

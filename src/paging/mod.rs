@@ -6,7 +6,7 @@
 //! ```text
 //! begin   release what left the window, copy the shared open page, take blocks for the new tokens: all or nothing
 //!         the backend copies, then writes
-//! commit  len += pending              or   abort   the blocks taken for new tokens return, len as before
+//! commit  len += pending, and what the step sealed loses its page   or   abort   the blocks taken for new tokens return, len as before
 //! ```
 //!
 //! Invariants, besides those of the block pool, the prefix index and each sequence:
@@ -14,7 +14,10 @@
 //! ```text
 //! refcount[b]                       =  entries equal to b in all block tables
 //! blocks[len / block_size ..]       of a sequence with pending > 0 have refcount 1 and are not published
+//! blocks[len / block_size]          is open where len % block_size > 0
 //! ```
+//!
+//! In a pool that seals ([`Paging::sealing`]) a block is *open*, with a page of its own, or *sealed*, without.
 //!
 //! A *published* block is named by the tokens up to its end ([`publish_prefix`](Paging::publish_prefix)) and is found
 //! by them until it is written again. Free blocks stay published until reused. They are reused oldest first, and a
@@ -22,6 +25,7 @@
 
 mod block_pool;
 mod ids;
+mod open_pages;
 mod prefix;
 mod sequence;
 mod step;
@@ -29,10 +33,11 @@ mod step;
 use std::collections::{HashMap, HashSet};
 
 use self::block_pool::{BlockPool, MAX_BLOCKS};
+use self::open_pages::{OpenPages, PagePool};
 use self::prefix::PrefixIndex;
 use crate::error::{Error, Result};
 
-pub use ids::{BlockId, SequenceId};
+pub use ids::{BlockId, PageId, SequenceId};
 pub use sequence::Sequence;
 pub use step::StepRequest;
 
@@ -41,6 +46,7 @@ pub use step::StepRequest;
 pub struct Paging {
     block_size: usize,
     pool: BlockPool,
+    pages: OpenPages,
     prefix: PrefixIndex,
     sequences: HashMap<SequenceId, Sequence>,
     next_id: u64,
@@ -64,11 +70,30 @@ impl Paging {
         Ok(Self {
             block_size,
             pool: BlockPool::new(num_blocks),
+            pages: OpenPages::OfEveryBlock,
             prefix: PrefixIndex::new(block_size, salt),
             sequences: HashMap::new(),
             next_id: 0,
             cow_copies: 0,
         })
+    }
+
+    /// An empty pool whose blocks seal. Open ones take pages out of `num_open_pages`, or as many as needed.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn sealing(
+        block_size: usize,
+        num_blocks: Option<usize>,
+        num_open_pages: Option<usize>,
+        salt: &[u8],
+    ) -> Result<Self> {
+        if num_open_pages.is_some_and(|pages| pages == 0 || pages > MAX_BLOCKS) {
+            let given = num_open_pages.unwrap_or_default();
+            return Err(Error::Config(format!("num_open_pages must be in 1..={MAX_BLOCKS}, got {given}")));
+        }
+        let paging = Self::new(block_size, num_blocks, salt)?;
+        Ok(Self { pages: OpenPages::Pool(PagePool::new(num_open_pages)), ..paging })
     }
 
     /// A sequence of no tokens.
@@ -97,7 +122,7 @@ impl Paging {
     pub fn free(&mut self, id: SequenceId) -> Result<()> {
         self.settled(id)?;
         if let Some(sequence) = self.sequences.remove(&id) {
-            held(&sequence).iter().rev().for_each(|&block| self.pool.release(block));
+            held(&sequence).iter().rev().for_each(|&block| self.release(block));
         }
         Ok(())
     }
@@ -107,6 +132,7 @@ impl Paging {
     pub fn clear(&mut self) {
         self.sequences.clear();
         self.pool = BlockPool::new(self.pool.bound());
+        self.pages = self.pages.emptied();
         self.prefix.clear();
     }
 
@@ -114,24 +140,71 @@ impl Paging {
     ///
     /// # Errors
     /// [`Error::RollbackTooFar`] when it has fewer, or when the next query, at position `len`, would see a token
-    /// already released: it sees `window` tokens, its own included, or all (`None`). `len` as it is changes nothing.
+    /// already released: it sees `window` tokens, its own included, or all (`None`). [`Error::Sealed`] when `len` is
+    /// within a sealed block. `len` as it is changes nothing.
     pub fn truncate(&mut self, id: SequenceId, len: usize, window: Option<usize>) -> Result<()> {
-        let Sequence { len: committed, first_held: floor, .. } = *self.settled(id)?;
-        if len == committed {
-            return Ok(());
+        self.check_rollback(id, len, window)?;
+        if self.sealed_within(id, len)?.is_some() {
+            let start = len - len % self.block_size;
+            return Err(Error::Sealed { id: id.0, requested: len, start, end: start + self.block_size });
         }
+        self.cut(id, len)
+    }
+
+    /// The sealed block that position `len` of a sequence lies in the middle of, if there is one.
+    pub fn sealed_within(&self, id: SequenceId, len: usize) -> Result<Option<BlockId>> {
+        let sequence = self.sequence(id)?;
+        if len >= sequence.len || len.is_multiple_of(self.block_size) {
+            return Ok(None);
+        }
+        let block = sequence.blocks[len / self.block_size];
+        Ok((block != BlockId::RELEASED && self.pages.page_of(block).is_none()).then_some(block))
+    }
+
+    /// Like [`truncate`](Self::truncate) to `len`, and then back to the beginning of the block that `len` is within:
+    /// the caller writes the tokens between the two again.
+    pub fn reopen(&mut self, id: SequenceId, len: usize, window: Option<usize>) -> Result<()> {
+        self.check_rollback(id, len, window)?;
+        self.cut(id, len - len % self.block_size)
+    }
+
+    fn check_rollback(&self, id: SequenceId, len: usize, window: Option<usize>) -> Result<()> {
+        let Sequence { len: committed, first_held: floor, .. } = *self.settled(id)?;
         let first_seen = window.map_or(0, |window| (len.saturating_add(1)).saturating_sub(window)).min(len);
-        if len > committed || first_seen < floor {
+        if len > committed || len < committed && first_seen < floor {
             return Err(Error::RollbackTooFar { id: id.0, requested: len, floor, len: committed });
         }
+        Ok(())
+    }
+
+    fn cut(&mut self, id: SequenceId, len: usize) -> Result<()> {
         let (block_size, root) = (self.block_size, self.prefix.root());
         let sequence = known(&mut self.sequences, id)?;
+        if len == sequence.len {
+            return Ok(());
+        }
         sequence.len = len;
         if sequence.chained > len / block_size {
             (sequence.chained, sequence.chain) = (0, root);
         }
-        shrink(&mut self.pool, sequence, block_size);
+        self.shrink(id)
+    }
+
+    /// Gives back the blocks past the committed tokens, last first.
+    fn shrink(&mut self, id: SequenceId) -> Result<()> {
+        let sequence = known(&mut self.sequences, id)?;
+        let keep = sequence.len.div_ceil(self.block_size);
+        let dropped = sequence.blocks.split_off(keep);
+        dropped.into_iter().rev().for_each(|block| self.release(block));
         Ok(())
+    }
+
+    /// One holder less. A block that nobody holds has no page, so an open one is not found any more.
+    fn release(&mut self, block: BlockId) {
+        self.pool.release(block);
+        if self.pool.refcount(block) == 0 && self.pages.close(block) {
+            self.prefix.forget(block);
+        }
     }
 
     /// A new sequence that shares the longest published chain of full blocks of `token_ids`, at most
@@ -180,6 +253,15 @@ impl Paging {
         Ok(num_published)
     }
 
+    /// The page of each block of a sequence, [`PageId::SEALED`] for tiles and where a window released the block.
+    pub fn pages(&self, id: SequenceId) -> Result<Vec<PageId>> {
+        let page_of = |&block: &BlockId| match block {
+            BlockId::RELEASED => PageId::SEALED,
+            block => self.pages.page_of(block).unwrap_or(PageId::SEALED),
+        };
+        Ok(self.sequence(id)?.blocks.iter().map(page_of).collect())
+    }
+
     /// Where a sequence lives.
     pub fn sequence(&self, id: SequenceId) -> Result<&Sequence> {
         self.sequences.get(&id).ok_or(Error::UnknownSequence { id: id.0 })
@@ -222,6 +304,18 @@ impl Paging {
         self.pool.bound().map(|bound| bound - self.pool.num_held())
     }
 
+    /// Do blocks seal?
+    #[must_use]
+    pub fn seals(&self) -> bool {
+        self.pages.seals()
+    }
+
+    /// Pages of open blocks, and the most that there were at once; `None` where blocks do not seal.
+    #[must_use]
+    pub fn open_pages(&self) -> Option<(usize, usize)> {
+        self.pages.num_open()
+    }
+
     /// Sequences not yet freed.
     #[must_use]
     pub fn num_sequences(&self) -> usize {
@@ -231,8 +325,14 @@ impl Paging {
     /// Blocks that are the open page of some sequence. Visits every sequence.
     #[must_use]
     pub fn open_blocks(&self) -> usize {
-        let open_pages = self.sequences.values().filter_map(|sequence| sequence.open_page(self.block_size));
-        open_pages.collect::<HashSet<_>>().len()
+        self.ends_within().len()
+    }
+
+    /// The blocks that some sequence ends within: the next token of it goes there, so they cannot be sealed, though
+    /// another sequence may have filled them. Visits every sequence.
+    #[must_use]
+    pub fn ends_within(&self) -> HashSet<BlockId> {
+        self.sequences.values().filter_map(|sequence| sequence.open_page(self.block_size)).collect()
     }
 
     /// Copy-on-write copies ordered so far.
@@ -259,7 +359,15 @@ impl Paging {
             }
         }
         self.pool.check(&holders)?;
+        self.pages.check(&holders)?;
         self.prefix.check(self.pool.num_known())?;
+        for (id, sequence) in &self.sequences {
+            if let Some(block) =
+                sequence.open_page(self.block_size).filter(|&block| self.pages.page_of(block).is_none())
+            {
+                return Err(format!("sequence {id}: block {block} is partly filled and sealed"));
+            }
+        }
         for (id, sequence) in self.sequences.iter().filter(|(_, s)| s.pending > Some(0)) {
             for &block in &sequence.blocks[sequence.len / self.block_size..] {
                 if self.pool.refcount(block) != 1 || self.prefix.contains(block) {
@@ -279,12 +387,6 @@ fn known(sequences: &mut HashMap<SequenceId, Sequence>, id: SequenceId) -> Resul
 fn held(sequence: &Sequence) -> &[BlockId] {
     let released = sequence.blocks.iter().take_while(|&&block| block == BlockId::RELEASED).count();
     &sequence.blocks[released..]
-}
-
-/// Gives back the blocks past the committed tokens, last first.
-fn shrink(pool: &mut BlockPool, sequence: &mut Sequence, block_size: usize) {
-    let keep = sequence.len.div_ceil(block_size);
-    sequence.blocks.drain(keep..).rev().for_each(|block| pool.release(block));
 }
 
 #[cfg(test)]

@@ -7,14 +7,17 @@
 //! available  =  free blocks  +  blocks whose every holder is of this step and releases them
 //! ```
 //!
+//! and so for pages, which new blocks need that the step does not seal itself.
+//!
 //! An open page is shared if another holder is left when its sequence's turn comes: where all its holders are of the
 //! step, all but the last copy.
 
 use std::collections::{HashMap, HashSet};
 
 use super::block_pool::BlockPool;
+use super::open_pages::OpenPages;
 use super::prefix::PrefixIndex;
-use super::{BlockId, Paging, Sequence, SequenceId, known, shrink};
+use super::{BlockId, PageId, Paging, Sequence, SequenceId, known};
 use crate::error::{Error, Result};
 
 /// What one sequence does in a step.
@@ -27,6 +30,8 @@ pub struct StepRequest {
     /// First token that this and later steps see; whole blocks of committed tokens before it are released, for good,
     /// whether the step is committed or aborted. 0 keeps everything.
     pub keep_from: usize,
+    /// New blocks before this index of the block table are sealed by the step itself, and take no page.
+    pub sealed_to: usize,
 }
 
 /// What a step would take, and holders that it would remove.
@@ -34,19 +39,21 @@ pub struct StepRequest {
 struct Demand {
     needed: usize,
     freed: usize,
+    needed_pages: usize,
+    freed_pages: usize,
     dropped: HashMap<BlockId, u32>,
 }
 
 impl Paging {
     /// Opens a step: afterwards each block that it writes is held by its sequence alone, and is not published.
     ///
-    /// Returns the copy-on-write copies (source, destination). They are independent of each other, come before the
+    /// Returns the copy-on-write copies of pages (source, destination). They are independent of each other, come before the
     /// step's writes, and must be made even if the step is then aborted: the copy stays in the block table.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::OpenStep`]; [`Error::Config`] when a sequence is named twice;
-    /// [`Error::OutOfBlocks`]. None changes anything.
-    pub fn begin(&mut self, requests: &[StepRequest]) -> Result<Vec<(BlockId, BlockId)>> {
+    /// [`Error::OutOfBlocks`]; [`Error::OutOfOpenPages`]. None changes anything.
+    pub fn begin(&mut self, requests: &[StepRequest]) -> Result<Vec<(PageId, PageId)>> {
         self.checked_demand(requests)?;
         for request in requests {
             self.release_before(request)?;
@@ -59,12 +66,15 @@ impl Paging {
         Ok(copies)
     }
 
-    /// What [`num_blocks`](Self::num_blocks) will be once `requests` have begun; errors are those of
+    /// Blocks and pages that the backend must have room for once `requests` have begun: what
+    /// [`num_blocks`](Self::num_blocks) will be, and as many pages where blocks do not seal. Errors are those of
     /// [`begin`](Self::begin).
-    pub fn num_blocks_after(&self, requests: &[StepRequest]) -> Result<usize> {
+    pub fn room_after(&self, requests: &[StepRequest]) -> Result<(usize, usize)> {
         let demand = self.checked_demand(requests)?;
         let grown = demand.needed.saturating_sub(self.pool.num_listed() + demand.freed);
-        Ok(self.pool.bound().unwrap_or(self.pool.num_known() + grown))
+        let num_blocks = self.pool.bound().unwrap_or(self.pool.num_known() + grown);
+        let num_pages = self.pages.num_known_after(demand.needed_pages, demand.freed_pages);
+        Ok((num_blocks, num_pages.unwrap_or(num_blocks)))
     }
 
     fn checked_demand(&self, requests: &[StepRequest]) -> Result<Demand> {
@@ -74,21 +84,29 @@ impl Paging {
         if demand.needed > free {
             return Err(Error::OutOfBlocks { needed: demand.needed, free });
         }
+        let free = self.pages.num_available().saturating_add(demand.freed_pages);
+        if demand.needed_pages > free {
+            return Err(Error::OutOfOpenPages { needed: demand.needed_pages, free });
+        }
         Ok(demand)
     }
 
-    /// Closes a step, as to `ids`: their new tokens are part of the sequences.
+    /// Closes a step, as to `ids`: their new tokens are part of the sequences, and the full blocks `sealed` are tiles
+    /// from now on, but those that a sequence ends within ([`ends_within`](Self::ends_within)). Gives the number of them.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::StaleStep`] when no step is open on one; [`Error::Config`] when one is
     /// named twice. None changes anything.
-    pub fn commit(&mut self, ids: &[SequenceId]) -> Result<()> {
+    pub fn commit(&mut self, ids: &[SequenceId], sealed: &[BlockId]) -> Result<usize> {
         self.check_open(ids)?;
+        let partly_used = if sealed.is_empty() { HashSet::new() } else { self.ends_within() };
+        let sealed = sealed.iter().filter(|&block| !partly_used.contains(block));
+        let num_sealed = sealed.filter(|&&block| self.pages.close(block)).count();
         for &id in ids {
             let sequence = known(&mut self.sequences, id)?;
             sequence.len += sequence.pending.take().unwrap_or(0);
         }
-        Ok(())
+        Ok(num_sealed)
     }
 
     /// Closes a step, as to `ids`, without its new tokens: their blocks return. Errors are those of
@@ -98,7 +116,7 @@ impl Paging {
         for &id in ids {
             let sequence = known(&mut self.sequences, id)?;
             sequence.pending = None;
-            shrink(&mut self.pool, sequence, self.block_size);
+            self.shrink(id)?;
         }
         Ok(())
     }
@@ -129,7 +147,10 @@ impl Paging {
             for &block in &sequence.blocks[self.leaving(sequence, request)] {
                 let dropped = demand.dropped.entry(block).or_default();
                 *dropped += 1;
-                demand.freed += usize::from(*dropped == self.pool.refcount(block));
+                if *dropped == self.pool.refcount(block) {
+                    demand.freed += 1;
+                    demand.freed_pages += usize::from(self.pages.seals() && self.pages.page_of(block).is_some());
+                }
             }
         }
         for request in requests {
@@ -138,8 +159,10 @@ impl Paging {
                 let (id, len, num_new) = (request.sequence, sequence.len, request.num_new);
                 Error::Config(format!("sequence {id} of {len} tokens cannot take {num_new} more"))
             })?;
-            let taken = end.div_ceil(self.block_size) - sequence.blocks.len();
-            demand.needed = demand.needed.saturating_add(taken);
+            let num_blocks = end.div_ceil(self.block_size);
+            demand.needed = demand.needed.saturating_add(num_blocks - sequence.blocks.len());
+            let first_open = request.sealed_to.max(sequence.blocks.len());
+            demand.needed_pages = demand.needed_pages.saturating_add(num_blocks.saturating_sub(first_open));
             let Some(page) = written_page(sequence, request, self.block_size) else { continue };
             let holders = self.pool.refcount(page);
             if holders == 1 {
@@ -149,6 +172,7 @@ impl Paging {
             if holders - *dropped > 1 {
                 *dropped += 1;
                 demand.needed = demand.needed.saturating_add(1);
+                demand.needed_pages = demand.needed_pages.saturating_add(1);
             }
         }
         Ok(demand)
@@ -164,32 +188,44 @@ impl Paging {
         let leaving = self.leaving(self.sequence(request.sequence)?, request);
         let sequence = known(&mut self.sequences, request.sequence)?;
         sequence.first_held = leaving.end * self.block_size;
-        for entry in sequence.blocks[leaving].iter_mut().rev() {
-            self.pool.release(std::mem::replace(entry, BlockId::RELEASED));
-        }
+        let released: Vec<BlockId> = sequence.blocks[leaving]
+            .iter_mut()
+            .rev()
+            .map(|entry| std::mem::replace(entry, BlockId::RELEASED))
+            .collect();
+        released.into_iter().for_each(|block| self.release(block));
         Ok(())
     }
 
-    fn reserve(&mut self, request: &StepRequest, copies: &mut Vec<(BlockId, BlockId)>) -> Result<()> {
-        let (block_size, pool, prefix) = (self.block_size, &mut self.pool, &mut self.prefix);
+    fn reserve(&mut self, request: &StepRequest, copies: &mut Vec<(PageId, PageId)>) -> Result<()> {
+        let (block_size, pool, pages, prefix) = (self.block_size, &mut self.pool, &mut self.pages, &mut self.prefix);
         let sequence = known(&mut self.sequences, request.sequence)?;
-        if let Some(page) = written_page(sequence, request, block_size) {
-            if pool.refcount(page) > 1 {
+        if let Some(shared) = written_page(sequence, request, block_size) {
+            if pool.refcount(shared) > 1 {
                 let copy = take(pool, prefix)?;
-                pool.release(page);
+                let page = open(pages, copy)?;
+                pool.release(shared);
                 sequence.blocks[sequence.len / block_size] = copy;
-                copies.push((page, copy));
+                copies.extend(pages.page_of(shared).map(|source| (source, page)));
             } else {
-                prefix.forget(page);
+                prefix.forget(shared);
             }
         }
         let num_blocks = (sequence.len + request.num_new).div_ceil(block_size);
         while sequence.blocks.len() < num_blocks {
-            sequence.blocks.push(take(pool, prefix)?);
+            let block = take(pool, prefix)?;
+            if sequence.blocks.len() >= request.sealed_to {
+                open(pages, block)?;
+            }
+            sequence.blocks.push(block);
         }
         sequence.pending = Some(request.num_new);
         Ok(())
     }
+}
+
+fn open(pages: &mut OpenPages, block: BlockId) -> Result<PageId> {
+    pages.open(block).ok_or(Error::OutOfOpenPages { needed: 1, free: 0 })
 }
 
 /// The open page, if the request writes into it.
@@ -209,12 +245,12 @@ mod tests {
     use super::*;
 
     fn request(sequence: SequenceId, num_new: usize) -> StepRequest {
-        StepRequest { sequence, num_new, keep_from: 0 }
+        StepRequest { sequence, num_new, keep_from: 0, sealed_to: 0 }
     }
 
     fn append(paging: &mut Paging, sequence: SequenceId, num_new: usize) {
         paging.begin(&[request(sequence, num_new)]).unwrap();
-        paging.commit(&[sequence]).unwrap();
+        paging.commit(&[sequence], &[]).unwrap();
     }
 
     #[test]
@@ -223,9 +259,10 @@ mod tests {
         let a = paging.new_sequence();
         append(&mut paging, a, 3);
         let (b, c) = (paging.fork(a).unwrap(), paging.fork(a).unwrap());
-        let page = paging.sequence(a).unwrap().blocks()[0];
+        let first = |paging: &Paging, id| PageId(paging.sequence(id).unwrap().blocks()[0].0);
+        let page = first(&paging, a);
         let copies = paging.begin(&[request(b, 1), request(a, 1), request(c, 1)]).unwrap();
-        let first = |id| paging.sequence(id).unwrap().blocks()[0];
+        let first = |id| first(&paging, id);
         assert_eq!(copies, [(page, first(b)), (page, first(a))]);
         assert_eq!((first(c), paging.cow_copies(), paging.num_free()), (page, 2, Some(0)));
     }
@@ -247,7 +284,7 @@ mod tests {
         let mut paging = Paging::new(2, Some(2), b"").unwrap();
         let a = paging.new_sequence();
         append(&mut paging, a, 4);
-        let step = StepRequest { sequence: a, num_new: 2, keep_from: 3 };
+        let step = StepRequest { sequence: a, num_new: 2, keep_from: 3, sealed_to: 0 };
         assert_eq!(paging.begin(&[step]), Ok(vec![]));
         let sequence = paging.sequence(a).unwrap();
         assert_eq!((sequence.first_held(), sequence.len(), sequence.pending()), (2, 4, Some(2)));
@@ -260,7 +297,7 @@ mod tests {
         let a = paging.new_sequence();
         append(&mut paging, a, 4);
         let b = paging.fork(a).unwrap();
-        let step = |sequence, num_new| StepRequest { sequence, num_new, keep_from: 4 };
+        let step = |sequence, num_new| StepRequest { sequence, num_new, keep_from: 4, sealed_to: 0 };
         assert_eq!(paging.begin(&[step(a, 1)]), Err(Error::OutOfBlocks { needed: 1, free: 0 }));
         assert_eq!(paging.begin(&[step(a, 5), step(b, 1)]), Err(Error::OutOfBlocks { needed: 4, free: 2 }));
         assert_eq!(paging.begin(&[step(a, 1), step(b, 1)]), Ok(vec![]));
@@ -277,7 +314,7 @@ mod tests {
         assert_eq!((copies.len(), paging.blocks_in_use()), (1, 5));
         paging.abort(&[b]).unwrap();
         let sequence = paging.sequence(b).unwrap();
-        assert_eq!((sequence.len(), sequence.pending(), sequence.blocks()[1]), (3, None, copies[0].1));
+        assert_eq!((sequence.len(), sequence.pending(), sequence.blocks()[1].0), (3, None, copies[0].1.0));
         assert_eq!((paging.blocks_in_use(), paging.peak_blocks(), paging.check()), (3, 5, Ok(())));
     }
 
@@ -285,7 +322,7 @@ mod tests {
     fn a_step_must_be_closed_before_its_sequences_change() {
         let mut paging = Paging::new(2, None, b"").unwrap();
         let a = paging.new_sequence();
-        assert!(matches!(paging.commit(&[a]), Err(Error::StaleStep(_))));
+        assert!(matches!(paging.commit(&[a], &[]), Err(Error::StaleStep(_))));
         paging.begin(&[request(a, 1)]).unwrap();
         let open = Error::OpenStep { id: a.0 };
         assert_eq!(paging.fork(a), Err(open.clone()));

@@ -1,8 +1,8 @@
 use super::*;
 
 fn append(paging: &mut Paging, sequence: SequenceId, num_new: usize, keep_from: usize) {
-    paging.begin(&[StepRequest { sequence, num_new, keep_from }]).unwrap();
-    paging.commit(&[sequence]).unwrap();
+    paging.begin(&[StepRequest { sequence, num_new, keep_from, sealed_to: 0 }]).unwrap();
+    paging.commit(&[sequence], &[]).unwrap();
 }
 
 fn blocks(paging: &Paging, id: SequenceId) -> Vec<u32> {
@@ -133,7 +133,7 @@ fn clearing_forgets_open_steps_and_prefixes_and_reuses_no_id() {
     let a = paging.new_sequence();
     append(&mut paging, a, 2, 0);
     paging.publish_prefix(a, &[1, 2]).unwrap();
-    paging.begin(&[StepRequest { sequence: a, num_new: 1, keep_from: 0 }]).unwrap();
+    paging.begin(&[StepRequest { sequence: a, num_new: 1, keep_from: 0, sealed_to: 0 }]).unwrap();
     paging.clear();
     let b = paging.match_prefix(&[1, 2, 3]);
     assert!(b > a && paging.sequence(b).unwrap().is_empty());

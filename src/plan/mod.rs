@@ -10,16 +10,21 @@
 //! a query sees         positions max(first_held, position + 1 - window) ..= position
 //! ```
 //!
-//! The same plan serves every layer. Backends execute it and decide nothing.
+//! The same plan serves every layer. Backends execute it and decide nothing: they seal what [`Seal`] names, then write
+//! the tokens, then seal the rest, and read each block where [`SequencePlan::page`] says.
 
 mod open;
+mod seal;
 mod split;
 
 pub use open::{PageOpen, Statistics};
+use seal::Sealing;
+pub use seal::{Seal, SealSource, sealed_to};
 pub use split::{SPLIT_TOKENS, Split, splits};
 
 use crate::error::{Error, Result};
-use crate::paging::BlockId;
+use crate::paging::{BlockId, PageId};
+use std::collections::HashSet;
 
 /// More fresh tokens than this a sequence is a prefill: they attend to each other unquantized. Up to here it is decode
 /// (or the verification of drafts), which reads everything from pages.
@@ -30,6 +35,9 @@ pub const DECODE_TOKENS: usize = 16;
 pub struct SequenceInput<'a> {
     /// Blocks of the sequence, those of the new tokens included; entries before `first_held` are not read.
     pub block_table: &'a [BlockId],
+    /// The page of each block, [`PageId::SEALED`] for tiles, those of new blocks that the step seals itself included
+    /// ([`sealed_to`]). `None` where blocks do not seal: each is the page of its number.
+    pub pages: Option<&'a [PageId]>,
     /// Tokens before this step.
     pub context_len: usize,
     /// First token still held: 0 unless a sliding window released blocks. A multiple of the block size.
@@ -79,6 +87,8 @@ impl Rows<'_> {
 pub struct SequencePlan {
     /// Its blocks, those of the new tokens included.
     pub(crate) block_table: Vec<BlockId>,
+    /// The page of each block once the step has sealed, [`PageId::SEALED`] for tiles; as long as the block table.
+    pub(crate) pages: Vec<PageId>,
     /// Tokens before this step.
     pub(crate) context_len: usize,
     /// First token still held.
@@ -88,6 +98,24 @@ pub struct SequencePlan {
 }
 
 impl SequencePlan {
+    /// Its blocks, those of the new tokens included.
+    #[must_use]
+    pub fn block_table(&self) -> &[BlockId] {
+        &self.block_table
+    }
+
+    /// The page of each block, [`PageId::SEALED`] for tiles.
+    #[must_use]
+    pub fn pages(&self) -> &[PageId] {
+        &self.pages
+    }
+
+    /// The page of a block of its table, `None` for a tile.
+    #[must_use]
+    pub fn page(&self, block: usize) -> Option<PageId> {
+        self.pages.get(block).copied().filter(|&page| page != PageId::SEALED)
+    }
+
     /// New tokens of this step.
     #[must_use]
     pub fn num_new(&self) -> usize {
@@ -130,8 +158,12 @@ pub struct StepPlan {
     pub(crate) sequences: Vec<SequencePlan>,
     /// The pages that this step opens, and where their statistics come from.
     pub(crate) opens: Vec<PageOpen>,
+    /// The blocks that this step seals: those of committed tokens, then those of its own, sequence by sequence.
+    pub(crate) seals: Vec<Seal>,
     /// The largest block id that the step reads or writes.
     pub(crate) max_block: Option<BlockId>,
+    /// The largest page that the step reads or writes.
+    pub(crate) max_page: Option<PageId>,
 }
 
 impl StepPlan {
@@ -139,8 +171,20 @@ impl StepPlan {
     ///
     /// # Errors
     /// [`Error::Config`] when a block table is too short for its tokens, when `first_held` is no block boundary before
-    /// the step, or when two sequences would write the same block.
+    /// the step, when pages are missing or too many, or when two sequences would write the same block.
     pub fn new(block_size: usize, inputs: &[SequenceInput<'_>]) -> Result<Self> {
+        Self::keeping_open(block_size, inputs, HashSet::new())
+    }
+
+    /// Like [`new`](Self::new), but the blocks `partly_used` are not sealed: sequences outside the step end within them.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn keeping_open(
+        block_size: usize,
+        inputs: &[SequenceInput<'_>],
+        partly_used: HashSet<BlockId>,
+    ) -> Result<Self> {
         if block_size == 0 {
             return Err(Error::Config("a block holds at least one token, got block_size 0".to_owned()));
         }
@@ -151,8 +195,11 @@ impl StepPlan {
             slot_mapping: Vec::new(),
             sequences: Vec::with_capacity(inputs.len()),
             opens: Vec::new(),
+            seals: Vec::new(),
             max_block: None,
+            max_page: None,
         };
+        let mut sealing = Sealing { partly_used, taken: HashSet::new() };
         for input in inputs {
             let (context_len, first_held) = (input.context_len, input.first_held);
             if first_held > context_len || !first_held.is_multiple_of(block_size) {
@@ -168,7 +215,10 @@ impl StepPlan {
                     input.block_table.len()
                 )));
             }
-            plan.push(input);
+            if let Some(pages) = input.pages {
+                check_pages(block_size, input, pages, seq_len)?;
+            }
+            plan.push(input, &mut sealing);
         }
         plan.check_written_blocks()?;
         Ok(plan)
@@ -204,7 +254,13 @@ impl StepPlan {
         &self.opens
     }
 
-    fn push(&mut self, input: &SequenceInput<'_>) {
+    /// The blocks that the step seals.
+    #[must_use]
+    pub fn seals(&self) -> &[Seal] {
+        &self.seals
+    }
+
+    fn push(&mut self, input: &SequenceInput<'_>, sealing: &mut Sealing) {
         let mut token_rows = Vec::with_capacity(input.rows.num_tokens());
         for row in 0..input.rows.num_rows() {
             if !input.rows.is_token(row) {
@@ -218,16 +274,25 @@ impl StepPlan {
         }
         let seq_len = input.context_len + token_rows.len();
         let held = input.first_held / self.block_size..seq_len.div_ceil(self.block_size);
+        let own_page = |block: &BlockId| PageId(block.0);
+        let pages = input.pages.map_or_else(|| input.block_table.iter().map(own_page).collect(), <[PageId]>::to_vec);
+        let pages_held = pages.get(held.clone()).unwrap_or_default().iter().filter(|&&page| page != PageId::SEALED);
+        self.max_page = self.max_page.max(pages_held.max().copied());
         self.max_block = self.max_block.max(input.block_table.get(held).and_then(|held| held.iter().copied().max()));
         self.num_rows += input.rows.num_rows();
         self.query_start_loc.push(self.num_rows);
-        let sequence = SequencePlan {
+        let mut sequence = SequencePlan {
             block_table: input.block_table.to_vec(),
+            pages,
             context_len: input.context_len,
             first_held: input.first_held,
             token_rows,
         };
-        open::plan_opens(self.block_size, self.sequences.len(), &sequence, &mut self.opens);
+        let index = self.sequences.len();
+        if input.pages.is_some() {
+            seal::plan_seals(self.block_size, index, &mut sequence, sealing, &mut self.seals);
+        }
+        open::plan_opens(self.block_size, index, &sequence, &mut self.opens);
         self.sequences.push(sequence);
     }
 
@@ -252,6 +317,25 @@ impl StepPlan {
     }
 }
 
+/// Every new block has a page but those that the step seals itself, and so has the block that is written further.
+fn check_pages(block_size: usize, input: &SequenceInput<'_>, pages: &[PageId], seq_len: usize) -> Result<()> {
+    let (context_len, num_new) = (input.context_len, input.rows.num_tokens());
+    if pages.len() != input.block_table.len() {
+        let (pages, blocks) = (pages.len(), input.block_table.len());
+        return Err(Error::Config(format!("{pages} pages for a block table of {blocks} blocks")));
+    }
+    let first = if num_new == 0 { seq_len.div_ceil(block_size) } else { context_len / block_size };
+    let (new, sealed) = (context_len.div_ceil(block_size), sealed_to(block_size, context_len, num_new));
+    for block in first..seq_len.div_ceil(block_size) {
+        let is_sealed = pages[block] == PageId::SEALED;
+        if is_sealed != (new..sealed).contains(&block) {
+            let what = if is_sealed { "is written and has no page" } else { "is sealed by the step and has a page" };
+            return Err(Error::Config(format!("block {block} of a sequence of {seq_len} tokens {what}")));
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -264,7 +348,13 @@ mod tests {
     fn padding_has_no_slot_and_takes_no_position() {
         let table = ids(&[7, 2]);
         let mask = [false, true, true];
-        let input = SequenceInput { block_table: &table, context_len: 15, first_held: 0, rows: Rows::Masked(&mask) };
+        let input = SequenceInput {
+            block_table: &table,
+            pages: None,
+            context_len: 15,
+            first_held: 0,
+            rows: Rows::Masked(&mask),
+        };
         let plan = StepPlan::new(16, &[input]).unwrap();
         assert_eq!(plan.slot_mapping, [-1, 7 * 16 + 15, 2 * 16]);
         assert_eq!((plan.num_rows, plan.sequences[0].num_new()), (3, 2));
@@ -273,7 +363,8 @@ mod tests {
     #[test]
     fn a_query_sees_its_window_and_nothing_released() {
         let table = ids(&[0, 1, 2]);
-        let input = SequenceInput { block_table: &table, context_len: 40, first_held: 16, rows: Rows::All(1) };
+        let input =
+            SequenceInput { block_table: &table, pages: None, context_len: 40, first_held: 16, rows: Rows::All(1) };
         let sequence = &StepPlan::new(16, &[input]).unwrap().sequences[0];
         assert_eq!(sequence.visible(40, None), (16, 41));
         assert_eq!(sequence.visible(40, Some(8)), (33, 41));
@@ -282,14 +373,16 @@ mod tests {
     #[test]
     fn two_sequences_cannot_write_one_block() {
         let table = ids(&[3]);
-        let input = SequenceInput { block_table: &table, context_len: 0, first_held: 0, rows: Rows::All(1) };
+        let input =
+            SequenceInput { block_table: &table, pages: None, context_len: 0, first_held: 0, rows: Rows::All(1) };
         assert!(matches!(StepPlan::new(16, &[input, input]), Err(Error::Config(_))));
     }
 
     #[test]
     fn a_short_block_table_is_refused() {
         let table = ids(&[3]);
-        let input = SequenceInput { block_table: &table, context_len: 10, first_held: 0, rows: Rows::All(7) };
+        let input =
+            SequenceInput { block_table: &table, pages: None, context_len: 10, first_held: 0, rows: Rows::All(7) };
         assert!(matches!(StepPlan::new(16, &[input]), Err(Error::Config(_))));
     }
 }

@@ -24,8 +24,8 @@ pub struct PageOpen {
 /// What a page's channel statistics are taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Statistics {
-    /// Nothing is known: mean 0, scale 1.
-    Identity,
+    /// Nothing is known of the sequence: those of the model's calibration, or mean 0 and scale 1.
+    Model,
     /// Positions `start..end` of the sequence.
     Positions {
         /// First position.
@@ -35,9 +35,11 @@ pub enum Statistics {
     },
 }
 
+/// A block that the step seals itself has no page to open.
 pub(super) fn plan_opens(block_size: usize, index: usize, sequence: &SequencePlan, opens: &mut Vec<PageOpen>) {
     let (context_len, seq_len) = (sequence.context_len, sequence.seq_len());
-    for block in context_len.div_ceil(block_size)..seq_len.div_ceil(block_size) {
+    let new = context_len.div_ceil(block_size)..seq_len.div_ceil(block_size);
+    for block in new.filter(|&block| sequence.page(block).is_some()) {
         let start = block * block_size;
         let end = seq_len.min(start + block_size);
         let window_start = start.saturating_sub(CALIBRATION_WINDOW_TOKENS).max(sequence.first_held.min(start));
@@ -48,7 +50,7 @@ pub(super) fn plan_opens(block_size: usize, index: usize, sequence: &SequencePla
         } else if end - start >= OWN_STATISTICS_TOKENS {
             Statistics::Positions { start, end }
         } else {
-            Statistics::Identity
+            Statistics::Model
         };
         opens.push(PageOpen { sequence: index, block, statistics });
     }
@@ -63,7 +65,7 @@ mod tests {
     fn opens(block_size: usize, context_len: usize, first_held: usize, num_new: usize) -> Vec<(usize, Statistics)> {
         let block_table: Vec<BlockId> = (0..100).map(BlockId).collect();
         let rows = Rows::All(num_new);
-        let input = SequenceInput { block_table: &block_table, context_len, first_held, rows };
+        let input = SequenceInput { block_table: &block_table, pages: None, context_len, first_held, rows };
         StepPlan::new(block_size, &[input]).unwrap().opens.iter().map(|open| (open.block, open.statistics)).collect()
     }
 
@@ -92,13 +94,13 @@ mod tests {
     #[test]
     fn the_first_page_uses_its_first_write_from_32_tokens_on() {
         assert_eq!(opens(128, 0, 0, 32), [(0, over(0, 32))]);
-        assert_eq!(opens(128, 0, 0, 31), [(0, Statistics::Identity)]);
+        assert_eq!(opens(128, 0, 0, 31), [(0, Statistics::Model)]);
     }
 
     #[test]
     fn released_tokens_are_not_read() {
         assert_eq!(opens(16, 64, 48, 1), [(4, over(48, 64))]);
-        assert_eq!(opens(16, 64, 64, 1), [(4, Statistics::Identity)]);
+        assert_eq!(opens(16, 64, 64, 1), [(4, Statistics::Model)]);
     }
 
     #[test]

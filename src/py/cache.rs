@@ -1,8 +1,9 @@
 //! `PagedKvCache` and `Step`: the cache behind a lock, tensors behind views, the interpreter free while kernels run.
 
+use super::calibration::Calibration;
 use super::numbers::Whole;
 use super::tensor::HostTensor;
-use super::{parse_dtype, parse_format};
+use super::{parse_codec, parse_dtype, parse_format};
 use crate::backend::{AttendOptions, Fresh};
 use crate::config::CacheConfig;
 use crate::paging::SequenceId;
@@ -44,10 +45,11 @@ impl PagedKvCache {
 #[pymethods]
 impl PagedKvCache {
     #[new]
-    #[pyo3(signature = (*, num_layers, num_kv_heads, head_dim, format = "int8", block_size = Whole(128), num_blocks = None,
-                        dtype = "float32", window = None),
-           text_signature = "(*, num_layers, num_kv_heads, head_dim, format='int8', block_size=128, num_blocks=None, \
-                             dtype='float32', window=None)")]
+    #[pyo3(signature = (*, num_layers, num_kv_heads, head_dim, format = "int4", block_size = Whole(128), num_blocks = None,
+                        num_open_pages = None, dtype = "float32", window = None, calibration = None, layers = None,
+                        codec = None),
+           text_signature = "(*, num_layers, num_kv_heads, head_dim, format='int4', block_size=128, num_blocks=None, \
+                             num_open_pages=None, dtype='float32', window=None, calibration=None, layers=None, codec=None)")]
     #[allow(clippy::too_many_arguments)] // keywords
     fn new(
         num_layers: Whole,
@@ -56,8 +58,12 @@ impl PagedKvCache {
         format: &str,
         block_size: Whole,
         num_blocks: Option<Whole>,
+        num_open_pages: Option<Whole>,
         dtype: &str,
         window: Option<Whole>,
+        calibration: Option<PyRef<'_, Calibration>>,
+        layers: Option<Vec<Whole>>,
+        codec: Option<&str>,
     ) -> Result<Self> {
         let config = CacheConfig {
             format: parse_format(format)?,
@@ -67,9 +73,20 @@ impl PagedKvCache {
             head_dim: head_dim.count(),
             block_size: block_size.count(),
             num_blocks: num_blocks.map(Whole::count),
+            num_open_pages: num_open_pages.map(Whole::count),
             window: window.map(Whole::count),
         };
-        Ok(Self::wrap(cache::PagedKvCache::new(config)?))
+        let mut cache = match codec {
+            Some(name) => cache::PagedKvCache::with_codec(config, parse_codec(name)?)?,
+            None => cache::PagedKvCache::new(config)?,
+        };
+        if let Some(calibration) = calibration {
+            let num_layers = cache.config().num_layers;
+            let layers =
+                layers.map_or_else(|| (0..num_layers).collect(), |layers| layers.iter().map(|n| n.count()).collect());
+            cache.set_calibration(calibration.shared(), layers)?;
+        }
+        Ok(Self::wrap(cache))
     }
 
     #[getter]
@@ -114,8 +131,13 @@ impl PagedKvCache {
     fn free(&self, sequence: Whole) -> Result<()> {
         lock(&self.inner).free(SequenceId(sequence.0))
     }
-    fn truncate(&self, sequence: Whole, length: Whole) -> Result<()> {
-        lock(&self.inner).truncate(SequenceId(sequence.0), length.count())
+    #[pyo3(signature = (sequence, length, *, unseal = false))]
+    fn truncate(&self, py: Python<'_>, sequence: Whole, length: Whole, unseal: bool) -> Result<()> {
+        let (sequence, length) = (SequenceId(sequence.0), length.count());
+        py.detach(|| {
+            let mut cache = lock(&self.inner);
+            if unseal { cache.truncate_unsealing(sequence, length) } else { cache.truncate(sequence, length) }
+        })
     }
     fn seq_len(&self, sequence: Whole) -> Result<usize> {
         Ok(lock(&self.inner).sequence(SequenceId(sequence.0))?.len())
@@ -195,13 +217,21 @@ impl PagedKvCache {
         out.set_item("peak_blocks", stats.peak_blocks)?;
         out.set_item("free_blocks", stats.free_blocks)?;
         out.set_item("open_blocks", stats.open_blocks)?;
+        out.set_item("open_pages", stats.open_pages)?;
+        out.set_item("peak_open_pages", stats.peak_open_pages)?;
         out.set_item("bytes_in_use", stats.bytes_in_use)?;
         out.set_item("peak_bytes", stats.peak_bytes)?;
         out.set_item("allocated_bytes", stats.allocated_bytes)?;
         out.set_item("bytes_per_block", stats.bytes_per_block)?;
+        out.set_item("bytes_per_open_page", stats.bytes_per_open_page)?;
         out.set_item("bytes_per_token", stats.bytes_per_token)?;
         out.set_item("num_sequences", stats.num_sequences)?;
         out.set_item("cow_copies", stats.cow_copies)?;
+        out.set_item("sealed", stats.sealed)?;
+        out.set_item("unsealed", stats.unsealed)?;
+        out.set_item("calibrated", stats.calibrated.name())?;
+        out.set_item("saturation", stats.layers.iter().map(|layer| layer.saturation).collect::<Vec<_>>())?;
+        out.set_item("drift", stats.layers.iter().map(|layer| layer.drift).collect::<Vec<_>>())?;
         Ok(out)
     }
 
@@ -253,12 +283,25 @@ impl Step {
         lock(&self.inner).is_open(&self.open)
     }
 
-    fn append(&self, py: Python<'_>, layer: Whole, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
+    #[pyo3(signature = (layer, k, v, q = None))]
+    fn append(
+        &self,
+        py: Python<'_>,
+        layer: Whole,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        q: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
         check_process()?;
         let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
         // SAFETY: the caller's references keep both alive during the call.
         let fresh = unsafe { Fresh { k: k.view()?, v: v.view()? } };
-        Ok(py.detach(|| lock(&self.inner).append(&self.open, layer.count(), fresh))?)
+        let q = match q {
+            // SAFETY: as above.
+            Some(q) => Some(unsafe { HostTensor::new("q", q)?.view()? }),
+            None => None,
+        };
+        Ok(py.detach(|| lock(&self.inner).append(&self.open, layer.count(), fresh, q))?)
     }
 
     #[pyo3(signature = (layer, q, k, v, out = None, *, scale = None, window = None, softcap = None, sinks = None))]

@@ -10,12 +10,16 @@ impl From<Error> for PyErr {
             let class = match &error {
                 Error::UnknownFormat { .. } => "UnknownFormatError",
                 Error::Config(_) | Error::UnknownBlock { .. } => "ConfigError",
+                Error::Calibration(_) => "CalibrationError",
                 Error::Unsupported(_) => "UnsupportedError",
                 Error::OutOfBlocks { needed, free } => {
                     return exception(py, "OutOfBlocksError", (message, *needed, *free));
                 }
+                Error::OutOfOpenPages { needed, free } => {
+                    return exception(py, "OutOfOpenPagesError", (message, *needed, *free));
+                }
                 Error::UnknownSequence { .. } => "UnknownSequenceError",
-                Error::RollbackTooFar { .. } => "RollbackError",
+                Error::RollbackTooFar { .. } | Error::Sealed { .. } => "RollbackError",
                 Error::OpenStep { .. } | Error::IncompleteStep { .. } => "OpenStepError",
                 Error::StaleStep(_) => "StaleStepError",
                 Error::Shape { .. } => "ShapeError",

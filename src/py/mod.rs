@@ -1,6 +1,7 @@
 //! The Python module `kvarn_rs._core`.
 
 mod cache;
+mod calibration;
 mod errors;
 mod numbers;
 mod tensor;
@@ -8,6 +9,7 @@ mod tensor;
 use crate::backend::cpu::Level;
 use crate::config::{capacity as planner, env};
 use crate::format::{Dtype, Format, record_bytes, supports_block_size, supports_head_dim};
+use crate::quant::Codec;
 use crate::{Error, Result};
 use pyo3::prelude::*;
 
@@ -17,7 +19,9 @@ mod _core {
     #[pymodule_export]
     use super::cache::{PagedKvCache, Step};
     #[pymodule_export]
-    use super::{capacity, formats, num_threads, page_bytes, simd_level};
+    use super::calibration::Calibration;
+    #[pymodule_export]
+    use super::{capacity, codec_bytes_per_token, codecs, formats, num_threads, page_bytes, simd_level};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
@@ -25,11 +29,24 @@ mod _core {
 
     #[pymodule_export]
     const DECODE_TOKENS: usize = crate::plan::DECODE_TOKENS;
+
+    #[pymodule_export]
+    const FIRST_TOKENS: usize = crate::calibration::FIRST_TOKENS;
+
+    #[pymodule_export]
+    const QUERY_TOKENS: usize = crate::calibration::QUERY_TOKENS;
 }
 
 fn parse_format(name: &str) -> Result<Format> {
     Format::parse(name)
         .ok_or_else(|| Error::UnknownFormat { given: name.to_owned(), known: Format::ALL.map(Format::name).join(", ") })
+}
+
+fn parse_codec(name: &str) -> Result<Codec> {
+    Codec::parse(name).ok_or_else(|| {
+        let known = Codec::ALL.map(Codec::name).join(", ");
+        Error::UnknownFormat { given: name.to_owned(), known }
+    })
 }
 
 fn parse_dtype(name: &str) -> Result<Dtype> {
@@ -44,6 +61,21 @@ fn parse_dtype(name: &str) -> Result<Dtype> {
 #[pyfunction]
 fn formats() -> Vec<&'static str> {
     Format::ALL.map(Format::name).to_vec()
+}
+
+/// Names of the codecs that `raw` pages can be quantized with in place, to compare formats by.
+#[pyfunction]
+fn codecs() -> Vec<&'static str> {
+    Codec::ALL.map(Codec::name).to_vec()
+}
+
+/// Bytes of a token and kv head that a codec's scheme would take.
+#[pyfunction]
+#[pyo3(signature = (codec, head_dim, block_size = 128))]
+fn codec_bytes_per_token(codec: &str, head_dim: usize, block_size: usize) -> Result<f64> {
+    let codec = parse_codec(codec)?;
+    check_shape(head_dim, block_size)?;
+    Ok(codec.bytes_per_token(head_dim, block_size))
 }
 
 /// The SIMD level that new caches use: the machine's fastest, or the one that `KVARN_SIMD` names.
@@ -63,13 +95,18 @@ fn num_threads() -> usize {
 #[pyo3(signature = (format, head_dim, block_size = 128, dtype = "bfloat16"))]
 fn page_bytes(format: &str, head_dim: usize, block_size: usize, dtype: &str) -> Result<usize> {
     let (format, dtype) = (parse_format(format)?, parse_dtype(dtype)?);
+    check_shape(head_dim, block_size)?;
+    Ok(record_bytes(format, dtype, head_dim, block_size))
+}
+
+fn check_shape(head_dim: usize, block_size: usize) -> Result<()> {
     if !supports_head_dim(head_dim) {
         return Err(Error::Unsupported(format!("head_dim {head_dim}: pages hold multiples of 16 up to 256")));
     }
     if !supports_block_size(block_size) {
         return Err(Error::Config(format!("block_size {block_size} is not one of 16, 32, 64, 128")));
     }
-    Ok(record_bytes(format, dtype, head_dim, block_size))
+    Ok(())
 }
 
 /// (`sequence_bytes`, `open_bytes`, `tokens`, `sequences`) that fit in `memory_bytes` when every sequence is `context`

@@ -9,9 +9,25 @@
 //! Parameters are computed in f32 and stored as f16; codes are `rint_even` of the value under the *stored* parameters,
 //! clamped. A scale that underflows f16 gives code 0; one that overflows is 65504.
 
+pub mod calibrated;
+pub mod codec;
+pub mod dual_scale;
+pub mod feedback;
+pub mod hadamard;
+mod lanes;
+pub mod planes;
+pub mod reference;
+pub mod round;
+pub mod tile;
 pub mod token_page;
 pub mod window;
 
+pub use calibrated::HeadCalibration;
+pub use codec::Codec;
+pub use dual_scale::{DualScale, DualScaleOptions, dual_scale};
+pub use feedback::{Feedback, HeadFeedback};
+pub use hadamard::{rotate, rotate_channels, rotate_moment};
+pub use tile::{FirstV, Frame, Tile, decode_tile_k, decode_tile_v, encode_tile};
 pub use token_page::{decode_k, decode_v, encode_k, encode_v};
 pub use window::ChannelStatistics;
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kvarn::error::Error;
-use kvarn::paging::{BlockId, Paging, SequenceId, StepRequest};
+use kvarn::paging::{BlockId, PageId, Paging, SequenceId, StepRequest};
 
 use super::{MAX_SEQUENCES, NO_SEQUENCE, Operation, Setup};
 
@@ -25,7 +25,12 @@ pub(super) struct Model {
     setup: Setup,
     paging: Paging,
     sequences: BTreeMap<SequenceId, Tokens>,
+    /// By page.
     memory: Vec<u32>,
+    /// By block, of those that are sealed.
+    tiles: BTreeMap<BlockId, Vec<u32>>,
+    /// Blocks with a page, where blocks seal.
+    open: BTreeSet<BlockId>,
     /// The block that holds the last tokens of each published prefix.
     published: BTreeMap<Vec<u32>, BlockId>,
     num_copies: usize,
@@ -35,9 +40,22 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn new(setup: Setup) -> Self {
-        let paging = Paging::new(setup.block_size, setup.num_blocks, b"model").unwrap();
-        let (sequences, memory, published) = (BTreeMap::new(), Vec::new(), BTreeMap::new());
-        Self { setup, paging, sequences, memory, published, num_copies: 0, peak: 0, outcomes: Outcomes::new() }
+        let paging = match setup.open_pages {
+            None => Paging::new(setup.block_size, setup.num_blocks, b"model").unwrap(),
+            Some(bound) => Paging::sealing(setup.block_size, setup.num_blocks, bound, b"model").unwrap(),
+        };
+        Self {
+            setup,
+            paging,
+            sequences: BTreeMap::new(),
+            memory: Vec::new(),
+            tiles: BTreeMap::new(),
+            open: BTreeSet::new(),
+            published: BTreeMap::new(),
+            num_copies: 0,
+            peak: 0,
+            outcomes: Outcomes::new(),
+        }
     }
 
     /// Below `MAX_SEQUENCES` any sequence, then one without an open step; `NO_SEQUENCE`, and any pick when there are
@@ -93,12 +111,37 @@ impl Model {
             Operation::Match { pick, len, bits } => self.match_prefix(*pick, *len, *bits),
             Operation::Publish { pick, short } => self.publish(self.pick(*pick), *short),
         }
+        // An open block that nobody holds any more has lost its page, and is not found.
+        let held = distinct_blocks(&self.tables());
+        for block in std::mem::take(&mut self.open) {
+            if held.contains(&block) {
+                self.open.insert(block);
+            } else {
+                self.forget(block);
+            }
+        }
+    }
+
+    fn is_sealed(&self, block: BlockId) -> bool {
+        self.setup.open_pages.is_some() && !self.open.contains(&block)
+    }
+
+    /// Where a token is, or will be.
+    fn slot(&mut self, id: SequenceId, position: usize) -> &mut u32 {
+        let (index, offset) = (position / self.setup.block_size, position % self.setup.block_size);
+        let (block, page) = (self.table(id)[index], self.paging.pages(id).unwrap()[index]);
+        if page == PageId::SEALED {
+            let block_size = self.setup.block_size;
+            return &mut self.tiles.entry(block).or_insert_with(|| vec![POISON; block_size])[offset];
+        }
+        &mut self.memory[page.0 as usize * self.setup.block_size + offset]
     }
 
     fn clear(&mut self) {
         self.paging.clear();
         self.sequences.clear();
         self.published.clear();
+        self.open.clear();
         self.peak = 0;
         self.count("cleared", 1);
     }
@@ -133,6 +176,8 @@ impl Model {
             return assert_eq!(result, Err(error));
         }
         let block_size = self.setup.block_size;
+        let within = len < committed && !len.is_multiple_of(block_size);
+        let sealed = within.then(|| self.table(id)[len / block_size]).is_some_and(|block| self.is_sealed(block));
         let tokens = self.sequences.get_mut(&id).unwrap();
         let first_seen = self.setup.window.map_or(0, |window| (len + 1).saturating_sub(window));
         if len > committed || len < committed && first_seen < tokens.first_held {
@@ -140,7 +185,15 @@ impl Model {
             self.count("rollback refused", usize::from(len < committed));
             return assert_eq!(result, Err(too_far));
         }
-        result.unwrap();
+        let (requested, start) = (len, len - len % block_size);
+        let len = if sealed { start } else { len };
+        if sealed {
+            assert_eq!(result, Err(Error::Sealed { id: id.0, requested, start, end: start + block_size }));
+            self.paging.reopen(id, requested, self.setup.window).unwrap();
+            *self.outcomes.entry("unsealed").or_default() += 1;
+        } else {
+            result.unwrap();
+        }
         tokens.committed.truncate(len);
         if tokens.chained > len / block_size {
             tokens.chained = 0;
@@ -183,19 +236,43 @@ impl Model {
             return assert_eq!(self.tables(), before);
         }
 
+        if let Some(Some(bound)) = self.setup.open_pages {
+            let needed = steps.iter().map(|step| self.new_pages(step)).sum::<usize>() + shared.len();
+            let held = distinct_blocks(&kept);
+            let free = bound - self.open.iter().filter(|block| held.contains(block)).count();
+            if needed > free {
+                self.count("out of pages", 1);
+                assert_eq!(result, Err(Error::OutOfOpenPages { needed, free }));
+                return assert_eq!(self.tables(), before);
+            }
+        }
+
         let copies = result.unwrap();
-        assert_eq!(copies.iter().map(|copy| copy.0).collect::<Vec<_>>(), shared);
+        assert_eq!(copies.len(), shared.len());
         self.num_copies += copies.len();
         self.count("begun", 1);
         self.count("copied", copies.len());
         self.count("released", usize::from(kept != before));
-        self.memory.resize(self.memory.len().max(self.paging.num_blocks() * block_size), POISON);
+        let (num_blocks, num_pages) = self.paging.room_after(&[]).unwrap();
+        assert_eq!(num_blocks, self.paging.num_blocks());
+        self.memory.resize(self.memory.len().max(num_pages * block_size), POISON);
         let used = distinct_blocks(&kept);
+        let paged: BTreeMap<BlockId, PageId> = self.paged();
         for block in distinct_blocks(&self.tables()).difference(&used) {
             self.forget(*block);
-            self.memory[slots(*block, block_size)].fill(POISON);
+            self.tiles.remove(block);
+            self.open.remove(block);
+            if let Some(&page) = paged.get(block) {
+                self.memory[slots(page, block_size)].fill(POISON);
+                if self.setup.open_pages.is_some() {
+                    self.open.insert(*block);
+                }
+            }
         }
-        for (source, destination) in copies {
+        for (&(source, destination), block) in copies.iter().zip(shared) {
+            if self.setup.open_pages.is_none() {
+                assert_eq!(source.0, block.0);
+            }
             self.memory.copy_within(slots(source, block_size), destination.0 as usize * block_size);
         }
         for (step, bits) in steps.iter().zip(new_bits) {
@@ -213,7 +290,23 @@ impl Model {
             8 if self.setup.window.is_some() => usize::MAX,
             _ => first_seen.saturating_sub(num_new % 2),
         };
-        StepRequest { sequence, num_new, keep_from }
+        // Some steps seal what they write whole, but the last.
+        let num_full = (len + num_new) / self.setup.block_size;
+        let sealed_to = if num_new > 4 { num_full.saturating_sub(1) } else { 0 };
+        StepRequest { sequence, num_new, keep_from, sealed_to }
+    }
+
+    /// Pages that the new blocks of a step take.
+    fn new_pages(&self, step: &StepRequest) -> usize {
+        let len = self.sequences[&step.sequence].committed.len();
+        let new = len.div_ceil(self.setup.block_size)..(len + step.num_new).div_ceil(self.setup.block_size);
+        new.filter(|&block| block >= step.sealed_to).count()
+    }
+
+    /// The page of every block that a sequence holds, and that has one.
+    fn paged(&self) -> BTreeMap<BlockId, PageId> {
+        let of = |&id: &SequenceId| self.table(id).into_iter().zip(self.paging.pages(id).unwrap());
+        self.sequences.keys().flat_map(of).filter(|&(_, page)| page != PageId::SEALED).collect()
     }
 
     fn first_held_in(&self, step: &StepRequest) -> usize {
@@ -254,11 +347,10 @@ impl Model {
         tokens.first_held = first_held;
         let new: Vec<u32> = (0..step.num_new).map(|i| (bits >> i) & 1).collect();
         let start = tokens.committed.len();
+        tokens.pending = Some(new.clone());
         for (position, &token) in (start..).zip(&new) {
-            let block = table[position / block_size];
-            self.memory[block.0 as usize * block_size + position % block_size] = token;
+            *self.slot(step.sequence, position) = token;
         }
-        tokens.pending = Some(new);
         if step.num_new > 0 {
             for &block in &table[start / block_size..] {
                 self.forget(block);
@@ -267,7 +359,19 @@ impl Model {
     }
 
     fn close(&mut self, ids: &[SequenceId], commit: bool) {
-        let result = if commit { self.paging.commit(ids) } else { self.paging.abort(ids) };
+        let sealed = if commit { self.due(ids) } else { Vec::new() };
+        let contents: Vec<Vec<u32>> = {
+            let paged = self.paged();
+            let page = |block: &BlockId| self.memory[slots(paged[block], self.setup.block_size)].to_vec();
+            sealed.iter().map(page).collect()
+        };
+        let ends_within: BTreeSet<BlockId> = self
+            .sequences
+            .iter()
+            .filter(|(_, tokens)| !tokens.committed.len().is_multiple_of(self.setup.block_size))
+            .map(|(&id, tokens)| self.table(id)[tokens.committed.len() / self.setup.block_size])
+            .collect();
+        let result = if commit { self.paging.commit(ids, &sealed).map(|_| ()) } else { self.paging.abort(ids) };
         let open: BTreeSet<_> =
             ids.iter().filter(|id| self.sequences.get(id).is_some_and(|tokens| tokens.pending.is_some())).collect();
         if open.len() < ids.len() {
@@ -277,6 +381,12 @@ impl Model {
             );
         }
         result.unwrap();
+        let sealed = sealed.into_iter().zip(contents).filter(|(block, _)| !ends_within.contains(block));
+        for (block, content) in sealed {
+            *self.outcomes.entry("sealed").or_default() += 1;
+            self.open.remove(&block);
+            self.tiles.insert(block, content);
+        }
         self.count(if commit { "committed" } else { "aborted" }, ids.len());
         for id in ids {
             let tokens = self.sequences.get_mut(id).unwrap();
@@ -285,6 +395,21 @@ impl Model {
                 tokens.committed.extend(pending);
             }
         }
+    }
+
+    /// The full blocks of committed tokens that a step of `ids` seals: none beside another open step.
+    fn due(&self, ids: &[SequenceId]) -> Vec<BlockId> {
+        let open_steps = self.sequences.values().filter(|tokens| tokens.pending.is_some()).count();
+        let known = ids.iter().all(|id| self.sequences.get(id).is_some_and(|tokens| tokens.pending.is_some()));
+        if open_steps != ids.len() || !known {
+            return Vec::new();
+        }
+        let full = |id: &SequenceId| {
+            let num_full = self.sequences[id].committed.len() / self.setup.block_size;
+            self.table(*id).into_iter().take(num_full)
+        };
+        let due: BTreeSet<BlockId> = ids.iter().flat_map(full).filter(|block| self.open.contains(block)).collect();
+        due.into_iter().collect()
     }
 
     /// Looks for `len` tokens: those of a sequence if one is picked, then random ones.
@@ -347,9 +472,13 @@ impl Model {
             assert_eq!(sequence.first_held(), tokens.first_held);
             assert_eq!(sequence.pending(), tokens.pending.as_ref().map(Vec::len));
             let written = tokens.committed.iter().chain(tokens.pending.iter().flatten());
+            let pages = self.paging.pages(id).unwrap();
             for (position, &token) in written.enumerate().skip(tokens.first_held) {
-                let block = sequence.blocks()[position / block_size];
-                let read = self.memory[block.0 as usize * block_size + position % block_size];
+                let (block, page) = (sequence.blocks()[position / block_size], pages[position / block_size]);
+                let read = match page {
+                    PageId::SEALED => self.tiles[&block][position % block_size],
+                    page => self.memory[page.0 as usize * block_size + position % block_size],
+                };
                 assert_eq!(read, token, "sequence {id}, position {position}, block {block}");
             }
             if tokens.committed.len() % block_size > 0 {
@@ -366,11 +495,13 @@ impl Model {
         assert_eq!(paging.num_sequences(), self.sequences.len());
         assert_eq!(paging.open_blocks(), open_pages.len());
         assert_eq!(paging.cow_copies(), self.num_copies);
+        let open_pages = self.setup.open_pages.map(|_| self.open.len());
+        assert_eq!(paging.open_pages().map(|pages| pages.0), open_pages);
     }
 }
 
-fn slots(block: BlockId, block_size: usize) -> std::ops::Range<usize> {
-    block.0 as usize * block_size..(block.0 as usize + 1) * block_size
+fn slots(page: PageId, block_size: usize) -> std::ops::Range<usize> {
+    page.0 as usize * block_size..(page.0 as usize + 1) * block_size
 }
 
 fn distinct_blocks(tables: &BTreeMap<SequenceId, Vec<BlockId>>) -> BTreeSet<BlockId> {

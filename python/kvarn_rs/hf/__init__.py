@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from .attention import register
 from .cache import KvarnCache
+from .calibration import calibrate
 from .store import DenseFallbackWarning
 
-__all__ = ["DenseFallbackWarning", "KvarnCache", "register"]
+__all__ = ["DenseFallbackWarning", "KvarnCache", "calibrate", "register"]

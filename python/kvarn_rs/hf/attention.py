@@ -130,7 +130,7 @@ def _paged_attention(
     group = pending.group
     try:
         if not pending.appended:
-            store.append(pending)
+            store.append(pending, query if num_queries == num_new else None)
         group.step.attend(
             pending.ordinal,
             query,

@@ -7,12 +7,14 @@ one that transformers uses. What moves tokens about (crop, reorder, repeat, sele
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from typing import Any
 
 import torch
 
 import kvarn_rs
+from kvarn_rs import Calibration
 from kvarn_rs.errors import (
     ConfigError,
     DeviceError,
@@ -24,6 +26,7 @@ from kvarn_rs.errors import (
 )
 
 from .attention import ATTENTION_NAME, register
+from .calibration import resolve
 from .compat import Cache, dense_layer, plan_layers
 from .group import LayerGroup
 from .layer import KvarnLayer
@@ -33,7 +36,7 @@ from .store import DenseFallbackWarning, PageStore
 class KvarnCache(Cache):
     """Quantized, paged K and V for a decoder, for `generate` and for `model(...)`.
 
-    `model.generate(**batch, past_key_values=KvarnCache(model, "int8"))` is all there is to it. Padding takes no space;
+    `model.generate(**batch, past_key_values=KvarnCache(model))` is all there is to it. Padding takes no space;
     beams, `num_return_sequences` and copies share blocks (copy-on-write); sliding layers release what leaves their
     window when the next forward begins. CPU only. Prompts beyond the model's `max_position_embeddings` are
     transformers' business: `generate` warns.
@@ -43,13 +46,21 @@ class KvarnCache(Cache):
     Args:
         model_or_config: a model, whose attention implementation is set to "kvarn" (`register` included); or its
             config, after `register()` and with the attention implementation set by the caller.
-        format: one of `kvarn_rs.FORMATS`; "raw" keeps the model's dtype.
+        format: one of `kvarn_rs.FORMATS`; "raw" keeps the model's dtype. "int4", "int3" and "int2" hold tokens in INT8
+            pages until a block is full, then seal it.
         block_size: positions per block: 16, 32, 64 or 128.
         num_blocks: blocks of each layer group; None: as many as needed.
+        num_open_pages: pages of each layer group for blocks that are not sealed, two for each batch row (prompts in
+            one step; more for drafts); None: as many as needed.
+        calibration: what sealing knows of the model: a `kvarn_rs.Calibration`, or the path of a file of
+            `kvarn calibrate`. None: the model's file in the user's cache folder, else one that all caches of this model
+            share and that learns from the first 2,048 tokens.
+        codec: with "raw", a scheme of `kvarn_rs.CODECS` that quantizes the pages in place, to compare formats by.
         strict: raise UnsupportedError where attention would leave the pages, instead of counting and warning.
 
     Raises:
-        UnknownFormatError: no such format.
+        UnknownFormatError: no such format or codec.
+        CalibrationError: a calibration file that is damaged, or of another model.
         ConfigError: an encoder-decoder model, or settings that do not work.
         DeviceError: a model that is not on the CPU.
         UnsupportedError: strict, and the model cannot use kvarn attention; a format that this build does not do.
@@ -58,10 +69,13 @@ class KvarnCache(Cache):
     def __init__(
         self,
         model_or_config: Any,
-        format: str = "int8",
+        format: str = "int4",
         *,
         block_size: int = 128,
         num_blocks: int | None = None,
+        num_open_pages: int | None = None,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
+        codec: str | None = None,
         strict: bool = False,
     ) -> None:
         model: Any = model_or_config if isinstance(model_or_config, torch.nn.Module) else None
@@ -70,12 +84,14 @@ class KvarnCache(Cache):
             raise ConfigError(f"expected a transformers model or config, not {type(model_or_config).__name__}")
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"{config.model_type} is an encoder-decoder model; KvarnCache is for decoders")
-        _check_pages(format, block_size, num_blocks)
+        _check_pages(format, block_size, num_blocks, num_open_pages, codec)
         decoder_config = config.get_text_config(decoder=True)
         if model is not None:
             if model.device.type != "cpu":
                 raise DeviceError(f"the model is on {model.device}; this release keeps K and V on the CPU only")
             _use_kvarn_attention(model, decoder_config, strict)
+
+        self.calibration = resolve(model, calibration)
 
         plans = plan_layers(decoder_config)
         members: dict[tuple, list[int]] = {}
@@ -83,7 +99,16 @@ class KvarnCache(Cache):
             if plan.paged:
                 members.setdefault((plan.window, plan.shape), []).append(layer_idx)
         groups = {
-            key: LayerGroup(len(idxs), key[0], format=format, block_size=block_size, num_blocks=num_blocks)
+            key: LayerGroup(
+                idxs,
+                key[0],
+                format=format,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                num_open_pages=num_open_pages,
+                calibration=self.calibration,
+                codec=codec,
+            )
             for key, idxs in members.items()
         }
         self._store = PageStore(list(groups.values()), strict)
@@ -243,10 +268,20 @@ class KvarnCache(Cache):
             fused_calls: attention calls served from pages; dense_fallbacks: layer calls that left them, and
             fallback_reasons, the same by reason; dropped_forwards: forwards that stopped half-way;
             paged_layers and unpaged_layers; blocks_in_use, peak_blocks, bytes_in_use, peak_bytes: sums over the layer
-            groups; bytes_per_token: of all paged layers, from the layouts (0 before the first forward).
+            groups; bytes_per_token: of all paged layers at rest, from the layouts (0 before the first forward);
+            open_pages: pages of blocks that are not sealed; sealed, unsealed: blocks sealed, and decoded again by
+            `crop`; calibrated: "no", "own prompt", "frozen" or "file"; saturation: by model layer, the share of K codes
+            of tiles that were clamped; drift: by model layer, actual over frozen deviation of K, 1 where the pages'
+            statistics fit (both None before there is anything to tell).
         """
         store = self._store
-        cores = [group.core.stats() for group in store.groups if group.core is not None]
+        paged = [(group, group.core.stats()) for group in store.groups if group.core is not None]
+        cores = [core for _, core in paged]
+        by_layer = {
+            name: dict(sorted((layer, x) for group, core in paged for layer, x in zip(group.layers, core[name], strict=True)))
+            for name in ("saturation", "drift")
+        }
+        states = [core["calibrated"] for core in cores]
         return {
             "fused_calls": store.fused_calls,
             "dense_fallbacks": store.fallbacks.total(),
@@ -256,19 +291,43 @@ class KvarnCache(Cache):
             "unpaged_layers": len(self.layers) - store.num_layers,
             **{
                 name: sum(core[name] for core in cores)
-                for name in ("blocks_in_use", "peak_blocks", "bytes_in_use", "peak_bytes", "bytes_per_token")
+                for name in (
+                    "blocks_in_use",
+                    "peak_blocks",
+                    "bytes_in_use",
+                    "peak_bytes",
+                    "bytes_per_token",
+                    "open_pages",
+                    "sealed",
+                    "unsealed",
+                )
             },
+            "calibrated": next((state for state in _CALIBRATED if state in states), self.calibration.state),
+            **by_layer,
         }
 
 
-def _check_pages(format: str, block_size: int, num_blocks: int | None) -> None:
+_CALIBRATED = ("no", "own prompt", "frozen", "file")  # the least first
+
+
+def _check_pages(
+    format: str, block_size: int, num_blocks: int | None, num_open_pages: int | None, codec: str | None
+) -> None:
     """Typed errors for settings that no model can use, before a model is touched."""
     if format not in kvarn_rs.FORMATS:
         raise UnknownFormatError(f"unknown format {format!r}; known: {', '.join(kvarn_rs.FORMATS)}")
     if num_blocks is not None and num_blocks < 1:
         raise ConfigError(f"num_blocks is {num_blocks}; it must be at least 1, or None")
     # The core knows what it does: ask it with the smallest shape there is.
-    kvarn_rs.PagedKvCache(num_layers=1, num_kv_heads=1, head_dim=16, format=format, block_size=block_size)
+    kvarn_rs.PagedKvCache(
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=16,
+        format=format,
+        block_size=block_size,
+        num_open_pages=num_open_pages,
+        codec=codec,
+    )
 
 
 def _use_kvarn_attention(model: Any, decoder_config: Any, strict: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvarn_rs import PagedKvCache
+from kvarn_rs import Calibration, PagedKvCache
 from kvarn_rs._core import DECODE_TOKENS
 from kvarn_rs.errors import ConfigError, RollbackError, ShapeError
 
@@ -27,13 +27,25 @@ class LayerGroup:
     """Layers of one (num_kv_heads, head_dim, window): one core cache, one sequence per batch row."""
 
     def __init__(
-        self, num_layers: int, window: int | None, *, format: str, block_size: int, num_blocks: int | None
+        self,
+        layers: list[int],
+        window: int | None,
+        *,
+        format: str,
+        block_size: int,
+        num_blocks: int | None,
+        num_open_pages: int | None,
+        calibration: Calibration,
+        codec: str | None,
     ) -> None:
-        self.num_layers = num_layers
+        self.layers = layers  # the model's numbers of the group's layers
         self.window = window
         self.format = format
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.num_open_pages = num_open_pages
+        self.calibration = calibration
+        self.codec = codec
         self.core: Any = None  # PagedKvCache, once the shape of K is known
         self.dtype: torch.dtype | None = None
         self.sequences: list[int] = []
@@ -46,6 +58,11 @@ class LayerGroup:
         self.checked_mask: object = _UNCHECKED
         self.verdict: str | None = None
         self._grew = False  # since the last crop, under record_past
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the group."""
+        return len(self.layers)
 
     def create_core(self, k: torch.Tensor) -> None:
         """Makes the core cache for K like k [B, num_kv_heads, T, head_dim].
@@ -60,8 +77,12 @@ class LayerGroup:
             format=self.format,
             block_size=self.block_size,
             num_blocks=self.num_blocks,
+            num_open_pages=self.num_open_pages,
             dtype=str(k.dtype).removeprefix("torch."),
             window=self.window,
+            calibration=self.calibration,
+            layers=self.layers,
+            codec=self.codec,
         )
         self.dtype = k.dtype
 
@@ -272,10 +293,14 @@ class LayerGroup:
                 )
 
     def crop(self, length: int) -> None:
-        """Keeps the first `length` positions."""
+        """Keeps the first `length` positions; a sealed block that the end is within becomes a page again.
+
+        Raises:
+            OutOfBlocksError: no block, or page, for that.
+        """
         if length < self.length:
             for row, sequence in enumerate(self.sequences):
-                self.core.truncate(sequence, self._num_tokens(row, length))
+                self.core.truncate(sequence, self._num_tokens(row, length), unseal=True)
             self.length = length
             if self.padding is not None:
                 self.padding = _trim(self.padding[:, :length])

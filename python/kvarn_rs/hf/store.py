@@ -100,11 +100,14 @@ class PageStore:
         size = (batch_size, num_kv_heads, group.length - group.first_visible + num_new, head_dim)
         return KvHandle(self, pending, False, size), KvHandle(self, pending, True, size)
 
-    def append(self, pending: Pending) -> None:
-        """Writes the K and V of a layer to the pages, with the mask that its group's step has (or none)."""
+    def append(self, pending: Pending, query: torch.Tensor | None = None) -> None:
+        """Writes the K and V of a layer to the pages, with the mask that its group's step has (or none).
+
+        query: the queries of the same positions, which the calibration learns from.
+        """
         group = pending.group
         step = group.begin(pending.forward.num_new, None) if group.step is None else group.step
-        step.append(pending.ordinal, pending.k, pending.v)
+        step.append(pending.ordinal, pending.k, pending.v, query)
         pending.forward.arrived[pending.layer_idx] = None
         pending.appended = True
 

@@ -1,20 +1,27 @@
-//! Append: fresh keys and values into pages. First everything is checked, then statistics are taken, then it is written.
+//! Append: fresh keys and values into pages. First everything is checked, then what was full before is sealed, then
+//! statistics are taken, then the tokens are written, then the blocks that a prefill fills are sealed.
 
-use super::page::{self, PageLayout};
+use super::record::{self, RecordLayout};
 use super::{Cpu, PARALLEL_VALUES};
 use crate::backend::{Fresh, TensorView};
 use crate::error::{Error, Result};
 use crate::format::MAX_HEAD_DIM;
 use crate::plan::{PageOpen, SequencePlan, Statistics, StepPlan};
-use crate::quant::ChannelStatistics;
+use crate::quant::{self, ChannelStatistics, HeadCalibration};
 use rayon::prelude::*;
 
 impl Cpu {
-    pub(super) fn append_step(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()> {
+    pub(super) fn append_step(
+        &mut self,
+        layer: usize,
+        plan: &StepPlan,
+        fresh: Fresh<'_>,
+        heads: &[HeadCalibration],
+    ) -> Result<()> {
         let (num_kv_heads, head_dim) = (self.num_kv_heads, self.head_dim);
         fresh.k.check("k", num_kv_heads, plan.num_rows, head_dim)?;
         fresh.v.check("v", num_kv_heads, plan.num_rows, head_dim)?;
-        if let PageLayout::Raw(page) = self.layout {
+        if let RecordLayout::Raw(page) = self.page {
             fresh.k.check_dtype("k", page.dtype)?;
             fresh.v.check_dtype("v", page.dtype)?;
         }
@@ -22,19 +29,35 @@ impl Cpu {
         let parallel = num_tokens * num_kv_heads * head_dim >= PARALLEL_VALUES;
         self.check_finite("k", plan, fresh.k, parallel)?;
         self.check_finite("v", plan, fresh.v, parallel)?;
+        if !plan.seals.is_empty() && self.tile.is_none() {
+            return Err(Error::Config(format!("a plan that seals {} blocks, pages that never do", plan.seals.len())));
+        }
+        if !heads.is_empty() && heads.iter().any(|head| head.channels.mean.len() != head_dim)
+            || heads.len() % num_kv_heads != 0
+        {
+            return Err(Error::Config(format!(
+                "a calibration of {} heads for a layer of {num_kv_heads} heads of {head_dim} channels",
+                heads.len()
+            )));
+        }
 
-        let statistics = self.open_statistics(layer, plan, fresh.k, parallel);
-        let blocks: Vec<(usize, usize)> = plan.written_blocks().collect();
+        self.seal(layer, plan, None, heads);
+        let statistics = self.open_statistics(layer, plan, fresh.k, heads, parallel);
+        let has_page = |&(sequence, block): &(usize, usize)| plan.sequences[sequence].page(block).is_some();
+        let blocks: Vec<(usize, usize)> = plan.written_blocks().filter(has_page).collect();
         let jobs = blocks.len() * num_kv_heads;
         let write = |job: usize| {
             let ((sequence, block), head) = (blocks[job / num_kv_heads], job % num_kv_heads);
-            self.write_block(layer, plan, fresh, sequence, block, head, &statistics);
+            self.write_block(layer, plan, fresh, sequence, block, head, &statistics)
         };
-        if parallel {
-            (0..jobs).into_par_iter().for_each(write);
-        } else {
-            (0..jobs).for_each(write);
+        let written: Vec<(usize, f64)> =
+            if parallel { (0..jobs).into_par_iter().map(write).collect() } else { (0..jobs).map(write).collect() };
+        if matches!(self.page, RecordLayout::Int8(_)) && !written.is_empty() {
+            let rows: usize = written.iter().map(|job| job.0).sum();
+            let squares: f64 = written.iter().map(|job| job.1).sum();
+            self.layers[layer].health.wrote(rows / num_kv_heads, squares / (rows * head_dim) as f64);
         }
+        self.seal(layer, plan, Some(fresh), heads);
         Ok(())
     }
 
@@ -64,14 +87,15 @@ impl Cpu {
         layer: usize,
         plan: &StepPlan,
         k: TensorView<'_>,
+        heads: &[HeadCalibration],
         parallel: bool,
     ) -> Vec<ChannelStatistics> {
-        if self.layout.is_raw() {
+        if self.page.is_raw() {
             return Vec::new();
         }
         let statistics = |job: usize| {
             let (open, head) = (&plan.opens[job / self.num_kv_heads], job % self.num_kv_heads);
-            self.statistics_of(layer, plan, k, open, head)
+            self.statistics_of(layer, plan, k, open, (head, heads.get(head)))
         };
         let jobs = plan.opens.len() * self.num_kv_heads;
         if parallel { (0..jobs).into_par_iter().map(statistics).collect() } else { (0..jobs).map(statistics).collect() }
@@ -83,25 +107,32 @@ impl Cpu {
         plan: &StepPlan,
         k: TensorView<'_>,
         open: &PageOpen,
-        head: usize,
+        (head, calibration): (usize, Option<&HeadCalibration>),
     ) -> ChannelStatistics {
         let Statistics::Positions { start, end } = open.statistics else {
-            return ChannelStatistics::identity(self.head_dim);
+            let of_model = calibration.map(|head| head.channels.clone());
+            return of_model.unwrap_or_else(|| ChannelStatistics::identity(self.head_dim));
         };
         let sequence = &plan.sequences[open.sequence];
-        let mut rows = vec![0f32; (end - start) * self.head_dim];
-        for (position, row) in (start..end).zip(rows.chunks_exact_mut(self.head_dim)) {
-            if position < sequence.context_len {
-                let block = sequence.block_table[position / plan.block_size];
-                let record = self.layers[layer].record(block, head);
-                page::read_k(self.layout, record, position % plan.block_size, row);
-            } else {
-                k.read_row(sequence.token_rows[position - sequence.context_len] as usize, head, row);
-            }
+        let (head_dim, block_size) = (self.head_dim, self.block_size);
+        let mut rows = vec![0f32; (end - start) * head_dim];
+        let stored = end.min(sequence.context_len);
+        let mut block_rows = vec![0f32; block_size * head_dim];
+        for block in start / block_size..stored.div_ceil(block_size) {
+            let (layout, record) = self.record(layer, sequence.block_table[block], sequence.page(block), head);
+            record::read_k(layout, record, &mut block_rows);
+            let (first, last) = (start.max(block * block_size), stored.min((block + 1) * block_size));
+            let from = &block_rows[first % block_size * head_dim..][..(last - first) * head_dim];
+            rows[(first - start) * head_dim..][..from.len()].copy_from_slice(from);
         }
-        ChannelStatistics::of_rows(&rows, self.head_dim)
+        for position in start.max(sequence.context_len)..end {
+            let row = sequence.token_rows[position - sequence.context_len] as usize;
+            k.read_row(row, head, &mut rows[(position - start) * head_dim..][..head_dim]);
+        }
+        ChannelStatistics::of_rows(&rows, head_dim)
     }
 
+    /// Writes the tokens of one block and head; gives how many, and the sum of [`record::write_int8`].
     #[allow(clippy::too_many_arguments)] // the coordinates of one record in one step
     fn write_block(
         &self,
@@ -112,35 +143,48 @@ impl Cpu {
         block: usize,
         head: usize,
         statistics: &[ChannelStatistics],
-    ) {
+    ) -> (usize, f64) {
         let sequence = &plan.sequences[index];
+        let page = sequence.pages[block];
         // SAFETY: `append_step` holds the arena exclusively, and the plan writes each block through one sequence
         // (`StepPlan::check_written_blocks`), so each record is asked for by one job.
-        let record = unsafe { self.layers[layer].record_mut(sequence.block_table[block], head) };
+        let record = unsafe { self.layers[layer].pages.record_mut(page.0, head) };
         let opened = plan.opens.binary_search_by_key(&(index, block), |open| (open.sequence, open.block));
-        let frozen = match (self.layout, opened) {
-            (PageLayout::Raw(_), _) => None,
-            (PageLayout::Int8(page), Ok(open)) => {
+        let frozen = match (self.page, opened) {
+            (RecordLayout::Int8(page), Ok(open)) => {
                 let statistics = statistics[open * self.num_kv_heads + head].clone();
-                page::write_statistics(page, record, &statistics);
+                record::write_statistics(page, record, &statistics);
                 Some(statistics)
             }
-            (PageLayout::Int8(page), Err(_)) => Some(page::read_statistics(page, record)),
+            (RecordLayout::Int8(page), Err(_)) => Some(record::read_statistics(page, record)),
+            _ => None,
         };
         let (mut k, mut v) = ([0f32; MAX_HEAD_DIM], [0f32; MAX_HEAD_DIM]);
         let (k, v) = (&mut k[..self.head_dim], &mut v[..self.head_dim]);
         let start = sequence.context_len.max(block * plan.block_size);
         let end = sequence.seq_len().min((block + 1) * plan.block_size);
+        let mut squares = 0.0;
         for position in start..end {
             let row = sequence.token_rows[position - sequence.context_len] as usize;
             fresh.k.read_row(row, head, k);
             fresh.v.read_row(row, head, v);
             let token = position % plan.block_size;
-            match (self.layout, &frozen) {
-                (PageLayout::Int8(page), Some(frozen)) => page::write_int8(page, record, token, frozen, k, v),
-                (PageLayout::Raw(page), _) => page::write_raw(page, record, token, k, v),
-                (PageLayout::Int8(_), None) => unreachable!("an INT8 page has statistics"),
+            match (self.page, &frozen) {
+                (RecordLayout::Int8(page), Some(frozen)) => {
+                    if self.rotates_v() {
+                        quant::hadamard::rotate(v);
+                    }
+                    squares += record::write_int8(page, record, token, frozen, k, v);
+                }
+                (RecordLayout::Raw(page), _) => {
+                    if let Some(codec) = self.codec.filter(|codec| codec.is_per_token()) {
+                        codec.apply_token(k, v);
+                    }
+                    record::write_raw(page, record, token, k, v);
+                }
+                _ => unreachable!("a page is raw, or INT8 with statistics"),
             }
         }
+        (end - start, squares)
     }
 }

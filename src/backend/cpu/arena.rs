@@ -1,14 +1,13 @@
-//! The memory of the pages: slabs of zeroed, cache-line aligned records that never move.
+//! The memory of the records: slabs of zeroed, cache-line aligned records that never move.
 
 use crate::error::{Error, Result};
-use crate::paging::BlockId;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 
 const ALIGNMENT: usize = 64;
 /// Slabs are about this large: few allocations, and little held by a short sequence.
 const SLAB_BYTES: usize = 1 << 20;
 
-/// One layer's blocks. A block is `num_kv_heads` records in a row.
+/// One layer's pages, or its tiles, by number: each is `num_kv_heads` records in a row.
 #[derive(Debug)]
 pub struct Arena {
     slabs: Vec<Slab>,
@@ -31,12 +30,12 @@ impl Arena {
         self.slabs.iter().map(|slab| slab.bytes).sum()
     }
 
-    pub fn num_blocks(&self) -> usize {
+    pub fn num_records(&self) -> usize {
         self.slabs.len() * self.blocks_per_slab
     }
 
     fn missing_slabs(&self, num_blocks: usize) -> usize {
-        num_blocks.saturating_sub(self.num_blocks()).div_ceil(self.blocks_per_slab)
+        num_blocks.saturating_sub(self.num_records()).div_ceil(self.blocks_per_slab)
     }
 
     fn slab_bytes(&self) -> usize {
@@ -70,7 +69,7 @@ impl Arena {
     pub fn try_clone(&self) -> Result<Self> {
         let &Self { blocks_per_slab, num_kv_heads, record_bytes, .. } = self;
         let mut copy = Self { slabs: Vec::new(), blocks_per_slab, num_kv_heads, record_bytes };
-        copy.grow(self.num_blocks())?;
+        copy.grow(self.num_records())?;
         for (from, to) in self.slabs.iter().zip(&copy.slabs) {
             // SAFETY: two allocations of the same size, one of them ours alone.
             unsafe { std::ptr::copy_nonoverlapping(from.base, to.base, from.bytes) };
@@ -78,7 +77,7 @@ impl Arena {
         Ok(copy)
     }
 
-    pub fn copy_block(&mut self, source: BlockId, destination: BlockId) {
+    pub fn copy(&mut self, source: u32, destination: u32) {
         let bytes = self.block_bytes();
         let (from, to) = (self.at(source, 0), self.at(destination, 0));
         // SAFETY: both blocks lie in slabs that `at` found, `bytes` long; `copy` allows them to be the same block.
@@ -86,10 +85,10 @@ impl Arena {
     }
 
     /// The record of (block, head), to read.
-    pub fn record(&self, block: BlockId, head: usize) -> &[u8] {
+    pub fn record(&self, index: u32, head: usize) -> &[u8] {
         // SAFETY: `at` checked that the record lies in its slab; `&self` keeps writers out but for `record_mut`'s callers,
         // who hold the arena exclusively.
-        unsafe { std::slice::from_raw_parts(self.at(block, head), self.record_bytes) }
+        unsafe { std::slice::from_raw_parts(self.at(index, head), self.record_bytes) }
     }
 
     /// The record of (block, head), to write.
@@ -97,13 +96,13 @@ impl Arena {
     /// # Safety
     /// The caller holds the arena exclusively and asks for each record once at a time.
     #[allow(clippy::mut_from_ref)] // exclusive by contract: records are written side by side
-    pub unsafe fn record_mut(&self, block: BlockId, head: usize) -> &mut [u8] {
+    pub unsafe fn record_mut(&self, index: u32, head: usize) -> &mut [u8] {
         // SAFETY: `at` checked that the record lies in its slab; the caller keeps records apart.
-        unsafe { std::slice::from_raw_parts_mut(self.at(block, head), self.record_bytes) }
+        unsafe { std::slice::from_raw_parts_mut(self.at(index, head), self.record_bytes) }
     }
 
-    fn at(&self, block: BlockId, head: usize) -> *mut u8 {
-        let block = block.0 as usize;
+    fn at(&self, index: u32, head: usize) -> *mut u8 {
+        let block = index as usize;
         let slab = &self.slabs[block / self.blocks_per_slab];
         let offset = (block % self.blocks_per_slab) * self.block_bytes() + head * self.record_bytes;
         assert!(head < self.num_kv_heads && offset + self.record_bytes <= slab.bytes);

@@ -1,12 +1,13 @@
 //! Attend: decode cuts the history into splits and merges them by their log-sum-exp; prefill is in [`super::prefill`].
 
-use super::generic::{PageView, Rows, Scratch};
-use super::{Cpu, PARALLEL_VALUES};
+use super::generic::{RecordView, Rows, Scratch};
+use super::record::RecordLayout;
+use super::{Cpu, PARALLEL_VALUES, tile};
 use crate::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
 use crate::error::{Error, Result};
 use crate::format::MAX_HEAD_DIM;
-use crate::paging::BlockId;
 use crate::plan::{SequencePlan, Split, StepPlan, splits};
+use crate::quant;
 use rayon::prelude::*;
 
 /// One call of attend, checked: what every job reads.
@@ -30,6 +31,15 @@ pub(super) struct RowRange {
     pub head: usize,
     pub first: usize,
     pub count: usize,
+}
+
+/// What one thread keeps from job to job.
+#[derive(Default)]
+struct Worker {
+    scratch: Scratch,
+    q: Vec<f32>,
+    q_rotated: Vec<f32>,
+    visible: Vec<(usize, usize)>,
 }
 
 /// One split of the history of one (sequence, head).
@@ -123,8 +133,14 @@ impl Attention<'_> {
         (self.sequence(rows.sequence).token_rows[token] as usize, rows.head * self.group + member)
     }
 
-    /// Gathers the scaled queries of `rows` and what each of them sees.
-    pub(super) fn gather(&self, rows: RowRange, q: &mut [f32], visible: &mut Vec<(usize, usize)>) {
+    /// Gathers the scaled queries of `rows`, also rotated where a record may be, and what each of them sees.
+    pub(super) fn gather(
+        &self,
+        rows: RowRange,
+        q: &mut [f32],
+        q_rotated: &mut Vec<f32>,
+        visible: &mut Vec<(usize, usize)>,
+    ) {
         let sequence = self.sequence(rows.sequence);
         visible.clear();
         for (r, q) in q.chunks_exact_mut(self.cpu.head_dim).enumerate() {
@@ -134,22 +150,26 @@ impl Attention<'_> {
             let position = sequence.context_len + (rows.first + r) / self.group;
             visible.push(sequence.visible(position, self.options.window));
         }
-    }
-
-    /// The page of a block, as the sequence's positions see it.
-    pub(super) fn page(&self, sequence: &SequencePlan, block: usize, head: usize) -> PageView<'_> {
-        let id: BlockId = sequence.block_table[block];
-        PageView {
-            first: block * self.cpu.block_size,
-            tokens: self.cpu.block_size,
-            record: self.cpu.layers[self.layer].record(id, head),
-            layout: self.cpu.layout,
+        q_rotated.clear();
+        if self.cpu.rotates_v() {
+            q_rotated.extend_from_slice(q);
+            q_rotated.chunks_exact_mut(self.cpu.head_dim).for_each(quant::hadamard::rotate);
         }
     }
 
-    pub(super) fn attend_page(&self, page_view: &PageView<'_>, rows: &mut Rows<'_>, scratch: &mut Scratch) {
+    /// The record of a block, as the sequence's positions see it.
+    pub(super) fn record(&self, sequence: &SequencePlan, block: usize, head: usize) -> RecordView<'_> {
+        let (layout, record) = self.cpu.record(self.layer, sequence.block_table[block], sequence.page(block), head);
+        let k_rotated = match layout {
+            RecordLayout::Tile(layout) => tile::k_is_rotated(layout, record),
+            _ => false,
+        };
+        RecordView { first: block * self.cpu.block_size, tokens: self.cpu.block_size, record, layout, k_rotated }
+    }
+
+    pub(super) fn attend_record(&self, view: &RecordView<'_>, rows: &mut Rows<'_>, scratch: &mut Scratch) {
         // SAFETY: the kernels' level is available (`dispatch::kernels` checked it).
-        unsafe { (self.cpu.kernels.attend_page)(page_view, rows, self.options.softcap, scratch) };
+        unsafe { (self.cpu.kernels.attend_record)(view, rows, self.options.softcap, scratch) };
     }
 
     /// Writes a row's output from its final state. A sink logit takes part in the softmax and has no value.
@@ -164,6 +184,9 @@ impl Attention<'_> {
         }
         let factor = rescale / total;
         acc.iter_mut().for_each(|x| *x *= factor);
+        if self.cpu.rotates_v() {
+            quant::hadamard::rotate(acc);
+        }
         // SAFETY: each (row, head) belongs to one row of one job.
         unsafe { self.out.write_row(row, head, acc) };
     }
@@ -198,10 +221,10 @@ impl Attention<'_> {
             }
         }
         if values >= PARALLEL_VALUES && jobs.len() > 1 {
-            jobs.par_iter_mut().for_each_init(Default::default, |scratch, job| self.decode_split(job, scratch));
+            jobs.par_iter_mut().for_each_init(Worker::default, |worker, job| self.decode_split(job, worker));
         } else {
-            let mut scratch = Default::default();
-            jobs.iter_mut().for_each(|job| self.decode_split(job, &mut scratch));
+            let mut worker = Worker::default();
+            jobs.iter_mut().for_each(|job| self.decode_split(job, &mut worker));
         }
         drop(jobs);
         let mut rest = parts.as_mut_slice();
@@ -212,21 +235,22 @@ impl Attention<'_> {
         }
     }
 
-    fn decode_split(&self, job: &mut Job<'_>, (scratch, q, visible): &mut (Scratch, Vec<f32>, Vec<(usize, usize)>)) {
+    fn decode_split(&self, job: &mut Job<'_>, worker: &mut Worker) {
+        let Worker { scratch, q, q_rotated, visible } = worker;
         let Job { rows, split, part } = job;
         let sequence = self.sequence(rows.sequence);
         q.resize(rows.count * self.cpu.head_dim, 0.0);
-        self.gather(*rows, q, visible);
+        self.gather(*rows, q, q_rotated, visible);
         for (start, end) in visible.iter_mut() {
             (*start, *end) = ((*start).max(split.start), (*end).min(split.end));
         }
         let (max, part) = part.split_at_mut(rows.count);
         let (sum, acc) = part.split_at_mut(rows.count);
         max.fill(f32::NEG_INFINITY);
-        let mut state = Rows { head_dim: self.cpu.head_dim, q, visible, max, sum, acc };
+        let mut state = Rows { head_dim: self.cpu.head_dim, q, q_rotated, visible, max, sum, acc };
         let block_size = self.cpu.block_size;
         for block in split.start / block_size..split.end.div_ceil(block_size) {
-            self.attend_page(&self.page(sequence, block, rows.head), &mut state, scratch);
+            self.attend_record(&self.record(sequence, block, rows.head), &mut state, scratch);
         }
     }
 

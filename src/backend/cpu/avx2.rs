@@ -9,11 +9,13 @@ use std::arch::x86_64::*;
 pub struct Avx2;
 
 type Lanes = [__m256; 2];
+type Words = [__m256i; 2];
 
 // SAFETY: the dispatch table names this level only after the processor said that it has all three. Each block below
 // runs those instructions (the trait's contract) on values, or on pointers that the caller made valid for the lanes.
 unsafe impl Simd for Avx2 {
     type F = Lanes;
+    type W = Words;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Lanes {
@@ -48,22 +50,49 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn load_i8x4(from: *const u8) -> [Lanes; 4] {
+    unsafe fn load_words(from: *const u8) -> Words {
         // SAFETY: valid for 64 bytes.
+        unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn load_half_words(from: *const u8) -> Words {
+        // SAFETY: valid for 32 bytes.
         unsafe {
-            let low = i8x4(_mm256_loadu_si256(from.cast()));
-            let high = i8x4(_mm256_loadu_si256(from.add(32).cast()));
-            [[low[0], high[0]], [low[1], high[1]], [low[2], high[2]], [low[3], high[3]]]
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            [low, _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(16).cast()))]
         }
     }
     #[inline(always)]
-    unsafe fn load_u8x4(from: *const u8) -> [Lanes; 4] {
-        // SAFETY: valid for 64 bytes.
-        unsafe {
-            let low = u8x4(_mm256_loadu_si256(from.cast()));
-            let high = u8x4(_mm256_loadu_si256(from.add(32).cast()));
-            [[low[0], high[0]], [low[1], high[1]], [low[2], high[2]], [low[3], high[3]]]
-        }
+    unsafe fn and(words: Words, mask: u32) -> Words {
+        // SAFETY: values only.
+        unsafe { words.map(|word| _mm256_and_si256(word, _mm256_set1_epi32(mask.cast_signed()))) }
+    }
+    #[inline(always)]
+    unsafe fn or(a: Words, b: Words) -> Words {
+        // SAFETY: values only.
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn shift_left<const N: i32>(words: Words) -> Words {
+        // SAFETY: values only.
+        unsafe { [_mm256_slli_epi32::<N>(words[0]), _mm256_slli_epi32::<N>(words[1])] }
+    }
+    #[inline(always)]
+    unsafe fn shift_right<const N: i32>(words: Words) -> Words {
+        // SAFETY: values only.
+        unsafe { [_mm256_srli_epi32::<N>(words[0]), _mm256_srli_epi32::<N>(words[1])] }
+    }
+    #[inline(always)]
+    unsafe fn i8x4(words: Words) -> [Lanes; 4] {
+        // SAFETY: values only.
+        let (low, high) = unsafe { (i8x4(words[0]), i8x4(words[1])) };
+        [[low[0], high[0]], [low[1], high[1]], [low[2], high[2]], [low[3], high[3]]]
+    }
+    #[inline(always)]
+    unsafe fn u8x4(words: Words) -> [Lanes; 4] {
+        // SAFETY: values only.
+        let (low, high) = unsafe { (u8x4(words[0]), u8x4(words[1])) };
+        [[low[0], high[0]], [low[1], high[1]], [low[2], high[2]], [low[3], high[3]]]
     }
 
     #[inline(always)]

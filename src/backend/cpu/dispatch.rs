@@ -1,9 +1,12 @@
 //! The one door to the kernels: a table of entry points a level, chosen once.
 
-use super::generic::{PageView, Rows, Scratch, attend_page, unpack};
+use super::generic::{RecordView, Rows, Scratch, attend_record};
+use super::record::RecordLayout;
 use super::scalar::Scalar;
+use super::unpack::unpack;
 use crate::error::{Error, Result};
-use crate::format::TokenPage;
+use crate::quant::HeadFeedback;
+use crate::quant::tile::{Tile, encode_tile};
 
 /// An instruction set that the kernels are built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,19 +70,25 @@ impl Level {
 /// The entry points of a level. Calling one is sound on a machine that has the level.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels {
-    /// See [`attend_page`].
-    pub attend_page: unsafe fn(&PageView<'_>, &mut Rows<'_>, Option<f32>, &mut Scratch),
+    /// See [`attend_record`].
+    pub attend_record: unsafe fn(&RecordView<'_>, &mut Rows<'_>, Option<f32>, &mut Scratch),
     /// See [`unpack`].
-    pub unpack: unsafe fn(TokenPage, &[u8], &mut [f32]),
+    pub unpack: unsafe fn(RecordLayout, &[u8], &mut [f32]),
+    /// See [`encode_tile`]: the same bits at every level.
+    pub encode_tile: unsafe fn(&[f32], &[f32], usize, u32, &HeadFeedback, Option<usize>) -> Tile,
 }
 
 /// The kernels of an available level.
 pub fn kernels(level: Level) -> Kernels {
     assert!(level.is_available(), "the level was checked when it was chosen");
     match level {
-        Level::Scalar => Kernels { attend_page: attend_page::<Scalar>, unpack: unpack::<Scalar> },
+        Level::Scalar => Kernels { attend_record: attend_record::<Scalar>, unpack: unpack::<Scalar>, encode_tile },
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => Kernels { attend_page: x86::attend_page_avx2, unpack: x86::unpack_avx2 },
+        Level::Avx2 => Kernels {
+            attend_record: x86::attend_record_avx2,
+            unpack: x86::unpack_avx2,
+            encode_tile: x86::encode_tile_avx2,
+        },
         #[cfg(not(target_arch = "x86_64"))]
         Level::Avx2 => unreachable!("not available here"),
     }
@@ -88,22 +97,35 @@ pub fn kernels(level: Level) -> Kernels {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::avx2::Avx2;
-    use super::{PageView, Rows, Scratch, TokenPage, attend_page, unpack};
+    use super::{HeadFeedback, RecordLayout, RecordView, Rows, Scratch, Tile, attend_record, encode_tile, unpack};
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn attend_page_avx2(
-        page_view: &PageView<'_>,
+    pub unsafe fn attend_record_avx2(
+        view: &RecordView<'_>,
         rows: &mut Rows<'_>,
         softcap: Option<f32>,
         scratch: &mut Scratch,
     ) {
         // SAFETY: the instructions are on.
-        unsafe { attend_page::<Avx2>(page_view, rows, softcap, scratch) }
+        unsafe { attend_record::<Avx2>(view, rows, softcap, scratch) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn unpack_avx2(page: TokenPage, record: &[u8], out: &mut [f32]) {
+    pub unsafe fn unpack_avx2(layout: RecordLayout, record: &[u8], out: &mut [f32]) {
         // SAFETY: the instructions are on.
-        unsafe { unpack::<Avx2>(page, record, out) }
+        unsafe { unpack::<Avx2>(layout, record, out) }
+    }
+
+    // No FMA: every level rounds alike.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn encode_tile_avx2(
+        k: &[f32],
+        v: &[f32],
+        head_dim: usize,
+        bits: u32,
+        feedback: &HeadFeedback,
+        first_row: Option<usize>,
+    ) -> Tile {
+        encode_tile(k, v, head_dim, bits, feedback, first_row)
     }
 }

@@ -8,25 +8,32 @@ mod arena;
 mod attend;
 mod dispatch;
 mod generic;
-mod page;
-mod page_kernel;
+mod health;
 mod prefill;
+mod record;
+mod record_kernel;
 mod scalar;
+mod seal;
 mod simd;
+mod tile;
+mod tile_kernel;
+mod unpack;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 
 pub use dispatch::Level;
+pub use health::LayerHealth;
 
 use super::{AttendOptions, Backend, Fresh, TensorView, TensorViewMut};
 use crate::error::{Error, Result};
-use crate::format::{BLOCK_SIZES, Dtype, Format, MAX_HEAD_DIM, supports_block_size, supports_head_dim};
-use crate::paging::BlockId;
+use crate::format::{BLOCK_SIZES, Dtype, Format, supports_block_size, supports_head_dim};
+use crate::paging::{BlockId, PageId};
 use crate::plan::StepPlan;
+use crate::quant::{self, Codec, HeadCalibration};
 use arena::Arena;
 use dispatch::Kernels;
-use page::PageLayout;
+use record::RecordLayout;
 
 /// Below this many values touched, waking threads costs more than it brings.
 const PARALLEL_VALUES: usize = 1 << 16;
@@ -46,16 +53,31 @@ pub struct CpuConfig {
     pub head_dim: usize,
     /// Tokens of a block.
     pub block_size: usize,
+    /// Quantize `raw` pages in place, for evaluation.
+    pub codec: Option<Codec>,
+}
+
+/// One layer's records.
+#[derive(Debug)]
+struct Layer {
+    /// By page.
+    pages: Arena,
+    /// By block; empty where blocks do not seal.
+    tiles: Arena,
+    health: LayerHealth,
 }
 
 /// Pages in host memory, and the level that reads them.
 #[derive(Debug)]
 pub struct Cpu {
-    layout: PageLayout,
+    page: RecordLayout,
+    /// What blocks become when they are sealed; of a codec, raw records again.
+    tile: Option<RecordLayout>,
+    codec: Option<Codec>,
     num_kv_heads: usize,
     head_dim: usize,
     block_size: usize,
-    layers: Vec<Arena>,
+    layers: Vec<Layer>,
     kernels: Kernels,
 }
 
@@ -64,18 +86,24 @@ impl Cpu {
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a `head_dim` that pages do not hold or a level that this machine lacks;
-    /// [`Error::Config`] for a block size, or a number of heads, that cannot be; [`Error::OutOfMemory`] for more layers
+    /// [`Error::Config`] for a block size, or a number of heads, that cannot be, or a codec on quantized pages;
+    /// [`Error::OutOfMemory`] for more layers
     /// than can be listed.
     pub fn new(config: CpuConfig, level: Level) -> Result<Self> {
-        let CpuConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size } = config;
+        let CpuConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, codec } = config;
         if !supports_head_dim(head_dim) {
             return Err(Error::Unsupported(format!("head_dim {head_dim}: pages hold multiples of 16 up to 256")));
         }
         if !supports_block_size(block_size) {
             return Err(Error::Config(format!("block_size must be one of {BLOCK_SIZES:?}, got {block_size}")));
         }
-        let layout = PageLayout::new(format, dtype, head_dim, block_size);
-        if num_kv_heads == 0 || num_kv_heads.checked_mul(layout.bytes()).is_none_or(|n| n > isize::MAX as usize / 2) {
+        if codec.is_some() && format != Format::Raw {
+            return Err(Error::Config(format!("a codec works on raw pages, not on {}", format.name())));
+        }
+        let page = RecordLayout::page(format, dtype, head_dim, block_size);
+        let coded = codec.is_some_and(|codec| !codec.is_per_token()).then_some(page);
+        let tile = RecordLayout::tile(format, head_dim, block_size).or(coded);
+        if num_kv_heads == 0 || num_kv_heads.checked_mul(page.bytes()).is_none_or(|n| n > isize::MAX as usize / 2) {
             return Err(Error::Config(format!("num_kv_heads {num_kv_heads}: no block can be of so many heads")));
         }
         if !level.is_available() {
@@ -83,11 +111,16 @@ impl Cpu {
         }
         let mut layers = Vec::new();
         if layers.try_reserve_exact(num_layers).is_err() {
-            let bytes = num_layers.saturating_mul(size_of::<Arena>());
+            let bytes = num_layers.saturating_mul(size_of::<Layer>());
             return Err(Error::OutOfMemory { bytes, what: "the list of layers" });
         }
-        layers.extend((0..num_layers).map(|_| Arena::new(num_kv_heads, layout.bytes())));
-        Ok(Self { layout, num_kv_heads, head_dim, block_size, layers, kernels: dispatch::kernels(level) })
+        layers.extend((0..num_layers).map(|_| Layer {
+            pages: Arena::new(num_kv_heads, page.bytes()),
+            tiles: Arena::new(num_kv_heads, tile.unwrap_or(page).bytes()),
+            health: LayerHealth::default(),
+        }));
+        let kernels = dispatch::kernels(level);
+        Ok(Self { page, tile, codec, num_kv_heads, head_dim, block_size, layers, kernels })
     }
 
     /// A backend with the same pages, in memory of its own.
@@ -95,8 +128,32 @@ impl Cpu {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn try_clone(&self) -> Result<Self> {
-        let layers = self.layers.iter().map(Arena::try_clone).collect::<Result<_>>()?;
+        let copy = |layer: &Layer| {
+            let (pages, tiles) = (layer.pages.try_clone()?, layer.tiles.try_clone()?);
+            Ok(Layer { pages, tiles, health: layer.health })
+        };
+        let layers = self.layers.iter().map(copy).collect::<Result<_>>()?;
         Ok(Self { layers, ..*self })
+    }
+
+    /// How well the statistics and grids of a layer fit what was written to it.
+    #[must_use]
+    pub fn health(&self, layer: usize) -> LayerHealth {
+        self.layers.get(layer).map_or_else(LayerHealth::default, |layer| layer.health)
+    }
+
+    /// Is V kept rotated? Where K may be.
+    fn rotates_v(&self) -> bool {
+        matches!(self.tile, Some(RecordLayout::Tile(_)))
+    }
+
+    /// The record of a block and its layout: the page's, or without one the tile's.
+    fn record(&self, layer: usize, block: BlockId, page: Option<PageId>, head: usize) -> (RecordLayout, &[u8]) {
+        let layer = &self.layers[layer];
+        match (page, self.tile) {
+            (None, Some(tile)) => (tile, layer.tiles.record(block.0, head)),
+            (page, _) => (self.page, layer.pages.record(page.map_or(block.0, |page| page.0), head)),
+        }
     }
 
     /// Is this a plan, and a layer, that this backend's pages can be used with?
@@ -106,7 +163,8 @@ impl Cpu {
             let (own, plan) = (self.block_size, plan.block_size);
             return Err(Error::Config(format!("a plan for blocks of {plan} tokens, pages of {own}")));
         }
-        self.check_block(plan.max_block)
+        self.check_block(plan.max_block)?;
+        self.check_page(plan.max_page)
     }
 
     fn check_layer(&self, layer: usize) -> Result<()> {
@@ -117,9 +175,19 @@ impl Cpu {
     }
 
     fn check_block(&self, block: Option<BlockId>) -> Result<()> {
-        let num_blocks = self.layers.first().map_or(0, Arena::num_blocks);
+        let of_blocks =
+            |layer: &Layer| if self.tile.is_some() { layer.tiles.num_records() } else { layer.pages.num_records() };
+        let num_blocks = self.layers.first().map_or(0, of_blocks);
         match block {
             Some(BlockId(id)) if id as usize >= num_blocks => Err(Error::UnknownBlock { id, num_blocks }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_page(&self, page: Option<PageId>) -> Result<()> {
+        let num_pages = self.layers.first().map_or(0, |layer| layer.pages.num_records());
+        match page {
+            Some(PageId(id)) if id as usize >= num_pages => Err(Error::UnknownBlock { id, num_blocks: num_pages }),
             _ => Ok(()),
         }
     }
@@ -127,31 +195,36 @@ impl Cpu {
     /// Bytes of address space that the pages take; a page takes memory when it is first used.
     #[must_use]
     pub fn allocated_bytes(&self) -> usize {
-        self.layers.iter().map(Arena::bytes).sum()
+        self.layers.iter().map(|layer| layer.pages.bytes() + layer.tiles.bytes()).sum()
     }
 }
 
 impl Backend for Cpu {
-    fn grow(&mut self, num_blocks: usize) -> Result<()> {
-        let missing = self.layers.iter().map(|arena| arena.missing_bytes(num_blocks));
-        let bytes = missing.fold(0, usize::saturating_add);
+    fn grow(&mut self, num_blocks: usize, num_pages: usize) -> Result<()> {
+        let num_tiles = if self.tile.is_some() { num_blocks } else { 0 };
+        let of_layer =
+            |layer: &Layer| layer.pages.missing_bytes(num_pages).saturating_add(layer.tiles.missing_bytes(num_tiles));
+        let bytes = self.layers.iter().map(of_layer).fold(0, usize::saturating_add);
         // A system that hands out memory when it is first used refuses only what no machine could give, and only in
         // one piece: ask for the whole first.
         if std::hint::black_box(&mut Vec::<u8>::new()).try_reserve_exact(bytes).is_err() {
             return Err(Error::OutOfMemory { bytes, what: "pages" });
         }
-        self.layers.iter_mut().try_for_each(|arena| arena.grow(num_blocks))
+        self.layers.iter_mut().try_for_each(|layer| {
+            layer.pages.grow(num_pages)?;
+            layer.tiles.grow(num_tiles)
+        })
     }
 
-    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) {
-        for arena in &mut self.layers {
-            copies.iter().for_each(|&(source, destination)| arena.copy_block(source, destination));
+    fn copy_pages(&mut self, copies: &[(PageId, PageId)]) {
+        for layer in &mut self.layers {
+            copies.iter().for_each(|&(source, destination)| layer.pages.copy(source.0, destination.0));
         }
     }
 
-    fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()> {
+    fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>, heads: &[HeadCalibration]) -> Result<()> {
         self.check_plan(layer, plan)?;
-        self.append_step(layer, plan, fresh)
+        self.append_step(layer, plan, fresh, heads)
     }
 
     fn attend(
@@ -171,6 +244,7 @@ impl Backend for Cpu {
         &self,
         layer: usize,
         block_table: &[BlockId],
+        pages: &[PageId],
         start: usize,
         k: TensorViewMut<'_>,
         v: TensorViewMut<'_>,
@@ -179,27 +253,38 @@ impl Backend for Cpu {
         let count = k.shape()[0].saturating_mul(k.shape()[2]);
         k.check("k", self.num_kv_heads, count, self.head_dim)?;
         v.check("v", self.num_kv_heads, count, self.head_dim)?;
-        if start.saturating_add(count) > block_table.len() * self.block_size {
+        let num_blocks = block_table.len().min(pages.len());
+        if start.saturating_add(count) > num_blocks * self.block_size {
             return Err(Error::Shape {
                 name: "k",
-                expected: format!("at most {} tokens from {start} on", block_table.len() * self.block_size),
+                expected: format!("at most {} tokens from {start} on", num_blocks * self.block_size),
                 got: k.shape().to_vec(),
             });
         }
         let read = start / self.block_size..(start + count).div_ceil(self.block_size);
-        self.check_block(block_table[read].iter().copied().max())?;
-        let mut values = [0f32; MAX_HEAD_DIM];
-        let values = &mut values[..self.head_dim];
-        for position in start..start + count {
-            let (block, token) = (block_table[position / self.block_size], position % self.block_size);
+        self.check_block(block_table[read.clone()].iter().copied().max())?;
+        self.check_page(pages[read.clone()].iter().copied().filter(|&page| page != PageId::SEALED).max())?;
+        let mut rows = vec![0f32; self.block_size * self.head_dim];
+        for block in read {
+            let page = Some(pages[block]).filter(|&page| page != PageId::SEALED);
+            let first = start.max(block * self.block_size);
+            let end = (start + count).min((block + 1) * self.block_size);
             for head in 0..self.num_kv_heads {
-                let record = self.layers[layer].record(block, head);
-                page::read_k(self.layout, record, token, values);
-                // SAFETY: `&mut self`-like exclusivity of the view: this thread alone writes it.
-                unsafe { k.write_row(position - start, head, values) };
-                page::read_v(self.layout, record, token, values);
-                // SAFETY: as above.
-                unsafe { v.write_row(position - start, head, values) };
+                let (layout, record) = self.record(layer, block_table[block], page, head);
+                let tokens = |rows: &[f32], view: &TensorViewMut<'_>| {
+                    for position in first..end {
+                        let row = &rows[position % self.block_size * self.head_dim..][..self.head_dim];
+                        // SAFETY: `&mut self`-like exclusivity of the view: this thread alone writes it.
+                        unsafe { view.write_row(position - start, head, row) };
+                    }
+                };
+                record::read_k(layout, record, &mut rows);
+                tokens(&rows, &k);
+                record::read_v(layout, record, &mut rows);
+                if self.rotates_v() {
+                    rows.chunks_exact_mut(self.head_dim).for_each(quant::hadamard::rotate);
+                }
+                tokens(&rows, &v);
             }
         }
         Ok(())

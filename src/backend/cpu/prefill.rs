@@ -1,16 +1,17 @@
 //! Attention of a prefill: many query rows a head, cut into chunks that run side by side.
 //!
-//! A page is decoded once for all rows of a chunk, into one page of scratch a worker; the step's own tokens, where
+//! A record is decoded once for all rows of a chunk, into one page of scratch a worker; the step's own tokens, where
 //! given, are read unquantized, from pages of f32 laid out like `raw` ones: a copy of the step's own keys and values,
 //! 8 bytes a channel and token, for as long as one call attends.
 
 use super::attend::{Attention, RowRange};
-use super::generic::{PageView, Rows, Scratch};
-use super::page::PageLayout;
-use super::page_kernel::PAGE_TOKENS;
+use super::generic::{RecordView, Rows, Scratch};
+use super::record::RecordLayout;
+use super::record_kernel::BLOCK_TOKENS;
 use crate::backend::Fresh;
 use crate::error::{Error, Result};
 use crate::format::{CodeOrder, Dtype, MAX_HEAD_DIM, RawPage};
+use crate::quant;
 use rayon::prelude::*;
 
 /// Query rows of a chunk: enough to make decoding a page cheap, few enough for their state to stay in cache.
@@ -27,6 +28,7 @@ struct FreshPages {
 struct Worker {
     scratch: Scratch,
     q: Vec<f32>,
+    q_rotated: Vec<f32>,
     visible: Vec<(usize, usize)>,
     max: Vec<f32>,
     sum: Vec<f32>,
@@ -37,7 +39,7 @@ struct Worker {
 impl Attention<'_> {
     pub(super) fn prefill(&self, sequences: &[usize], fresh: Option<Fresh<'_>>) -> Result<()> {
         // `raw` pages hold the fresh tokens as they are.
-        let fresh = if self.cpu.layout.is_raw() { None } else { fresh };
+        let fresh = if self.cpu.page.is_raw() && self.cpu.codec.is_none() { None } else { fresh };
         for &index in sequences {
             let packed = fresh.map(|fresh| self.pack(index, fresh)).transpose()?;
             let num_rows = self.sequence(index).num_new() * self.group;
@@ -56,9 +58,9 @@ impl Attention<'_> {
     fn chunk(&self, range: RowRange, fresh: Option<&FreshPages>, worker: &mut Worker) {
         let (head_dim, block_size) = (self.cpu.head_dim, self.cpu.block_size);
         let sequence = self.sequence(range.sequence);
-        let Worker { scratch, q, visible, max, sum, acc, unpacked } = worker;
+        let Worker { scratch, q, q_rotated, visible, max, sum, acc, unpacked } = worker;
         q.resize(range.count * head_dim, 0.0);
-        self.gather(range, q, visible);
+        self.gather(range, q, q_rotated, visible);
         let start = visible.iter().map(|range| range.0).min().unwrap_or(0);
         let end = visible.iter().map(|range| range.1).max().unwrap_or(0);
         max.clear();
@@ -71,24 +73,24 @@ impl Attention<'_> {
         let history_end = if fresh.is_some() { end.min(sequence.context_len) } else { end };
         // Pages end where the fresh tokens begin, though the first of them may share a block with the history.
         let seen: Vec<(usize, usize)> = visible.iter().map(|&(s, e)| (s, e.min(history_end))).collect();
-        let mut rows = Rows { head_dim, q, visible: &seen, max, sum, acc };
+        let mut rows = Rows { head_dim, q, q_rotated, visible: &seen, max, sum, acc };
         for block in start / block_size..history_end.div_ceil(block_size) {
-            let mut page_view = self.page(sequence, block, range.head);
-            if let PageLayout::Int8(page) = page_view.layout {
+            let mut view = self.record(sequence, block, range.head);
+            if !view.layout.is_raw() {
                 let raw = RawPage { head_dim, block_size, dtype: Dtype::F32 };
                 unpacked.resize(raw.bytes() / 4, 0.0);
                 // SAFETY: the kernels' level is available.
-                unsafe { (self.cpu.kernels.unpack)(page, page_view.record, unpacked) };
-                page_view.record = as_bytes(unpacked);
-                page_view.layout = PageLayout::Raw(raw);
+                unsafe { (self.cpu.kernels.unpack)(view.layout, view.record, unpacked) };
+                view.record = as_bytes(unpacked);
+                view.layout = RecordLayout::Raw(raw);
             }
-            self.attend_page(&page_view, &mut rows, scratch);
+            self.attend_record(&view, &mut rows, scratch);
         }
         if let Some(fresh) = fresh {
             rows.visible = visible;
-            let from = start.saturating_sub(sequence.context_len) / PAGE_TOKENS;
-            for index in from..(end - sequence.context_len).div_ceil(PAGE_TOKENS) {
-                self.attend_page(&fresh.page_view(range.head, index, sequence.context_len), &mut rows, scratch);
+            let from = start.saturating_sub(sequence.context_len) / BLOCK_TOKENS;
+            for index in from..(end - sequence.context_len).div_ceil(BLOCK_TOKENS) {
+                self.attend_record(&fresh.view(range.head, index, sequence.context_len), &mut rows, scratch);
             }
         }
         for r in 0..range.count {
@@ -100,8 +102,8 @@ impl Attention<'_> {
     fn pack(&self, index: usize, fresh: Fresh<'_>) -> Result<FreshPages> {
         let sequence = self.sequence(index);
         let head_dim = self.cpu.head_dim;
-        let page = RawPage { head_dim, block_size: PAGE_TOKENS, dtype: Dtype::F32 };
-        let num_pages = sequence.num_new().div_ceil(PAGE_TOKENS);
+        let page = RawPage { head_dim, block_size: BLOCK_TOKENS, dtype: Dtype::F32 };
+        let num_pages = sequence.num_new().div_ceil(BLOCK_TOKENS);
         let len = self.cpu.num_kv_heads * num_pages * page.bytes() / 4;
         let mut values = Vec::new();
         if values.try_reserve_exact(len).is_err() {
@@ -109,15 +111,18 @@ impl Attention<'_> {
         }
         values.resize(len, 0f32);
         values.par_chunks_exact_mut(page.bytes() / 4).enumerate().for_each(|(job, values)| {
-            let (head, page_view) = (job / num_pages, job % num_pages);
+            let (head, page_index) = (job / num_pages, job % num_pages);
             let (k, v) = values.split_at_mut(page.v() / 4);
-            let rows = sequence.token_rows.chunks(PAGE_TOKENS).nth(page_view).unwrap_or_default();
+            let rows = sequence.token_rows.chunks(BLOCK_TOKENS).nth(page_index).unwrap_or_default();
             let mut row = [0f32; MAX_HEAD_DIM];
-            let (shape, order) = ([PAGE_TOKENS, head_dim], CodeOrder::Cpu);
+            let (shape, order) = ([BLOCK_TOKENS, head_dim], CodeOrder::Cpu);
             for (token, &index) in rows.iter().enumerate() {
                 fresh.k.read_row(index as usize, head, &mut row[..head_dim]);
                 row[..head_dim].iter().enumerate().for_each(|(d, &x)| k[order.raw_k(shape, token, d)] = x);
                 fresh.v.read_row(index as usize, head, &mut row[..head_dim]);
+                if self.cpu.rotates_v() {
+                    quant::hadamard::rotate(&mut row[..head_dim]);
+                }
                 row[..head_dim].iter().enumerate().for_each(|(d, &x)| v[order.raw_v(shape, token, d)] = x);
             }
         });
@@ -126,13 +131,14 @@ impl Attention<'_> {
 }
 
 impl FreshPages {
-    fn page_view(&self, head: usize, index: usize, context_len: usize) -> PageView<'_> {
+    fn view(&self, head: usize, index: usize, context_len: usize) -> RecordView<'_> {
         let page = self.page.bytes() / 4;
-        PageView {
-            first: context_len + index * PAGE_TOKENS,
-            tokens: PAGE_TOKENS,
+        RecordView {
+            first: context_len + index * BLOCK_TOKENS,
+            tokens: BLOCK_TOKENS,
             record: as_bytes(&self.values[(head * self.num_pages + index) * page..][..page]),
-            layout: PageLayout::Raw(self.page),
+            layout: RecordLayout::Raw(self.page),
+            k_rotated: false,
         }
     }
 }

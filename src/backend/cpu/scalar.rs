@@ -10,10 +10,12 @@ pub struct Scalar;
 
 const WIDTH: usize = 16;
 type Lanes = [f32; WIDTH];
+type Words = [u32; WIDTH];
 
 // SAFETY: plain Rust on valid pointers.
 unsafe impl Simd for Scalar {
     type F = Lanes;
+    type W = Words;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Lanes {
@@ -40,16 +42,38 @@ unsafe impl Simd for Scalar {
         unsafe { from.cast::<[u16; WIDTH]>().read_unaligned() }.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
-    unsafe fn load_i8x4(from: *const u8) -> [Lanes; 4] {
+    unsafe fn load_words(from: *const u8) -> Words {
         // SAFETY: the caller's pointer is valid for four bytes a lane.
-        let bytes = unsafe { from.cast::<[[i8; 4]; WIDTH]>().read_unaligned() };
-        from_fn(|j| from_fn(|lane| f32::from(bytes[lane][j])))
+        unsafe { from.cast::<Words>().read_unaligned() }
     }
     #[inline(always)]
-    unsafe fn load_u8x4(from: *const u8) -> [Lanes; 4] {
-        // SAFETY: the caller's pointer is valid for four bytes a lane.
-        let bytes = unsafe { from.cast::<[[u8; 4]; WIDTH]>().read_unaligned() };
-        from_fn(|j| from_fn(|lane| f32::from(bytes[lane][j])))
+    unsafe fn load_half_words(from: *const u8) -> Words {
+        // SAFETY: the caller's pointer is valid for two bytes a lane.
+        unsafe { from.cast::<[u16; WIDTH]>().read_unaligned() }.map(u32::from)
+    }
+    #[inline(always)]
+    unsafe fn and(words: Words, mask: u32) -> Words {
+        words.map(|word| word & mask)
+    }
+    #[inline(always)]
+    unsafe fn or(a: Words, b: Words) -> Words {
+        from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn shift_left<const N: i32>(words: Words) -> Words {
+        words.map(|word| word << N)
+    }
+    #[inline(always)]
+    unsafe fn shift_right<const N: i32>(words: Words) -> Words {
+        words.map(|word| word >> N)
+    }
+    #[inline(always)]
+    unsafe fn i8x4(words: Words) -> [Lanes; 4] {
+        from_fn(|j| from_fn(|lane| f32::from(words[lane].to_le_bytes()[j].cast_signed())))
+    }
+    #[inline(always)]
+    unsafe fn u8x4(words: Words) -> [Lanes; 4] {
+        from_fn(|j| from_fn(|lane| f32::from(words[lane].to_le_bytes()[j])))
     }
 
     #[inline(always)]

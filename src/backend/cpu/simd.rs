@@ -9,6 +9,8 @@
 pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen f32 lanes.
     type F: Copy;
+    /// Sixteen lanes of 32 bits.
+    type W: Copy;
 
     /// Every lane `x`.
     unsafe fn splat(x: f32) -> Self::F;
@@ -20,10 +22,22 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_f16(from: *const u16) -> Self::F;
     /// Reads sixteen bf16, widened.
     unsafe fn load_bf16(from: *const u16) -> Self::F;
-    /// Reads sixteen lanes of four i8 each: the four values of every lane, as four vectors.
-    unsafe fn load_i8x4(from: *const u8) -> [Self::F; 4];
-    /// Reads sixteen lanes of four u8 each.
-    unsafe fn load_u8x4(from: *const u8) -> [Self::F; 4];
+    /// Reads sixteen words of 32 bits.
+    unsafe fn load_words(from: *const u8) -> Self::W;
+    /// Reads sixteen words of 16 bits, widened with zeros.
+    unsafe fn load_half_words(from: *const u8) -> Self::W;
+    /// `words & mask`
+    unsafe fn and(words: Self::W, mask: u32) -> Self::W;
+    /// `a | b`
+    unsafe fn or(a: Self::W, b: Self::W) -> Self::W;
+    /// `words << N`
+    unsafe fn shift_left<const N: i32>(words: Self::W) -> Self::W;
+    /// `words >> N`, zeros from above.
+    unsafe fn shift_right<const N: i32>(words: Self::W) -> Self::W;
+    /// The four i8 of every word, as four vectors.
+    unsafe fn i8x4(words: Self::W) -> [Self::F; 4];
+    /// The four u8 of every word.
+    unsafe fn u8x4(words: Self::W) -> [Self::F; 4];
 
     /// `a + b`
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;

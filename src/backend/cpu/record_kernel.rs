@@ -1,4 +1,4 @@
-//! Scores and sums over one page, as it is stored: what differs between formats.
+//! Scores and sums over one record, as it is stored: what differs between layouts. Pages are here, tiles beside.
 
 use super::simd::Simd;
 use crate::format::order::{DEPTH, LANES};
@@ -6,23 +6,23 @@ use crate::format::{MAX_HEAD_DIM, RawPage, TokenPage};
 
 /// Most query rows that a kernel takes at once.
 pub const MAX_ROWS: usize = 6;
-/// Most tokens of a page: the distance between two rows of weights.
-pub const PAGE_TOKENS: usize = 128;
+/// Most tokens of a block: the distance between two rows of weights.
+pub const BLOCK_TOKENS: usize = 128;
 
-/// One page of one head, read by `R` query rows at once.
+/// One block of one head, read by `R` query rows at once.
 ///
 /// # Safety
-/// Methods run on a machine with `S`'s instructions; panels lie within the page; `q` is `[R, head_dim]`, `scaled`
-/// `[R, MAX_HEAD_DIM]`, `weights` `[R, PAGE_TOKENS]`, `acc` `[R, head_dim]`.
-pub unsafe trait PageKernel<S: Simd> {
+/// Methods run on a machine with `S`'s instructions; panels lie within the record; `q` is `[R, head_dim]`, `scaled`
+/// `[R, MAX_HEAD_DIM]`, `weights` `[R, BLOCK_TOKENS]`, `acc` `[R, head_dim]`.
+pub unsafe trait RecordKernel<S: Simd> {
     /// Rows that fit the registers.
     const ROWS: usize;
 
-    /// Writes the queries as [`Self::scores`] wants them; gives what every score of a row has in common.
+    /// Writes the queries as [`Self::scores`] wants them; gives what the sums of a row have in common.
     unsafe fn prepare<const R: usize>(&self, q: *const f32, scaled: *mut f32) -> [f32; R];
 
     /// Products of the rows with the sixteen tokens of `panel`.
-    unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32) -> [S::F; R];
+    unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32, common: &[f32; R]) -> [S::F; R];
 
     /// `acc += weights * V` over the panels `first..end`; may change the weights.
     unsafe fn accumulate<const R: usize>(&self, first: usize, end: usize, weights: *mut f32, acc: *mut f32);
@@ -73,7 +73,7 @@ impl<E: Element> RawKernel<E> {
 }
 
 // SAFETY: reads stay within the record that `new` was given, by the caller's panels.
-unsafe impl<S: Simd, E: Element> PageKernel<S> for RawKernel<E> {
+unsafe impl<S: Simd, E: Element> RecordKernel<S> for RawKernel<E> {
     const ROWS: usize = 6;
 
     #[inline(always)]
@@ -89,7 +89,7 @@ unsafe impl<S: Simd, E: Element> PageKernel<S> for RawKernel<E> {
     }
 
     #[inline(always)]
-    unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32) -> [S::F; R] {
+    unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32, _: &[f32; R]) -> [S::F; R] {
         // SAFETY: see the trait.
         unsafe {
             let mut sums = [S::splat(0.0); R];
@@ -116,7 +116,7 @@ unsafe impl<S: Simd, E: Element> PageKernel<S> for RawKernel<E> {
                 for t in first * LANES..end * LANES {
                     let v = E::load::<S>(self.v, channel * self.block_size + t * LANES);
                     for r in 0..R {
-                        sums[r] = S::mul_add(S::splat(*weights.add(r * PAGE_TOKENS + t)), v, sums[r]);
+                        sums[r] = S::mul_add(S::splat(*weights.add(r * BLOCK_TOKENS + t)), v, sums[r]);
                     }
                 }
                 for r in 0..R {
@@ -146,7 +146,7 @@ impl Int8Kernel<'_> {
 }
 
 // SAFETY: reads stay within the record, by its layout and the caller's panels.
-unsafe impl<S: Simd> PageKernel<S> for Int8Kernel<'_> {
+unsafe impl<S: Simd> RecordKernel<S> for Int8Kernel<'_> {
     const ROWS: usize = 4;
 
     #[inline(always)]
@@ -174,14 +174,14 @@ unsafe impl<S: Simd> PageKernel<S> for Int8Kernel<'_> {
     }
 
     #[inline(always)]
-    unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32) -> [S::F; R] {
+    unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32, common: &[f32; R]) -> [S::F; R] {
         let head_dim = self.page.head_dim;
         // SAFETY: see the trait.
         unsafe {
             let codes = self.record.as_ptr().add(self.page.k_codes() + panel * LANES * head_dim);
             let mut sums = [S::splat(0.0); R];
             for d in (0..head_dim).step_by(DEPTH) {
-                let k = S::load_i8x4(codes.add(d * LANES));
+                let k = S::i8x4(S::load_words(codes.add(d * LANES)));
                 for j in 0..DEPTH {
                     for r in 0..R {
                         sums[r] = S::mul_add(S::splat(*scaled.add(r * MAX_HEAD_DIM + d + j)), k[j], sums[r]);
@@ -190,7 +190,7 @@ unsafe impl<S: Simd> PageKernel<S> for Int8Kernel<'_> {
             }
             let token_scale = S::load_f16(self.halves(self.page.k_token_scale()).add(panel * LANES));
             for r in 0..R {
-                sums[r] = S::mul(sums[r], token_scale);
+                sums[r] = S::add(S::mul(sums[r], token_scale), S::splat(common[r]));
             }
             sums
         }
@@ -208,9 +208,9 @@ unsafe impl<S: Simd> PageKernel<S> for Int8Kernel<'_> {
                 let t = panel * LANES;
                 let (scale, zero_point) = (S::load_f16(scale.add(t)), S::load_f16(zero_point.add(t)));
                 for r in 0..R {
-                    let weight = S::load(weights.add(r * PAGE_TOKENS + t));
+                    let weight = S::load(weights.add(r * BLOCK_TOKENS + t));
                     zeros[r] = S::mul_add(weight, zero_point, zeros[r]);
-                    S::store(weights.add(r * PAGE_TOKENS + t), S::mul(weight, scale));
+                    S::store(weights.add(r * BLOCK_TOKENS + t), S::mul(weight, scale));
                 }
             }
             let mut common = [0.0; R];
@@ -224,10 +224,10 @@ unsafe impl<S: Simd> PageKernel<S> for Int8Kernel<'_> {
                     sums[r] = S::add(S::load(acc.add(r * head_dim + channel)), S::splat(common[r]));
                 }
                 for t in (first * LANES..end * LANES).step_by(DEPTH) {
-                    let v = S::load_u8x4(codes.add(channel * self.page.block_size + t * LANES));
+                    let v = S::u8x4(S::load_words(codes.add(channel * self.page.block_size + t * LANES)));
                     for j in 0..DEPTH {
                         for r in 0..R {
-                            sums[r] = S::mul_add(S::splat(*weights.add(r * PAGE_TOKENS + t + j)), v[j], sums[r]);
+                            sums[r] = S::mul_add(S::splat(*weights.add(r * BLOCK_TOKENS + t + j)), v[j], sums[r]);
                         }
                     }
                 }

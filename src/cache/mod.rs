@@ -4,21 +4,29 @@
 //!
 //! ```text
 //! begin_step   blocks are found (all or none), copies made, the plan written
-//!   append     for each layer: keys and values into pages
-//!   attend     for each layer, after its append: queries against pages
-//! commit       the tokens are the sequences' own         or abort: nothing happened
+//!   append     for each layer: keys and values into pages, full pages into tiles
+//!   attend     for each layer, after its append: queries against pages and tiles
+//! commit       the tokens are the sequences' own, what was sealed is a tile         or abort: nothing happened
 //! ```
 //!
 //! Sequences in an open step cannot be forked, freed, truncated or stepped. Committed tokens change no more.
 
-use crate::backend::cpu::{Cpu, CpuConfig, Level};
+mod build;
+mod learn;
+mod rollback;
+mod stats;
+
+pub use stats::{CacheStats, LayerStats};
+
+use crate::backend::cpu::Cpu;
 use crate::backend::{AttendOptions, Backend, Fresh, TensorView, TensorViewMut};
-use crate::config::{CacheConfig, env};
+use crate::calibration::State;
+use crate::config::CacheConfig;
 use crate::error::{Error, Result};
-use crate::format::FORMAT_VERSION;
-use crate::paging::{BlockId, Paging, Sequence, SequenceId, StepRequest};
-use crate::plan::{Rows, SequenceInput, StepPlan};
-use std::collections::HashMap;
+use crate::paging::{BlockId, PageId, Paging, Sequence, SequenceId, StepRequest};
+use crate::plan::{Rows, SealSource, SequenceInput, StepPlan, sealed_to};
+use learn::{ModelCalibration, heads};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// A step in progress. It stays open until it is committed or aborted.
@@ -34,33 +42,6 @@ impl Step {
     pub fn plan(&self) -> &StepPlan {
         &self.plan
     }
-}
-
-/// What a cache holds; bytes are those of whole blocks, every layer together.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct CacheStats {
-    /// Blocks that a sequence holds.
-    pub blocks_in_use: usize,
-    /// Most blocks ever in use.
-    pub peak_blocks: usize,
-    /// Blocks left; `None` when the pool grows.
-    pub free_blocks: Option<usize>,
-    /// Blocks in use that still have room.
-    pub open_blocks: usize,
-    /// Bytes of the blocks in use.
-    pub bytes_in_use: usize,
-    /// Bytes of the most blocks ever in use.
-    pub peak_bytes: usize,
-    /// Bytes of address space held; a page takes memory when it is first used.
-    pub allocated_bytes: usize,
-    /// Bytes of one block.
-    pub bytes_per_block: usize,
-    /// `bytes_per_block` over the tokens of a block.
-    pub bytes_per_token: f64,
-    /// Sequences alive.
-    pub num_sequences: usize,
-    /// Blocks copied because a fork wrote into a shared one.
-    pub cow_copies: usize,
 }
 
 /// The cache's side of a [`Step`].
@@ -87,38 +68,12 @@ pub struct PagedKvCache {
     backend: Cpu,
     steps: HashMap<u64, OpenStep>,
     next_step: u64,
+    calibration: Option<ModelCalibration>,
+    sealed: usize,
+    unsealed: usize,
 }
 
 impl PagedKvCache {
-    /// An empty cache, at the machine's fastest SIMD level unless `KVARN_SIMD` names another.
-    ///
-    /// # Errors
-    /// What [`CacheConfig::validate`] refuses; a `KVARN_SIMD` that does not exist or that the machine lacks.
-    pub fn new(config: CacheConfig) -> Result<Self> {
-        let level = env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))?;
-        Self::with_level(config, level)
-    }
-
-    /// An empty cache at a SIMD level that this machine has.
-    ///
-    /// # Errors
-    /// What [`CacheConfig::validate`] refuses; a level that the machine lacks.
-    pub fn with_level(config: CacheConfig, level: Level) -> Result<Self> {
-        config.validate()?;
-        let level = Level::parse(level.name())?;
-        let mut cache = Self {
-            paging: Paging::new(config.block_size, config.num_blocks, &fingerprint(&config))?,
-            backend: new_backend(&config, level)?,
-            steps: HashMap::new(),
-            next_step: 0,
-            config,
-        };
-        if let Some(num_blocks) = cache.config.num_blocks {
-            cache.backend.grow(num_blocks)?;
-        }
-        Ok(cache)
-    }
-
     /// The settings.
     #[must_use]
     pub fn config(&self) -> &CacheConfig {
@@ -146,14 +101,6 @@ impl PagedKvCache {
         self.paging.free(sequence)
     }
 
-    /// Keeps the first `len` tokens.
-    ///
-    /// # Errors
-    /// [`Error::RollbackTooFar`] when it has fewer, or when the window has released what the next query would see.
-    pub fn truncate(&mut self, sequence: SequenceId, len: usize) -> Result<()> {
-        self.paging.truncate(sequence, len, self.config.window)
-    }
-
     /// A new sequence that shares the longest published prefix of `token_ids`: whole blocks, and not the last token.
     pub fn match_prefix(&mut self, token_ids: &[u32]) -> SequenceId {
         self.paging.match_prefix(token_ids)
@@ -179,8 +126,8 @@ impl PagedKvCache {
     /// left the window is released, so that a later [`Self::truncate`] may come back to it.
     ///
     /// # Errors
-    /// [`Error::OutOfBlocks`], [`Error::OutOfMemory`], [`Error::UnknownSequence`], [`Error::OpenStep`],
-    /// [`Error::Config`]; nothing has changed.
+    /// [`Error::OutOfBlocks`], [`Error::OutOfOpenPages`], [`Error::OutOfMemory`], [`Error::UnknownSequence`],
+    /// [`Error::OpenStep`], [`Error::Config`]; nothing has changed.
     pub fn begin_step(&mut self, requests: &[(SequenceId, Rows<'_>)], retain: bool) -> Result<Step> {
         let mut reservations = Vec::with_capacity(requests.len());
         for &(sequence, rows) in requests {
@@ -189,14 +136,18 @@ impl PagedKvCache {
                 Some(window) if !retain => (held.len() + 1).saturating_sub(window),
                 _ => 0,
             };
-            reservations.push(StepRequest { sequence, num_new: rows.num_tokens(), keep_from });
+            let num_new = rows.num_tokens();
+            let sealed_to =
+                if self.paging.seals() { sealed_to(self.config.block_size, held.len(), num_new) } else { 0 };
+            reservations.push(StepRequest { sequence, num_new, keep_from, sealed_to });
         }
-        self.backend.grow(self.paging.num_blocks_after(&reservations)?)?;
+        let (num_blocks, num_pages) = self.paging.room_after(&reservations)?;
+        self.backend.grow(num_blocks, num_pages)?;
         // From here on only a plan can fail, and an abort keeps the copies in the block tables: they are made first.
         let copies = self.paging.begin(&reservations)?;
-        self.backend.copy_blocks(&copies);
+        self.backend.copy_pages(&copies);
         let sequences: Arc<[SequenceId]> = requests.iter().map(|request| request.0).collect();
-        let plan = match self.plan(requests) {
+        let plan = match plan_step(&self.paging, self.config.block_size, requests) {
             Ok(plan) => Arc::new(plan),
             Err(error) => {
                 self.paging.abort(&sequences)?;
@@ -210,31 +161,24 @@ impl PagedKvCache {
         Ok(Step { id, plan })
     }
 
-    fn plan(&self, requests: &[(SequenceId, Rows<'_>)]) -> Result<StepPlan> {
-        let inputs = requests
-            .iter()
-            .map(|&(sequence, rows)| {
-                let sequence = self.paging.sequence(sequence)?;
-                Ok(SequenceInput {
-                    block_table: sequence.blocks(),
-                    context_len: sequence.len(),
-                    first_held: sequence.first_held(),
-                    rows,
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        StepPlan::new(self.config.block_size, &inputs)
-    }
-
-    /// Writes a layer's keys and values of the step. A layer may be written again: the last write counts.
+    /// Writes a layer's keys and values of the step, and seals the blocks that are due. A layer may be written again: the
+    /// last write counts. The calibration, if there is one that is not frozen, learns from the queries `q`,
+    /// `[B, num_q_heads, T, head_dim]`; without them it learns nothing.
     ///
     /// # Errors
-    /// [`Error::StaleStep`], [`Error::Config`] for a layer that does not exist, and what [`Backend::append`] refuses.
-    pub fn append(&mut self, step: &Step, layer: usize, fresh: Fresh<'_>) -> Result<()> {
+    /// [`Error::StaleStep`], [`Error::Config`] for a layer that does not exist or a calibration of another shape, and
+    /// what [`Backend::append`] refuses.
+    pub fn append(&mut self, step: &Step, layer: usize, fresh: Fresh<'_>, q: Option<TensorView<'_>>) -> Result<()> {
         self.check_layer(layer)?;
-        let open = self.steps.get_mut(&step.id).filter(|open| open.is_of(step)).ok_or_else(stale)?;
-        self.backend.append(layer, &step.plan, fresh)?;
-        open.appended[layer] = true;
+        let appended = self.open_step(step)?.appended[layer];
+        if let Some(q) = q.filter(|_| !appended) {
+            self.observe(&step.plan, layer, fresh.k, q)?;
+        }
+        let calibrated = self.calibrated_for(&step.plan, layer)?;
+        self.backend.append(layer, &step.plan, fresh, heads(calibrated.as_deref()))?;
+        if let Some(open) = self.steps.get_mut(&step.id) {
+            open.appended[layer] = true;
+        }
         Ok(())
     }
 
@@ -274,7 +218,14 @@ impl PagedKvCache {
             return Err(Error::IncompleteStep { missing });
         }
         let sequences = Arc::clone(&open.sequences);
-        self.paging.commit(&sequences)?;
+        // Another open step may read the pages of these blocks: they are sealed by a later one then.
+        let alone = self.steps.len() == 1;
+        let from_pages = step.plan.seals().iter().filter(|seal| matches!(seal.source, SealSource::Page(_)) && alone);
+        let block_of = |seal: &crate::plan::Seal| step.plan.sequences()[seal.sequence].block_table()[seal.block];
+        let sealed: Vec<BlockId> = from_pages.map(block_of).collect();
+        let num_sealed = self.paging.commit(&sequences, &sealed)?;
+        let at_once = step.plan.seals().iter().filter(|seal| seal.source == SealSource::Fresh).count();
+        self.sealed += num_sealed + at_once;
         self.steps.remove(&step.id);
         Ok(())
     }
@@ -312,31 +263,47 @@ impl PagedKvCache {
         self.check_layer(layer)?;
         let held = self.paging.sequence(sequence)?;
         let [batch, _, count, _] = k.shape();
-        let appended = self.steps.values().any(|open| open.appended[layer] && open.sequences.contains(&sequence));
-        let end = held.len() + held.pending().filter(|_| appended).unwrap_or(0);
+        let of_sequence = |open: &&OpenStep| open.appended[layer] && open.sequences.contains(&sequence);
+        let open = self.steps.values().find(of_sequence);
+        let end = held.len() + held.pending().filter(|_| open.is_some()).unwrap_or(0);
         if start < held.first_held() || start.saturating_add(batch.saturating_mul(count)) > end {
             let expected = format!("tokens within {}..{end}, from {start} on", held.first_held());
             return Err(Error::Shape { name: "k", expected, got: k.shape().to_vec() });
         }
-        self.backend.dequantize(layer, held.blocks(), start, k, v)
+        // What attention of the step reads: blocks that it has sealed are tiles already.
+        let planned = open.and_then(|open| {
+            let index = open.sequences.iter().position(|id| *id == sequence)?;
+            Some(open.plan.sequences()[index].pages().to_vec())
+        });
+        let pages = planned.map_or_else(|| self.paging.pages(sequence), Ok)?;
+        self.backend.dequantize(layer, held.blocks(), &pages, start, k, v)
     }
 
     /// What it holds.
     #[must_use]
     pub fn stats(&self) -> CacheStats {
-        let block_bytes = self.config.block_bytes();
+        let (block_bytes, page_bytes) = (self.config.block_bytes(), self.config.open_page_bytes());
+        let (open_pages, peak_open_pages) = self.paging.open_pages().unwrap_or_default();
+        let bytes_per_open_page = if self.paging.seals() { page_bytes } else { 0 };
         CacheStats {
             blocks_in_use: self.paging.blocks_in_use(),
             peak_blocks: self.paging.peak_blocks(),
             free_blocks: self.paging.num_free(),
             open_blocks: self.paging.open_blocks(),
-            bytes_in_use: self.paging.blocks_in_use() * block_bytes,
-            peak_bytes: self.paging.peak_blocks() * block_bytes,
+            open_pages,
+            peak_open_pages,
+            bytes_in_use: self.paging.blocks_in_use() * block_bytes + open_pages * bytes_per_open_page,
+            peak_bytes: self.paging.peak_blocks() * block_bytes + peak_open_pages * bytes_per_open_page,
             allocated_bytes: self.backend.allocated_bytes(),
             bytes_per_block: block_bytes,
+            bytes_per_open_page,
             bytes_per_token: block_bytes as f64 / self.config.block_size as f64,
             num_sequences: self.paging.num_sequences(),
             cow_copies: self.paging.cow_copies(),
+            sealed: self.sealed,
+            unsealed: self.unsealed,
+            calibrated: self.calibration.as_ref().map_or(State::No, ModelCalibration::state),
+            layers: (0..self.config.num_layers).map(|layer| self.backend.health(layer).into()).collect(),
         }
     }
 
@@ -344,23 +311,6 @@ impl PagedKvCache {
     pub fn reset(&mut self) {
         self.steps.clear();
         self.paging.clear();
-    }
-
-    /// A cache with the same sequences and pages, of its own memory.
-    ///
-    /// # Errors
-    /// [`Error::OpenStep`] while a step is open, [`Error::OutOfMemory`].
-    pub fn try_clone(&self) -> Result<Self> {
-        if let Some(id) = self.steps.values().flat_map(|open| open.sequences.iter()).next() {
-            return Err(Error::OpenStep { id: id.0 });
-        }
-        Ok(Self {
-            config: self.config.clone(),
-            paging: self.paging.clone(),
-            backend: self.backend.try_clone()?,
-            steps: HashMap::new(),
-            next_step: self.next_step,
-        })
     }
 
     /// The blocks of a sequence; entries before the first token held are [`BlockId::RELEASED`].
@@ -387,14 +337,25 @@ fn stale() -> Error {
     Error::StaleStep("the step is not open: it was committed or aborted, or belongs to another cache".to_owned())
 }
 
-fn new_backend(config: &CacheConfig, level: Level) -> Result<Cpu> {
-    let &CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, .. } = config;
-    Cpu::new(CpuConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size }, level)
-}
-
-/// What two caches must have in common for their blocks to mean the same: seeds the prefix index.
-fn fingerprint(config: &CacheConfig) -> Vec<u8> {
-    let &CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, .. } = config;
-    let (format, dtype) = (format.name(), dtype.name());
-    format!("kvarn {FORMAT_VERSION} {format} {dtype} {num_layers} {num_kv_heads} {head_dim} {block_size}").into_bytes()
+fn plan_step(paging: &Paging, block_size: usize, requests: &[(SequenceId, Rows<'_>)]) -> Result<StepPlan> {
+    let pages: Vec<Option<Vec<PageId>>> = requests
+        .iter()
+        .map(|request| if paging.seals() { paging.pages(request.0).map(Some) } else { Ok(None) })
+        .collect::<Result<_>>()?;
+    let inputs = requests
+        .iter()
+        .zip(&pages)
+        .map(|(&(sequence, rows), pages)| {
+            let sequence = paging.sequence(sequence)?;
+            Ok(SequenceInput {
+                block_table: sequence.blocks(),
+                pages: pages.as_deref(),
+                context_len: sequence.len(),
+                first_held: sequence.first_held(),
+                rows,
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let partly_used = if paging.seals() { paging.ends_within() } else { HashSet::new() };
+    StepPlan::keeping_open(block_size, &inputs, partly_used)
 }

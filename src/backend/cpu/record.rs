@@ -1,0 +1,178 @@
+//! What is a record made of, and what does it hold? Decoding is the oracle's, in the CPU's code order.
+
+use super::tile;
+use crate::format::{CodeOrder, Dtype, Format, RawPage, SealedTile, TokenPage};
+use crate::quant::{self, ChannelStatistics};
+use half::{bf16, f16};
+
+pub(super) const ORDER: CodeOrder = CodeOrder::Cpu;
+
+/// The layout of a record.
+#[derive(Debug, Clone, Copy)]
+pub enum RecordLayout {
+    /// Unquantized.
+    Raw(RawPage),
+    /// An INT8 page.
+    Int8(TokenPage),
+    /// A sealed tile.
+    Tile(SealedTile),
+}
+
+impl RecordLayout {
+    /// The page of a format: what tokens are written to.
+    pub const fn page(format: Format, dtype: Dtype, head_dim: usize, block_size: usize) -> Self {
+        match format {
+            Format::Raw => Self::Raw(RawPage { head_dim, block_size, dtype }),
+            _ => Self::Int8(TokenPage { head_dim, block_size }),
+        }
+    }
+
+    /// The tile of a format, if it seals.
+    pub const fn tile(format: Format, head_dim: usize, block_size: usize) -> Option<Self> {
+        match format.tile_bits() {
+            Some(bits) => Some(Self::Tile(SealedTile { head_dim, block_size, bits })),
+            None => None,
+        }
+    }
+
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Raw(page) => page.bytes(),
+            Self::Int8(page) => page.bytes(),
+            Self::Tile(tile) => tile.bytes(),
+        }
+    }
+
+    pub const fn is_raw(self) -> bool {
+        matches!(self, Self::Raw(_))
+    }
+}
+
+pub(super) fn read_f16(record: &[u8], offset: usize, index: usize) -> f16 {
+    let at = offset + 2 * index;
+    f16::from_le_bytes([record[at], record[at + 1]])
+}
+
+pub(super) fn write_f16(record: &mut [u8], offset: usize, index: usize, value: f16) {
+    let at = offset + 2 * index;
+    record[at..at + 2].copy_from_slice(&value.to_le_bytes());
+}
+
+fn read_element(record: &[u8], dtype: Dtype, offset: usize, index: usize) -> f32 {
+    let at = offset + dtype.bytes() * index;
+    match dtype {
+        Dtype::F32 => f32::from_le_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]]),
+        Dtype::F16 => read_f16(record, offset, index).to_f32(),
+        Dtype::Bf16 => bf16::from_le_bytes([record[at], record[at + 1]]).to_f32(),
+    }
+}
+
+fn write_element(record: &mut [u8], dtype: Dtype, offset: usize, index: usize, value: f32) {
+    let at = offset + dtype.bytes() * index;
+    match dtype {
+        Dtype::F32 => record[at..at + 4].copy_from_slice(&value.to_le_bytes()),
+        Dtype::F16 => write_f16(record, offset, index, f16::from_f32(value)),
+        Dtype::Bf16 => record[at..at + 2].copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+    }
+}
+
+/// Freezes the statistics of a page that is being opened.
+pub fn write_statistics(page: TokenPage, record: &mut [u8], statistics: &ChannelStatistics) {
+    for d in 0..page.head_dim {
+        write_f16(record, page.k_channel_mean(), d, f16::from_f32(statistics.mean[d]));
+        write_f16(record, page.k_channel_scale(), d, f16::from_f32(statistics.scale[d]));
+    }
+}
+
+/// The statistics that a page was opened with.
+pub fn read_statistics(page: TokenPage, record: &[u8]) -> ChannelStatistics {
+    let channels = |offset: usize| (0..page.head_dim).map(|d| read_f16(record, offset, d).to_f32()).collect();
+    ChannelStatistics { mean: channels(page.k_channel_mean()), scale: channels(page.k_channel_scale()) }
+}
+
+/// Writes one token of a `raw` page.
+pub fn write_raw(page: RawPage, record: &mut [u8], token: usize, k: &[f32], v: &[f32]) {
+    let shape = [page.block_size, page.head_dim];
+    for d in 0..page.head_dim {
+        write_element(record, page.dtype, page.k(), ORDER.raw_k(shape, token, d), k[d]);
+        write_element(record, page.dtype, page.v(), ORDER.raw_v(shape, token, d), v[d]);
+    }
+}
+
+/// Encodes one token into an INT8 page opened with `statistics`. Gives the sum of its squared K in units of the frozen
+/// deviations: `head_dim` where they fit.
+pub fn write_int8(
+    page: TokenPage,
+    record: &mut [u8],
+    token: usize,
+    statistics: &ChannelStatistics,
+    k: &[f32],
+    v: &[f32],
+) -> f64 {
+    let shape = [page.block_size, page.head_dim];
+    let mut k_codes = [0i8; crate::format::MAX_HEAD_DIM];
+    let mut v_codes = [0u8; crate::format::MAX_HEAD_DIM];
+    let k_token_scale = quant::encode_k(k, statistics, &mut k_codes[..page.head_dim]);
+    let (v_token_scale, v_token_zero_point) = quant::encode_v(v, &mut v_codes[..page.head_dim]);
+    let mut squares = 0u32;
+    for d in 0..page.head_dim {
+        record[page.k_codes() + ORDER.k_code(shape, token, d)] = k_codes[d].cast_unsigned();
+        record[page.v_codes() + ORDER.v_code(shape, token, d)] = v_codes[d];
+        squares += u32::from(k_codes[d].unsigned_abs()).pow(2);
+    }
+    write_f16(record, page.k_token_scale(), token, k_token_scale);
+    write_f16(record, page.v_token_scale(), token, v_token_scale);
+    write_f16(record, page.v_token_zero_point(), token, v_token_zero_point);
+    f64::from(squares) * k_token_scale.to_f64().powi(2)
+}
+
+/// Decodes the K of a record's tokens, `[block_size, head_dim]`.
+pub fn read_k(layout: RecordLayout, record: &[u8], k: &mut [f32]) {
+    match layout {
+        RecordLayout::Raw(page) => {
+            read_raw(page, record, page.k(), |t, d| ORDER.raw_k([page.block_size, page.head_dim], t, d), k)
+        }
+        RecordLayout::Int8(page) => {
+            let statistics = read_statistics(page, record);
+            let mut codes = [0i8; crate::format::MAX_HEAD_DIM];
+            let codes = &mut codes[..page.head_dim];
+            for (t, row) in k.chunks_exact_mut(page.head_dim).enumerate() {
+                for (d, code) in codes.iter_mut().enumerate() {
+                    let at = ORDER.k_code([page.block_size, page.head_dim], t, d);
+                    *code = record[page.k_codes() + at].cast_signed();
+                }
+                quant::decode_k(codes, read_f16(record, page.k_token_scale(), t), &statistics, row);
+            }
+        }
+        RecordLayout::Tile(layout) => quant::decode_tile_k(&tile::read(layout, record), k),
+    }
+}
+
+/// Decodes the V of a record's tokens as it is stored, rotated in formats that seal, `[block_size, head_dim]`.
+pub fn read_v(layout: RecordLayout, record: &[u8], v: &mut [f32]) {
+    match layout {
+        RecordLayout::Raw(page) => {
+            read_raw(page, record, page.v(), |t, d| ORDER.raw_v([page.block_size, page.head_dim], t, d), v)
+        }
+        RecordLayout::Int8(page) => {
+            let mut codes = [0u8; crate::format::MAX_HEAD_DIM];
+            let codes = &mut codes[..page.head_dim];
+            for (t, row) in v.chunks_exact_mut(page.head_dim).enumerate() {
+                for (d, code) in codes.iter_mut().enumerate() {
+                    *code = record[page.v_codes() + ORDER.v_code([page.block_size, page.head_dim], t, d)];
+                }
+                let scale = read_f16(record, page.v_token_scale(), t);
+                quant::decode_v(codes, scale, read_f16(record, page.v_token_zero_point(), t), row);
+            }
+        }
+        RecordLayout::Tile(layout) => quant::decode_tile_v(&tile::read(layout, record), v),
+    }
+}
+
+fn read_raw(page: RawPage, record: &[u8], offset: usize, index: impl Fn(usize, usize) -> usize, out: &mut [f32]) {
+    for (t, row) in out.chunks_exact_mut(page.head_dim).enumerate() {
+        for (d, x) in row.iter_mut().enumerate() {
+            *x = read_element(record, page.dtype, offset, index(t, d));
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Seal: full blocks into tiles, from their pages or from the rows of the step.
+
+use super::record::{self, RecordLayout};
+use super::{Cpu, tile};
+use crate::backend::Fresh;
+use crate::format::RawPage;
+use crate::plan::{Seal, SealSource, StepPlan};
+use crate::quant::{self, HeadCalibration, HeadFeedback};
+use rayon::prelude::*;
+
+impl Cpu {
+    /// Seals those of the plan's blocks that come from pages, or those that come from the step's own rows.
+    pub(super) fn seal(&mut self, layer: usize, plan: &StepPlan, fresh: Option<Fresh<'_>>, heads: &[HeadCalibration]) {
+        let of_step = fresh.is_some();
+        let seals: Vec<&Seal> =
+            plan.seals.iter().filter(|seal| (seal.source == SealSource::Fresh) == of_step).collect();
+        if seals.is_empty() {
+            return;
+        }
+        let jobs = seals.len() * self.num_kv_heads;
+        let none = HeadFeedback::none(self.head_dim);
+        let clamped: Vec<usize> = (0..jobs)
+            .into_par_iter()
+            .map(|job| {
+                let (seal, head) = (seals[job / self.num_kv_heads], job % self.num_kv_heads);
+                let (k, v) = self.rows_of(layer, plan, fresh, seal, head);
+                let feedback = heads.get(head).map_or(&none, |head| &head.feedback);
+                self.write_tile(layer, plan, seal, head, feedback, k, v)
+            })
+            .collect();
+        let num_codes = jobs * self.block_size * self.head_dim;
+        self.layers[layer].health.sealed(num_codes, clamped.iter().sum());
+    }
+
+    /// K and V of a block of the seal, `[block_size, head_dim]` each, V rotated where it is kept so.
+    fn rows_of(
+        &self,
+        layer: usize,
+        plan: &StepPlan,
+        fresh: Option<Fresh<'_>>,
+        seal: &Seal,
+        head: usize,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let sequence = &plan.sequences[seal.sequence];
+        let mut k = vec![0f32; self.block_size * self.head_dim];
+        let mut v = k.clone();
+        match (seal.source, fresh) {
+            (SealSource::Page(page), _) => {
+                let (layout, record) = self.record(layer, sequence.block_table[seal.block], Some(page), head);
+                record::read_k(layout, record, &mut k);
+                record::read_v(layout, record, &mut v);
+            }
+            (SealSource::Fresh, Some(fresh)) => {
+                let first = seal.block * self.block_size - sequence.context_len;
+                let rows = &sequence.token_rows[first..first + self.block_size];
+                let out = k.chunks_exact_mut(self.head_dim).zip(v.chunks_exact_mut(self.head_dim));
+                for (&row, (k, v)) in rows.iter().zip(out) {
+                    fresh.k.read_row(row as usize, head, k);
+                    fresh.v.read_row(row as usize, head, v);
+                    if self.rotates_v() {
+                        quant::hadamard::rotate(v);
+                    }
+                }
+            }
+            (SealSource::Fresh, None) => unreachable!("the caller took the seals of the step's rows"),
+        }
+        (k, v)
+    }
+
+    #[allow(clippy::too_many_arguments)] // the coordinates of one record, and what goes into it
+    fn write_tile(
+        &self,
+        layer: usize,
+        plan: &StepPlan,
+        seal: &Seal,
+        head: usize,
+        feedback: &HeadFeedback,
+        mut k: Vec<f32>,
+        mut v: Vec<f32>,
+    ) -> usize {
+        let block = plan.sequences[seal.sequence].block_table[seal.block];
+        // SAFETY: `append_step` holds the arena exclusively, and a plan seals a block once, so each record is asked for
+        // by one job.
+        let record = unsafe { self.layers[layer].tiles.record_mut(block.0, head) };
+        match self.tile {
+            Some(RecordLayout::Tile(layout)) => {
+                // Padding takes no slot: the first token of a sequence is row 0 of its first block.
+                let first_row = (seal.block == 0).then_some(0);
+                let encode = self.kernels.encode_tile;
+                // SAFETY: the kernels' level is available.
+                let sealed = unsafe { encode(&k, &v, self.head_dim, layout.bits, feedback, first_row) };
+                tile::write(layout, record, &sealed);
+                sealed.num_clamped
+            }
+            Some(RecordLayout::Raw(page)) => {
+                // The schemes that code blocks keep the first one as it is.
+                if let Some(codec) = self.codec.filter(|_| seal.block > 0) {
+                    codec.apply_block(&mut k, &mut v, self.head_dim);
+                }
+                write_raw_block(page, record, &k, &v);
+                0
+            }
+            _ => unreachable!("a plan that seals is made for blocks that do"),
+        }
+    }
+}
+
+fn write_raw_block(page: RawPage, record: &mut [u8], k: &[f32], v: &[f32]) {
+    let rows = k.chunks_exact(page.head_dim).zip(v.chunks_exact(page.head_dim));
+    rows.enumerate().for_each(|(token, (k, v))| record::write_raw(page, record, token, k, v));
+}

@@ -1,0 +1,97 @@
+//! Making a cache, empty or out of another one.
+
+use super::PagedKvCache;
+use crate::backend::Backend;
+use crate::backend::cpu::{Cpu, CpuConfig, Level};
+use crate::config::{CacheConfig, env};
+use crate::error::{Error, Result};
+use crate::format::FORMAT_VERSION;
+use crate::paging::Paging;
+use crate::quant::Codec;
+use std::collections::HashMap;
+
+impl PagedKvCache {
+    /// An empty cache, at the machine's fastest SIMD level unless `KVARN_SIMD` names another.
+    ///
+    /// # Errors
+    /// What [`CacheConfig::validate`] refuses; a `KVARN_SIMD` that does not exist or that the machine lacks.
+    pub fn new(config: CacheConfig) -> Result<Self> {
+        let level = env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))?;
+        Self::with_level(config, level)
+    }
+
+    /// An empty cache at a SIMD level that this machine has.
+    ///
+    /// # Errors
+    /// What [`CacheConfig::validate`] refuses; a level that the machine lacks.
+    pub fn with_level(config: CacheConfig, level: Level) -> Result<Self> {
+        Self::build(config, level, None)
+    }
+
+    /// An empty cache of `raw` pages that a codec quantizes in place, to compare formats by: it takes no less memory.
+    ///
+    /// # Errors
+    /// What [`CacheConfig::validate`] refuses, and any format but `raw`.
+    pub fn with_codec(config: CacheConfig, codec: Codec) -> Result<Self> {
+        let level = env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))?;
+        Self::build(config, level, Some(codec))
+    }
+
+    fn build(config: CacheConfig, level: Level, codec: Option<Codec>) -> Result<Self> {
+        config.validate()?;
+        let level = Level::parse(level.name())?;
+        let (block_size, num_blocks, salt) = (config.block_size, config.num_blocks, fingerprint(&config, codec));
+        let seals = config.format.tile_bits().is_some() || codec.is_some_and(|codec| !codec.is_per_token());
+        let paging = if seals {
+            Paging::sealing(block_size, num_blocks, config.num_open_pages, &salt)?
+        } else {
+            Paging::new(block_size, num_blocks, &salt)?
+        };
+        let mut cache = Self {
+            paging,
+            backend: new_backend(&config, level, codec)?,
+            steps: HashMap::new(),
+            next_step: 0,
+            calibration: None,
+            sealed: 0,
+            unsealed: 0,
+            config,
+        };
+        let (num_blocks, num_pages) = cache.paging.room_after(&[])?;
+        cache.backend.grow(num_blocks, num_pages)?;
+        Ok(cache)
+    }
+
+    /// A cache with the same sequences and pages, of its own memory.
+    ///
+    /// # Errors
+    /// [`Error::OpenStep`] while a step is open, [`Error::OutOfMemory`].
+    pub fn try_clone(&self) -> Result<Self> {
+        if let Some(id) = self.steps.values().flat_map(|open| open.sequences.iter()).next() {
+            return Err(Error::OpenStep { id: id.0 });
+        }
+        Ok(Self {
+            config: self.config.clone(),
+            paging: self.paging.clone(),
+            backend: self.backend.try_clone()?,
+            steps: HashMap::new(),
+            next_step: self.next_step,
+            calibration: self.calibration.clone(),
+            sealed: self.sealed,
+            unsealed: self.unsealed,
+        })
+    }
+}
+
+fn new_backend(config: &CacheConfig, level: Level, codec: Option<Codec>) -> Result<Cpu> {
+    let &CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, .. } = config;
+    Cpu::new(CpuConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, codec }, level)
+}
+
+/// What two caches must have in common for their blocks to mean the same: seeds the prefix index.
+fn fingerprint(config: &CacheConfig, codec: Option<Codec>) -> Vec<u8> {
+    let &CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, .. } = config;
+    let (format, dtype, codec) = (format.name(), dtype.name(), codec.map_or("", Codec::name));
+    format!("kvarn {FORMAT_VERSION} {format} {codec} {dtype} {num_layers} {num_kv_heads} {head_dim} {block_size}")
+        .into_bytes()
+}

@@ -1,0 +1,94 @@
+//! What a cache learns for its model's calibration, and takes from it.
+
+use super::PagedKvCache;
+use crate::backend::TensorView;
+use crate::calibration::{Calibration, HeadShape, LayerCalibration, State};
+use crate::config::CacheConfig;
+use crate::error::{Error, Result};
+use crate::plan::StepPlan;
+use crate::quant::HeadCalibration;
+use std::sync::Arc;
+
+/// The calibration of a model, and which of its layers the cache's are.
+#[derive(Debug, Clone)]
+pub(super) struct ModelCalibration {
+    shared: Arc<Calibration>,
+    layers: Vec<usize>,
+}
+
+impl ModelCalibration {
+    /// The least of the cache's layers.
+    pub(super) fn state(&self) -> State {
+        let known = self.shared.layers();
+        let of_layer = |layer: &usize| {
+            known.iter().find(|summary| summary.layer == *layer).map_or(State::No, |summary| summary.state)
+        };
+        self.layers.iter().map(of_layer).min().unwrap_or(State::No)
+    }
+}
+
+/// What a backend is told of a layer's heads.
+pub(super) fn heads(calibrated: Option<&LayerCalibration>) -> &[HeadCalibration] {
+    calibrated.map_or(&[], |layer| &layer.heads)
+}
+
+impl PagedKvCache {
+    /// Uses a model's calibration, and goes on with it until it is frozen; `layers[i]` is the model's number of layer `i`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for another number of layers than the cache has.
+    pub fn set_calibration(&mut self, shared: Arc<Calibration>, layers: Vec<usize>) -> Result<()> {
+        if layers.len() != self.config.num_layers {
+            let (given, own) = (layers.len(), self.config.num_layers);
+            return Err(Error::Config(format!("{given} layer numbers for a cache of {own} layers")));
+        }
+        self.calibration = Some(ModelCalibration { shared, layers });
+        Ok(())
+    }
+
+    /// Shows the calibration the step's first rows, as many as it wants.
+    pub(super) fn observe(&self, plan: &StepPlan, layer: usize, k: TensorView<'_>, q: TensorView<'_>) -> Result<()> {
+        let Some(ModelCalibration { shared, layers }) = &self.calibration else { return Ok(()) };
+        let &CacheConfig { num_kv_heads, head_dim, .. } = &self.config;
+        let (num_rows, num_q_heads) = (plan.num_rows(), q.shape()[1]);
+        if num_q_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
+            let expected = format!("a multiple of {num_kv_heads} heads in dimension 1");
+            return Err(Error::Shape { name: "q", expected, got: q.shape().to_vec() });
+        }
+        q.check("q", num_q_heads, num_rows, head_dim)?;
+        k.check("k", num_kv_heads, num_rows, head_dim)?;
+        let rows: Vec<usize> = plan
+            .slot_mapping()
+            .iter()
+            .enumerate()
+            .filter_map(|(row, &slot)| (slot >= 0).then_some(row))
+            .take(shared.wanted(layers[layer]))
+            .collect();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let gather = |view: TensorView<'_>, heads: usize| {
+            let mut values = vec![0f32; rows.len() * heads * head_dim];
+            for (out, &row) in values.chunks_exact_mut(heads * head_dim).zip(&rows) {
+                for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
+                    view.read_row(row, head, out);
+                }
+            }
+            values
+        };
+        let shape = HeadShape { num_q_heads, num_kv_heads, head_dim };
+        shared.observe(layers[layer], shape, &gather(q, num_q_heads), &gather(k, num_kv_heads))
+    }
+
+    /// What a layer's pages and tiles are made with: factored now if it has to be.
+    pub(super) fn calibrated_for(&self, plan: &StepPlan, layer: usize) -> Result<Option<Arc<LayerCalibration>>> {
+        match &self.calibration {
+            Some(model) if !plan.seals().is_empty() => model.shared.for_seal(model.layers[layer]),
+            _ => Ok(self.calibrated(layer)),
+        }
+    }
+
+    pub(super) fn calibrated(&self, layer: usize) -> Option<Arc<LayerCalibration>> {
+        self.calibration.as_ref().and_then(|model| model.shared.layer(model.layers[layer]))
+    }
+}

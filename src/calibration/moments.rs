@@ -1,0 +1,180 @@
+//! What do the first tokens of a layer say? Running sums in f64, one row after the other: how the tokens were cut into
+//! calls changes no bit of them.
+
+use super::HeadShape;
+use super::parallel::for_each;
+use crate::quant::window::{ABSOLUTE_FLOOR, RELATIVE_FLOOR};
+use crate::quant::{ChannelStatistics, HeadCalibration, HeadFeedback, rotate, to_f16_clamped};
+
+/// A row with a larger number is skipped like one that is not finite: 256 of them, added up by a rotation, stay an f32.
+const LARGEST: f32 = 1e36;
+
+/// Multiplications above which the heads of a layer are shared among threads: some milliseconds.
+const WORTH_THREADS: usize = 1 << 23;
+
+/// Running sums of one key/value head.
+#[derive(Debug, Clone)]
+struct HeadMoments {
+    /// Query rows in `products`.
+    num_queries: usize,
+    /// Sum of q q' over the query rows of the head's group, `[head_dim, head_dim]`: the upper triangle.
+    products: Vec<f64>,
+    keys: ChannelMoments,
+    rotated_keys: ChannelMoments,
+}
+
+/// Mean and sum of squared deviations of each channel, by Welford's recursion: a large mean cancels nothing.
+#[derive(Debug, Clone)]
+struct ChannelMoments {
+    mean: Vec<f64>,
+    squares: Vec<f64>,
+}
+
+/// Running sums of a layer.
+#[derive(Debug, Clone)]
+pub(super) struct Moments {
+    heads: Vec<HeadMoments>,
+    head_dim: usize,
+    num_tokens: usize,
+}
+
+impl Moments {
+    pub(super) fn new(num_kv_heads: usize, head_dim: usize) -> Self {
+        let channels = ChannelMoments { mean: vec![0.0; head_dim], squares: vec![0.0; head_dim] };
+        let products = vec![0.0; head_dim * head_dim];
+        let head = HeadMoments { num_queries: 0, products, keys: channels.clone(), rotated_keys: channels };
+        Self { heads: vec![head; num_kv_heads], head_dim, num_tokens: 0 }
+    }
+
+    /// Tokens taken.
+    pub(super) fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
+
+    /// Takes the first `wanted` token rows whose numbers are all finite.
+    ///
+    /// q `[n, num_q_heads, head_dim]` and k `[n, num_kv_heads, head_dim]` of `shape`, which is this layer's.
+    pub(super) fn add(&mut self, shape: HeadShape, q: &[f32], k: &[f32], wanted: usize) {
+        let rows: Vec<(&[f32], &[f32])> = q
+            .chunks_exact(shape.num_q_heads * shape.head_dim)
+            .zip(k.chunks_exact(shape.num_kv_heads * shape.head_dim))
+            .filter(|(q, k)| q.iter().chain(*k).all(|x| x.abs() <= LARGEST))
+            .take(wanted)
+            .collect();
+        let group = shape.num_q_heads / shape.num_kv_heads * shape.head_dim;
+        let head_dim = self.head_dim;
+        let already = self.num_tokens;
+        let worth_threads = rows.len() * shape.num_q_heads * head_dim * head_dim > WORTH_THREADS;
+        for_each(&mut self.heads, worth_threads, |head, moments| {
+            let queries = rows.iter().flat_map(|(q, _)| q[head * group..][..group].chunks_exact(head_dim));
+            moments.add_queries(queries, head_dim);
+            let mut rotated = vec![0f32; head_dim];
+            for (count, (_, k)) in (already + 1..).zip(&rows) {
+                let k = &k[head * head_dim..][..head_dim];
+                rotated.copy_from_slice(k);
+                rotate(&mut rotated);
+                moments.keys.add(k, count);
+                moments.rotated_keys.add(&rotated, count);
+            }
+        });
+        self.num_tokens += rows.len();
+    }
+
+    /// The feedback and statistics of every head, of at least two tokens.
+    pub(super) fn factor(&self) -> Vec<HeadCalibration> {
+        let mut factored = vec![None; self.heads.len()];
+        for_each(&mut factored, true, |head, slot| {
+            *slot = Some(self.heads[head].factor(self.head_dim, self.num_tokens));
+        });
+        factored.into_iter().flatten().collect()
+    }
+}
+
+impl HeadMoments {
+    fn add_queries<'a>(&mut self, mut rows: impl Iterator<Item = &'a [f32]>, head_dim: usize) {
+        /// Rows whose products are added on one way through the sums.
+        const AT_ONCE: usize = 4;
+        let mut wide = vec![0f64; AT_ONCE * head_dim];
+        loop {
+            let mut num_rows = 0;
+            for (into, row) in wide.chunks_exact_mut(head_dim).zip(rows.by_ref()) {
+                into.iter_mut().zip(row).for_each(|(wide, &x)| *wide = f64::from(x));
+                num_rows += 1;
+            }
+            self.num_queries += num_rows;
+            match num_rows {
+                AT_ONCE => add_products::<AT_ONCE>(&mut self.products, &wide, head_dim),
+                3 => return add_products::<3>(&mut self.products, &wide, head_dim),
+                2 => return add_products::<2>(&mut self.products, &wide, head_dim),
+                1 => return add_products::<1>(&mut self.products, &wide, head_dim),
+                _ => return,
+            }
+        }
+    }
+
+    /// A head whose numbers are so large or small that its factors are beyond f32 has no feedback: it rounds plainly.
+    fn factor(&self, head_dim: usize, num_tokens: usize) -> HeadCalibration {
+        let mut moment = self.products.clone();
+        for i in 0..head_dim {
+            for j in i..head_dim {
+                let mean = self.products[i * head_dim + j] / self.num_queries as f64;
+                moment[i * head_dim + j] = mean;
+                moment[j * head_dim + i] = mean;
+            }
+        }
+        let feedback =
+            HeadFeedback::factor(&moment, &self.keys.deviations(num_tokens), &self.rotated_keys.deviations(num_tokens))
+                .unwrap_or_else(|_| HeadFeedback::none(head_dim));
+        HeadCalibration { feedback, channels: self.keys.statistics(num_tokens) }
+    }
+}
+
+/// Adds x x' of `N` rows `[N, head_dim]` to the upper triangle of `products`, row by row: the order of the additions to
+/// an element does not depend on `N`.
+fn add_products<const N: usize>(products: &mut [f64], rows: &[f64], head_dim: usize) {
+    let rows: [&[f64]; N] = std::array::from_fn(|r| &rows[r * head_dim..][..head_dim]);
+    for i in 0..head_dim {
+        let first = i & !7; // whole vectors; what is left of the diagonal is not read
+        let factors: [f64; N] = std::array::from_fn(|r| rows[r][i]);
+        let rows: [&[f64]; N] = std::array::from_fn(|r| &rows[r][first..]);
+        let sums = &mut products[i * head_dim + first..(i + 1) * head_dim];
+        for j in 0..sums.len() {
+            let mut sum = sums[j];
+            for r in 0..N {
+                sum += factors[r] * rows[r][j];
+            }
+            sums[j] = sum;
+        }
+    }
+}
+
+impl ChannelMoments {
+    /// Takes a row, the `count`th (from 1).
+    fn add(&mut self, row: &[f32], count: usize) {
+        let share = 1.0 / count as f64;
+        for ((mean, squares), &x) in self.mean.iter_mut().zip(&mut self.squares).zip(row) {
+            let before = f64::from(x) - *mean;
+            *mean += before * share;
+            *squares += before * (f64::from(x) - *mean);
+        }
+    }
+
+    /// Standard deviations (n - 1), not yet floored.
+    fn deviations(&self, num_rows: usize) -> Vec<f64> {
+        let degrees = (num_rows - 1) as f64;
+        self.squares.iter().map(|squares| (squares / degrees).sqrt()).collect()
+    }
+
+    /// What [`ChannelStatistics::of_rows`] makes of the same rows: the deviation is about the mean as stored.
+    fn statistics(&self, num_rows: usize) -> ChannelStatistics {
+        let degrees = (num_rows - 1) as f64;
+        let mean: Vec<f32> = self.mean.iter().map(|&mean| to_f16_clamped(mean as f32).to_f32()).collect();
+        let moved = self.mean.iter().zip(&mean).map(|(&mean, &stored)| mean - f64::from(stored));
+        let about_stored = self.squares.iter().zip(moved).map(|(squares, by)| squares + num_rows as f64 * by * by);
+        let deviations: Vec<f32> = about_stored.map(|squares| (squares / degrees).sqrt() as f32).collect();
+        let largest = deviations.iter().copied().fold(0.0, f32::max);
+        let floor = (RELATIVE_FLOOR * largest).max(ABSOLUTE_FLOOR);
+        let scale = deviations.iter().map(|&s| to_f16_clamped(s.max(floor)).to_f32()).collect();
+        ChannelStatistics { mean, scale }
+    }
+}

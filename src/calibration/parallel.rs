@@ -1,0 +1,43 @@
+//! Heads shared among threads that live for one call.
+//!
+//! Not the pool of the kernels: one of its workers that waits for its part may be given another task meanwhile, and
+//! wait in that for the lock that it holds itself.
+
+use std::sync::{Mutex, PoisonError};
+use std::thread::{self, Builder};
+
+/// Calls `work(index, item)` for every item; on several threads if `worth_threads`, else on this one.
+pub(super) fn for_each<T: Send>(items: &mut [T], worth_threads: bool, work: impl Fn(usize, &mut T) + Sync) {
+    let num_threads = if worth_threads { items.len().min(rayon::current_num_threads()) } else { 1 };
+    let queue = Mutex::new(items.iter_mut().enumerate());
+    let take_and_work = || {
+        loop {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some((index, item)) = next else { return };
+            work(index, item);
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..num_threads {
+            // A thread that the system does not give is none the less: this one takes what is left.
+            let _ = Builder::new().spawn_scoped(scope, take_and_work);
+        }
+        take_and_work();
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::for_each;
+
+    #[test]
+    fn every_item_is_worked_on_once_on_one_thread_or_many() {
+        for worth_threads in [false, true] {
+            for len in [0, 1, 7, 100] {
+                let mut items = vec![1usize; len];
+                for_each(&mut items, worth_threads, |index, item| *item += index);
+                assert!(items.iter().enumerate().all(|(index, &item)| item == index + 1), "{items:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Which code does a value get? Rounding of one K tile in one frame, and of one row of V.
+//!
+//! K, M `[head_dim, tokens]`, under one grid per channel of `M / c`, c the token scales of [`super::dual_scale`] (its
+//! channel scales have done their work once c is known: `r (hi - lo)` of `M / (r c)` is `hi - lo` of `M / c`):
+//!
+//! ```text
+//! k_channel_scale = f16((hi - lo) / (2^b - 1)),  k_channel_zero_point = f16(lo),  k_token_scale = f16(c)
+//! w = M;  for d = 0, 1, ..  with channel p_d:
+//!   code = clamp(rint_even((w[p_d] / k_token_scale - k_channel_zero_point) / k_channel_scale), 0, 2^b - 1)
+//!   e = w[p_d] - (code * k_channel_scale + k_channel_zero_point) * k_token_scale
+//!   w[p_j] -= F[d,j] * e          for every j > d
+//! ```
+//!
+//! V, one rotated row: `lo` and `hi` over its channels, drawn in about their middle by the factor a;
+//! `v_token_scale = f16((hi - lo) / (2^b - 1))`, `v_token_zero_point = f16(lo)`.
+//!
+//! A grid without width (a constant row, or a scale below f16) gives code 0.
+
+use super::dual_scale::{DualScaleOptions, dual_scale};
+use super::feedback::Feedback;
+use super::{lanes, rint_even, to_f16_clamped};
+use half::f16;
+
+/// The factors a that are tried for a row of V of 3 or 2 bits; of equals the first wins.
+const V_SHRINKS: [f32; 6] = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5];
+
+/// Largest code of `bits` bits.
+const fn code_max(bits: u32) -> f32 {
+    ((1u32 << bits) - 1) as f32
+}
+
+/// A whole number from 0 to 255 as a byte; unlike a cast it has no range to check, so it vectorizes.
+#[inline(always)]
+fn to_byte(code: f32) -> u8 {
+    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: the last bit of the sum is the unit
+    (code + SHIFT).to_bits() as u8
+}
+
+/// A K tile rounded in one frame.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RoundedK {
+    /// Codes, `[head_dim, tokens]`.
+    pub codes: Vec<u8>,
+    /// `k_channel_scale`, `[head_dim]`.
+    pub channel_scale: Vec<f16>,
+    /// `k_channel_zero_point`, `[head_dim]`.
+    pub channel_zero_point: Vec<f16>,
+    /// `k_token_scale`, `[tokens]`.
+    pub token_scale: Vec<f16>,
+    /// The feedback's running loss.
+    pub loss: f64,
+    /// Codes that were clamped: their value had moved off the grid.
+    pub num_clamped: usize,
+}
+
+/// Rounds M, `[head_dim, tokens]` row-major, to codes of `bits` bits.
+#[inline(always)]
+#[must_use]
+pub fn round_k(m: &[f32], tokens: usize, bits: u32, feedback: &Feedback) -> RoundedK {
+    let mut rounded = grid_of(m, tokens, bits);
+    let channels = feedback.order.len();
+    let token_scale: Vec<f32> = rounded.token_scale.iter().map(|c| c.to_f32()).collect();
+    let mut w = Vec::with_capacity(m.len());
+    for &channel in &feedback.order {
+        w.extend_from_slice(&m[usize::from(channel) * tokens..][..tokens]);
+    }
+    let mut error = vec![0f32; tokens];
+    for d in 0..channels {
+        let channel = usize::from(feedback.order[d]);
+        let (row, later) = w[d * tokens..].split_at_mut(tokens);
+        let grid = Grid {
+            scale: rounded.channel_scale[channel].to_f32(),
+            zero_point: rounded.channel_zero_point[channel].to_f32(),
+            code_max: code_max(bits),
+        };
+        let codes = &mut rounded.codes[channel * tokens..][..tokens];
+        rounded.num_clamped += grid.round(row, &token_scale, codes, &mut error);
+        let weight = f64::from(feedback.error_scale[d]);
+        rounded.loss += lanes::sum_of_squares(&error, |e| e) / (weight * weight);
+        for (later, &f) in later.chunks_exact_mut(tokens).zip(&feedback.matrix[d * channels + d + 1..]) {
+            if f != 0.0 {
+                for (w, &e) in later.iter_mut().zip(&error) {
+                    *w -= f * e;
+                }
+            }
+        }
+    }
+    rounded.loss *= f64::from(feedback.loss_scale);
+    rounded
+}
+
+/// The parameters of M, without its codes.
+#[inline(always)]
+fn grid_of(m: &[f32], tokens: usize, bits: u32) -> RoundedK {
+    let scales = dual_scale(m, tokens, DualScaleOptions::SEALED);
+    let channels = m.len() / tokens;
+    let mut channel_scale = Vec::with_capacity(channels);
+    let mut channel_zero_point = Vec::with_capacity(channels);
+    let mut balanced = vec![0f32; tokens];
+    for row in m.chunks_exact(tokens) {
+        for ((out, &x), &c) in balanced.iter_mut().zip(row).zip(&scales.token) {
+            *out = x / c;
+        }
+        let (lo, hi) = lanes::bounds(&balanced);
+        channel_scale.push(to_f16_clamped((hi - lo) / code_max(bits)));
+        channel_zero_point.push(to_f16_clamped(lo));
+    }
+    RoundedK {
+        codes: vec![0; m.len()],
+        channel_scale,
+        channel_zero_point,
+        token_scale: scales.token.iter().map(|&c| to_f16_clamped(c)).collect(),
+        loss: 0.0,
+        num_clamped: 0,
+    }
+}
+
+/// The grid of one row, under its stored parameters.
+#[derive(Clone, Copy)]
+struct Grid {
+    scale: f32,
+    zero_point: f32,
+    code_max: f32,
+}
+
+impl Grid {
+    /// The code of a value of the row; a value beyond the grid, or a row without width, is clamped.
+    #[inline(always)]
+    fn code(self, x: f32) -> (f32, bool) {
+        let nearest = rint_even((x - self.zero_point) / self.scale);
+        let inside = nearest.clamp(0.0, self.code_max);
+        (if self.scale > 0.0 { inside } else { 0.0 }, self.scale > 0.0 && inside != nearest)
+    }
+
+    #[inline(always)]
+    fn decode(self, code: f32) -> f32 {
+        code * self.scale + self.zero_point
+    }
+
+    /// Rounds one channel of K; writes what is left of each value to `error`, and counts the clamped.
+    #[inline(always)]
+    fn round(self, row: &[f32], token_scale: &[f32], codes: &mut [u8], error: &mut [f32]) -> usize {
+        let tokens = row.len();
+        let (token_scale, codes, error) = (&token_scale[..tokens], &mut codes[..tokens], &mut error[..tokens]);
+        let mut num_clamped = 0u32;
+        for t in 0..tokens {
+            let c = token_scale[t];
+            let (code, clamped) = self.code(row[t] / c);
+            let code = if c > 0.0 { code } else { 0.0 };
+            error[t] = row[t] - self.decode(code) * c;
+            codes[t] = to_byte(code);
+            num_clamped += u32::from(clamped && c > 0.0);
+        }
+        num_clamped as usize
+    }
+}
+
+/// Rounds one row of V to codes of `bits` bits; gives its `v_token_scale` and `v_token_zero_point`.
+#[inline(always)]
+pub fn round_v(row: &[f32], bits: u32, codes: &mut [u8]) -> (f16, f16) {
+    let (lo, hi) = lanes::bounds(row);
+    let width = hi - lo;
+    let code_max = code_max(bits);
+    let grid_of = |a: f32| {
+        let margin = width * ((1.0 - a) / 2.0);
+        let (lo, hi) = (lo + margin, hi - margin);
+        (to_f16_clamped((hi - lo) / code_max), to_f16_clamped(lo))
+    };
+    let widen =
+        |(scale, zero_point): (f16, f16)| Grid { scale: scale.to_f32(), zero_point: zero_point.to_f32(), code_max };
+    let mut best = grid_of(V_SHRINKS[0]);
+    if bits < 4 {
+        let mut smallest = squared_error(row, widen(best));
+        for a in &V_SHRINKS[1..] {
+            let tried = grid_of(*a);
+            let error = squared_error(row, widen(tried));
+            if error < smallest {
+                (best, smallest) = (tried, error);
+            }
+        }
+    }
+    let grid = widen(best);
+    for (code, &x) in codes.iter_mut().zip(row) {
+        *code = to_byte(grid.code(x).0);
+    }
+    best
+}
+
+/// The squared error of a row under a grid.
+#[inline(always)]
+fn squared_error(row: &[f32], grid: Grid) -> f64 {
+    lanes::sum_of_squares(row, |x| x - grid.decode(grid.code(x).0))
+}
