@@ -7,6 +7,10 @@
 
 #[path = "paging_model/model.rs"]
 mod model;
+#[path = "paging_model/predict.rs"]
+mod predict;
+#[path = "paging_model/prefixes.rs"]
+mod prefixes;
 
 use std::cell::RefCell;
 use std::ops::RangeInclusive;

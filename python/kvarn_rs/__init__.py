@@ -4,7 +4,7 @@
 `generate`. Importing this package imports neither torch nor numpy.
 """
 
-from kvarn_rs._core import Calibration, PagedKvCache, Step, __version__, formats
+from kvarn_rs._core import Calibration, PagedKvCache, Step, __version__, codecs, formats
 from kvarn_rs.errors import (
     CalibrationError,
     ConfigError,
@@ -34,7 +34,6 @@ CODECS: tuple[str, ...] = tuple(codecs())
 __all__ = [
     "CODECS",
     "FORMATS",
-    "Calibration",
     "Calibration",
     "CalibrationError",
     "ConfigError",

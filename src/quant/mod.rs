@@ -1,10 +1,22 @@
-//! How do tokens become bytes, and back? Scalar f32, one token at a time: the specification that every backend is
-//! tested against.
+//! How do tokens become bytes, and back? Scalar f32, one token or one tile at a time: the specification that every
+//! backend is tested against.
+//!
+//! A page, token by token ([`token_page`], under the statistics of [`window`]):
 //!
 //! ```text
 //! K^[t,d] = k_channel_mean[d] + k_channel_scale[d] * k_token_scale[t] * code      code in [-127, 127]
 //! V^[t,d] = v_token_scale[t] * code + v_token_zero_point[t]                       code in [0, 255]
 //! ```
+//!
+//! A sealed tile of b bits, whole ([`tile`]): K or `K H` ([`hadamard`]), scaled by [`mod@dual_scale`], each channel rounded
+//! ([`round`]) so that errors cancel where the queries look ([`feedback`]); `V' = V H`; codes in [`planes`]:
+//!
+//! ```text
+//! K^'[d,t] = (code * k_channel_scale[d] + k_channel_zero_point[d]) * k_token_scale[t]      code in [0, 2^b - 1]
+//! V^'[t,d] =  code * v_token_scale[t] + v_token_zero_point[t]                              code in [0, 2^b - 1]
+//! ```
+//!
+//! [`codec`] has the schemes to compare with, [`mod@reference`] the one that this one comes from.
 //!
 //! Parameters are computed in f32 and stored as f16; codes are `rint_even` of the value under the *stored* parameters,
 //! clamped. A scale that underflows f16 gives code 0; one that overflows is 65504.

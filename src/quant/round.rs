@@ -1,6 +1,6 @@
 //! Which code does a value get? Rounding of one K tile in one frame, and of one row of V.
 //!
-//! K, M `[head_dim, tokens]`, under one grid per channel of `M / c`, c the token scales of [`super::dual_scale`] (its
+//! K, M `[head_dim, tokens]`, under one grid per channel of `M / c`, c the token scales of [`mod@super::dual_scale`] (its
 //! channel scales have done their work once c is known: `r (hi - lo)` of `M / (r c)` is `hi - lo` of `M / c`):
 //!
 //! ```text
@@ -20,6 +20,9 @@ use super::dual_scale::{DualScaleOptions, dual_scale};
 use super::feedback::Feedback;
 use super::{lanes, rint_even, to_f16_clamped};
 use half::f16;
+
+/// Larger values are taken for this one: rotated or subtracted, they would be infinite.
+pub const LARGEST_VALUE: f32 = 1e30;
 
 /// The factors a that are tried for a row of V of 3 or 2 bits; of equals the first wins.
 const V_SHRINKS: [f32; 6] = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5];
@@ -159,6 +162,7 @@ impl Grid {
 #[inline(always)]
 pub fn round_v(row: &[f32], bits: u32, codes: &mut [u8]) -> (f16, f16) {
     let (lo, hi) = lanes::bounds(row);
+    let (lo, hi) = (lo.clamp(-LARGEST_VALUE, LARGEST_VALUE), hi.clamp(-LARGEST_VALUE, LARGEST_VALUE));
     let width = hi - lo;
     let code_max = code_max(bits);
     let grid_of = |a: f32| {
@@ -190,4 +194,63 @@ pub fn round_v(row: &[f32], bits: u32, codes: &mut [u8]) -> (f16, f16) {
 #[inline(always)]
 fn squared_error(row: &[f32], grid: Grid) -> f64 {
     lanes::sum_of_squares(row, |x| x - grid.decode(grid.code(x).0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_number_is_its_byte() {
+        assert!((0..=255u8).all(|code| to_byte(f32::from(code)) == code));
+    }
+
+    #[test]
+    fn a_row_without_width_has_codes_zero_and_keeps_its_error() {
+        let grid = Grid { scale: 0.0, zero_point: 2.0, code_max: 15.0 };
+        let (mut codes, mut error) = ([9u8; 3], [9f32; 3]);
+        assert_eq!(grid.round(&[2.0, 3.0, -1.0], &[1.0, 1.0, 2.0], &mut codes, &mut error), 0);
+        assert_eq!((codes, error), ([0; 3], [0.0, 1.0, -5.0]));
+    }
+
+    #[test]
+    fn a_token_without_scale_has_code_zero_and_decodes_to_zero() {
+        let grid = Grid { scale: 0.5, zero_point: 2.0, code_max: 15.0 };
+        let (mut codes, mut error) = ([9u8; 2], [9f32; 2]);
+        assert_eq!(grid.round(&[3.0, 0.0], &[0.0, 0.0], &mut codes, &mut error), 0);
+        assert_eq!((codes, error), ([0; 2], [3.0, 0.0]));
+    }
+
+    #[test]
+    fn a_value_off_the_grid_is_clamped_counted_and_its_error_kept() {
+        let grid = Grid { scale: 0.5, zero_point: -1.0, code_max: 3.0 };
+        let (mut codes, mut error) = ([9u8; 4], [9f32; 4]);
+        assert_eq!(grid.round(&[2.0, -4.0, 0.5, 0.7], &[1.0; 4], &mut codes, &mut error), 2);
+        assert_eq!((codes, error[0], error[1], error[2]), ([3, 0, 3, 3], 1.5, -3.0, 0.0));
+    }
+
+    #[test]
+    fn an_error_moves_the_channels_after_it_and_no_other() {
+        // p = (1, 0), F = -0.5 from channel 1 to channel 0, the error of channel 0 weighed half, m = 4
+        let m = [0.0, 1.0, 2.0, 2.5, 0.0, 1.0, 2.25, 3.0];
+        let feedback = Feedback {
+            order: vec![1, 0],
+            matrix: vec![0.0, -0.5, 0.0, 0.0],
+            error_scale: vec![1.0, 2.0],
+            loss_scale: 4.0,
+        };
+        let (with, none) = (round_k(&m, 4, 2, &feedback), round_k(&m, 4, 2, &Feedback::none(2)));
+        assert_eq!(with.codes[4..], none.codes[4..], "the first in the order is rounded as it is");
+        let decoded = |d: usize, t: usize| {
+            let (a, z) = (with.channel_scale[d].to_f32(), with.channel_zero_point[d].to_f32());
+            (f32::from(with.codes[d * 4 + t]) * a + z) * with.token_scale[t].to_f32()
+        };
+        let mut loss = 0.0;
+        for t in 0..4 {
+            let first = m[4 + t] - decoded(1, t);
+            let second = m[t] + 0.5 * first - decoded(0, t);
+            loss += 4.0 * (first * first + second * second / 4.0);
+        }
+        assert!(loss > 0.0 && (with.loss - f64::from(loss)).abs() < 1e-6, "{} for {loss}", with.loss);
+    }
 }

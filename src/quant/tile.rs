@@ -12,7 +12,7 @@
 
 use super::feedback::HeadFeedback;
 use super::hadamard::{rotate, rotate_channels};
-use super::round::{round_k, round_v};
+use super::round::{LARGEST_VALUE, round_k, round_v};
 use super::token_page::{decode_v, encode_v};
 use half::f16;
 
@@ -85,6 +85,9 @@ pub fn encode_tile(
 ) -> Tile {
     let block_size = k.len() / head_dim;
     let mut m = transposed(k, head_dim);
+    for x in &mut m {
+        *x = x.clamp(-LARGEST_VALUE, LARGEST_VALUE);
+    }
     let plain = round_k(&m, block_size, bits, &feedback.plain);
     rotate_channels(&mut m, block_size);
     let rotated = round_k(&m, block_size, bits, &feedback.rotated);

@@ -5,34 +5,35 @@ use std::collections::{BTreeMap, BTreeSet};
 use kvarn::error::Error;
 use kvarn::paging::{BlockId, PageId, Paging, SequenceId, StepRequest};
 
+use super::predict::{distinct_blocks, slots};
 use super::{MAX_SEQUENCES, NO_SEQUENCE, Operation, Setup};
 
 const POISON: u32 = u32::MAX;
 
 #[derive(Debug, Clone, Default)]
-struct Tokens {
-    committed: Vec<u32>,
-    pending: Option<Vec<u32>>,
-    first_held: usize,
+pub(super) struct Tokens {
+    pub(super) committed: Vec<u32>,
+    pub(super) pending: Option<Vec<u32>>,
+    pub(super) first_held: usize,
     /// Full blocks matched or published: not published again.
-    chained: usize,
+    pub(super) chained: usize,
 }
 
 /// How often what happened.
 pub(super) type Outcomes = BTreeMap<&'static str, usize>;
 
 pub(super) struct Model {
-    setup: Setup,
-    paging: Paging,
-    sequences: BTreeMap<SequenceId, Tokens>,
+    pub(super) setup: Setup,
+    pub(super) paging: Paging,
+    pub(super) sequences: BTreeMap<SequenceId, Tokens>,
     /// By page.
-    memory: Vec<u32>,
+    pub(super) memory: Vec<u32>,
     /// By block, of those that are sealed.
     tiles: BTreeMap<BlockId, Vec<u32>>,
     /// Blocks with a page, where blocks seal.
-    open: BTreeSet<BlockId>,
+    pub(super) open: BTreeSet<BlockId>,
     /// The block that holds the last tokens of each published prefix.
-    published: BTreeMap<Vec<u32>, BlockId>,
+    pub(super) published: BTreeMap<Vec<u32>, BlockId>,
     num_copies: usize,
     peak: usize,
     pub(super) outcomes: Outcomes,
@@ -60,7 +61,7 @@ impl Model {
 
     /// Below `MAX_SEQUENCES` any sequence, then one without an open step; `NO_SEQUENCE`, and any pick when there are
     /// none, an id never given out.
-    fn pick(&self, pick: usize) -> SequenceId {
+    pub(super) fn pick(&self, pick: usize) -> SequenceId {
         let candidates = self.sequences.iter().filter(|(_, tokens)| pick < MAX_SEQUENCES || tokens.pending.is_none());
         let candidates: Vec<SequenceId> = candidates.map(|(&id, _)| id).collect();
         if pick == NO_SEQUENCE || candidates.is_empty() {
@@ -79,7 +80,7 @@ impl Model {
         *self.outcomes.entry(outcome).or_default() += times;
     }
 
-    fn table(&self, id: SequenceId) -> Vec<BlockId> {
+    pub(super) fn table(&self, id: SequenceId) -> Vec<BlockId> {
         self.paging.sequence(id).unwrap().blocks().to_vec()
     }
 
@@ -280,61 +281,6 @@ impl Model {
         }
     }
 
-    /// With a window, some requests keep a token too many, everything (`num_new` 9) or nothing (8).
-    fn request(&self, pick: usize, num_new: usize) -> StepRequest {
-        let sequence = self.pick(pick);
-        let len = self.sequences.get(&sequence).map_or(0, |tokens| tokens.committed.len());
-        let first_seen = self.setup.window.map_or(0, |window| (len + 1).saturating_sub(window));
-        let keep_from = match num_new {
-            9 => 0,
-            8 if self.setup.window.is_some() => usize::MAX,
-            _ => first_seen.saturating_sub(num_new % 2),
-        };
-        // Some steps seal what they write whole, but the last.
-        let num_full = (len + num_new) / self.setup.block_size;
-        let sealed_to = if num_new > 4 { num_full.saturating_sub(1) } else { 0 };
-        StepRequest { sequence, num_new, keep_from, sealed_to }
-    }
-
-    /// Pages that the new blocks of a step take.
-    fn new_pages(&self, step: &StepRequest) -> usize {
-        let len = self.sequences[&step.sequence].committed.len();
-        let new = len.div_ceil(self.setup.block_size)..(len + step.num_new).div_ceil(self.setup.block_size);
-        new.filter(|&block| block >= step.sealed_to).count()
-    }
-
-    /// The page of every block that a sequence holds, and that has one.
-    fn paged(&self) -> BTreeMap<BlockId, PageId> {
-        let of = |&id: &SequenceId| self.table(id).into_iter().zip(self.paging.pages(id).unwrap());
-        self.sequences.keys().flat_map(of).filter(|&(_, page)| page != PageId::SEALED).collect()
-    }
-
-    fn first_held_in(&self, step: &StepRequest) -> usize {
-        let tokens = &self.sequences[&step.sequence];
-        let keep_from = step.keep_from.min(tokens.committed.len());
-        tokens.first_held.max(keep_from / self.setup.block_size * self.setup.block_size)
-    }
-
-    /// The open pages that must be copied, in order, and all blocks needed, from the tables after the release.
-    fn shared_pages(&self, steps: &[StepRequest], kept: &BTreeMap<SequenceId, Vec<BlockId>>) -> (Vec<BlockId>, usize) {
-        let (mut tables, mut shared, mut needed) = (kept.clone(), Vec::new(), 0);
-        for step in steps {
-            let len = self.sequences[&step.sequence].committed.len();
-            let blocks = tables[&step.sequence].len();
-            needed += (len + step.num_new).div_ceil(self.setup.block_size) - blocks;
-            if step.num_new == 0 || len.is_multiple_of(self.setup.block_size) {
-                continue;
-            }
-            let page = tables[&step.sequence][blocks - 1];
-            if tables.values().flatten().filter(|&&block| block == page).count() > 1 {
-                tables.get_mut(&step.sequence).unwrap().pop();
-                shared.push(page);
-            }
-        }
-        needed += shared.len();
-        (shared, needed)
-    }
-
     fn forget(&mut self, block: BlockId) {
         self.published.retain(|_, &mut published| published != block);
     }
@@ -397,70 +343,6 @@ impl Model {
         }
     }
 
-    /// The full blocks of committed tokens that a step of `ids` seals: none beside another open step.
-    fn due(&self, ids: &[SequenceId]) -> Vec<BlockId> {
-        let open_steps = self.sequences.values().filter(|tokens| tokens.pending.is_some()).count();
-        let known = ids.iter().all(|id| self.sequences.get(id).is_some_and(|tokens| tokens.pending.is_some()));
-        if open_steps != ids.len() || !known {
-            return Vec::new();
-        }
-        let full = |id: &SequenceId| {
-            let num_full = self.sequences[id].committed.len() / self.setup.block_size;
-            self.table(*id).into_iter().take(num_full)
-        };
-        let due: BTreeSet<BlockId> = ids.iter().flat_map(full).filter(|block| self.open.contains(block)).collect();
-        due.into_iter().collect()
-    }
-
-    /// Looks for `len` tokens: those of a sequence if one is picked, then random ones.
-    fn match_prefix(&mut self, pick: Option<usize>, len: usize, bits: u32) {
-        if self.sequences.len() == MAX_SEQUENCES {
-            return;
-        }
-        let known = pick.and_then(|pick| self.sequences.get(&self.pick(pick)));
-        let mut ids = known.map_or(Vec::new(), |tokens| tokens.committed.clone());
-        ids.truncate(len);
-        ids.extend((ids.len()..len).map(|i| (bits >> i) & 1));
-
-        let block_size = self.setup.block_size;
-        let ends = (1..).map(|n| n * block_size).take_while(|&end| end < ids.len());
-        let expected: Vec<BlockId> = ends.map_while(|end| self.published.get(&ids[..end]).copied()).collect();
-        let in_use = self.paging.blocks_in_use();
-        let id = self.paging.match_prefix(&ids);
-        assert_eq!(self.table(id), expected);
-        self.count("matched", usize::from(!expected.is_empty()));
-        self.count("revived", usize::from(self.paging.blocks_in_use() > in_use));
-        let committed = ids[..expected.len() * block_size].to_vec();
-        self.sequences.insert(id, Tokens { committed, chained: expected.len(), ..Tokens::default() });
-    }
-
-    fn publish(&mut self, id: SequenceId, short: bool) {
-        let mut ids = self.sequences.get(&id).map_or(Vec::new(), |tokens| tokens.committed.clone());
-        let too_few = short && ids.pop().is_some();
-        let result = self.paging.publish_prefix(id, &ids);
-        let Some(tokens) = self.sequences.get_mut(&id) else {
-            return assert_eq!(result, Err(Error::UnknownSequence { id: id.0 }));
-        };
-        if too_few {
-            return assert!(matches!(result, Err(Error::Config(_))), "{result:?}");
-        }
-        let mut num_published = 0;
-        if tokens.first_held == 0 {
-            let table = self.paging.sequence(id).unwrap().blocks();
-            let num_full = ids.len() / self.setup.block_size;
-            for (index, &block) in table.iter().enumerate().take(num_full).skip(tokens.chained) {
-                let prefix = ids[..(index + 1) * self.setup.block_size].to_vec();
-                if !self.published.contains_key(&prefix) && !self.published.values().any(|&known| known == block) {
-                    self.published.insert(prefix, block);
-                    num_published += 1;
-                }
-            }
-            tokens.chained = num_full;
-        }
-        assert_eq!(result, Ok(num_published));
-        self.count("published", num_published);
-    }
-
     pub(super) fn check(&mut self) {
         self.paging.check().unwrap();
         assert!(self.paging.is_valid());
@@ -498,12 +380,4 @@ impl Model {
         let open_pages = self.setup.open_pages.map(|_| self.open.len());
         assert_eq!(paging.open_pages().map(|pages| pages.0), open_pages);
     }
-}
-
-fn slots(page: PageId, block_size: usize) -> std::ops::Range<usize> {
-    page.0 as usize * block_size..(page.0 as usize + 1) * block_size
-}
-
-fn distinct_blocks(tables: &BTreeMap<SequenceId, Vec<BlockId>>) -> BTreeSet<BlockId> {
-    tables.values().flatten().copied().filter(|&block| block != BlockId::RELEASED).collect()
 }

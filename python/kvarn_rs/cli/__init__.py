@@ -1,4 +1,4 @@
-"""The `kvarn` command: `generate`, `plan`, `doctor`, `bench`.
+"""The `kvarn` command: `generate`, `calibrate`, `inspect`, `plan`, `doctor`, `bench`.
 
 Exit codes: 0 done; 1 a check of the command failed (`doctor`, `bench`), or the result could not be written; 2 bad
 input, with one line on stderr; 130 interrupted; 141 the reader of stdout went away.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import ConfigError, KvarnError
-from . import bench, doctor, generate, plan
+from . import bench, calibrate, doctor, generate, inspect, plan
 from .console import Console
 
 __all__ = ["main"]
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvarn", description="A quantized, paged key/value cache for language models.")
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (generate, plan, doctor, bench):
+    for command in (generate, calibrate, inspect, plan, doctor, bench):
         command.add_parser(commands)
     return parser
 

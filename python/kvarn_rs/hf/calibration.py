@@ -52,6 +52,8 @@ _SAMPLED_ROWS = 4  # of each weight, evenly spaced
 _SAMPLED_COLUMNS = 64  # of each of them
 _CHUNK_TOKENS = 512  # of a calibration's forward: bounds what its activations take
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 _lock = threading.Lock()
 _of_model: WeakKeyDictionary[Any, Calibration] = WeakKeyDictionary()
 _warned: set[Path] = set()
@@ -264,7 +266,8 @@ def _token_ids(model: Any, given: str | Sequence[int] | torch.Tensor | None, tok
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"expected a text or token ids, got {type(given).__name__}: {error}") from error
     shape = list(token_ids.shape)
-    if token_ids.is_floating_point() or token_ids.dtype == torch.bool or shape[:-1] not in ([], [1]) or not shape:
+    whole = token_ids.dtype in _WHOLE or not token_ids.numel()  # an empty list is made a float tensor
+    if not whole or not shape or shape[:-1] not in ([], [1]):
         raise ConfigError(f"expected token ids [T] or [1, T], got {token_ids.dtype} {shape}")
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or QUERY_TOKENS
     token_ids = token_ids.reshape(1, -1)[:, : min(limit, QUERY_TOKENS)].long()

@@ -1,0 +1,171 @@
+"""`Calibration` on its own and under a `PagedKvCache`: when it learns, when it stops, what its file is."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvarn_rs import Calibration, CalibrationError, ConfigError, PagedKvCache
+from kvarn_rs._core import FIRST_TOKENS, QUERY_TOKENS
+
+SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16}
+
+
+def feed(cache: PagedKvCache, num_tokens: int, *, seed: int = 0) -> None:
+    """Takes a new sequence forward by random tokens of 4 query heads."""
+    random = np.random.default_rng(seed)
+    q = random.normal(size=(1, 4, num_tokens, 16)).astype(np.float32)
+    k, v = random.normal(size=(2, 1, cache.num_kv_heads, num_tokens, 16)).astype(np.float32)
+    with cache.begin_step([cache.new_sequence()], num_tokens) as step:
+        for layer in range(cache.num_layers):
+            step.append(layer, k, v, q)
+
+
+def learned(num_tokens: int = 200, seed: int = 0) -> Calibration:
+    """A calibration frozen after random tokens."""
+    calibration = Calibration()
+    feed(PagedKvCache(**SHAPE, format="int8", calibration=calibration), num_tokens, seed=seed)
+    calibration.freeze()
+    return calibration
+
+
+def test_a_new_one_knows_nothing() -> None:
+    calibration = Calibration()
+    assert calibration.state == "no"
+    assert calibration.layers() == []
+    assert calibration.wanted(7) == QUERY_TOKENS
+    assert calibration.fingerprint is None
+    assert calibration.model is None
+    assert repr(calibration) == 'Calibration(state="no", layers=0)'
+
+
+@pytest.mark.parametrize("format", ["raw", "int8", "int4"])
+def test_a_cache_shows_it_its_tokens_whatever_the_format(format: str) -> None:
+    calibration = Calibration()
+    cache = PagedKvCache(**SHAPE, format=format, calibration=calibration, layers=[4, 9])
+    feed(cache, 150)
+    feed(cache, 10, seed=1)
+    assert [(layer["layer"], layer["query_tokens"]) for layer in calibration.layers()] == [(4, 160), (9, 160)]
+    assert [calibration.wanted(layer) for layer in (4, 9, 0)] == [QUERY_TOKENS - 160] * 2 + [QUERY_TOKENS]
+
+
+def test_caches_and_their_copies_share_it() -> None:
+    calibration = Calibration()
+    assert copy.copy(calibration) is calibration
+    assert copy.deepcopy([calibration])[0] is calibration
+    for cache in (
+        PagedKvCache(**SHAPE, calibration=calibration),
+        PagedKvCache(**SHAPE, calibration=calibration).copy(),
+    ):
+        feed(cache, 40)
+    assert calibration.wanted(0) == QUERY_TOKENS - 80
+
+
+def test_it_freezes_at_2048_tokens_and_later_ones_change_no_byte(tmp_path: Path) -> None:
+    calibration = Calibration()
+    cache = PagedKvCache(**SHAPE, format="int8", calibration=calibration)
+    feed(cache, 2000)
+    assert calibration.state == "no"
+    feed(cache, 100, seed=1)
+    assert calibration.state == "frozen"
+    assert calibration.wanted(0) == 0
+    calibration.save(tmp_path / "before", "f")
+    feed(cache, 300, seed=2)
+    calibration.save(tmp_path / "after", "f")
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
+    assert {layer["query_tokens"] for layer in calibration.layers()} == {QUERY_TOKENS}
+
+
+def test_a_short_text_is_not_frozen() -> None:
+    calibration = Calibration()
+    with pytest.raises(ConfigError, match="no layer has seen a token"):
+        calibration.freeze()
+    feed(PagedKvCache(**SHAPE, calibration=calibration), FIRST_TOKENS - 1)
+    with pytest.raises(ConfigError, match="layer 0 has seen 127 query tokens, 128"):
+        calibration.freeze()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_cache_of_another_model_is_refused(frozen: bool) -> None:
+    calibration = learned()
+    if not frozen:
+        calibration = Calibration()
+        feed(PagedKvCache(**SHAPE, calibration=calibration), 10)
+    before = calibration.layers()
+    other = PagedKvCache(num_layers=2, num_kv_heads=4, head_dim=16, calibration=calibration)
+    with pytest.raises(ConfigError, match=r"2.*4|4.*2"):
+        feed(other, 20)
+    assert calibration.layers() == before
+
+
+def test_its_file_says_whose_it_is_and_is_taken_as_that_only(tmp_path: Path) -> None:
+    file = tmp_path / "it.safetensors"
+    learned().save(file, "abc", "tiny")
+    loaded = Calibration.load(file, "abc")
+    assert (loaded.state, loaded.fingerprint, loaded.model) == ("file", "abc", "tiny")
+    assert [layer["state"] for layer in loaded.layers()] == ["file", "file"]
+    assert all(0 <= layer["rotated_heads"] <= 2 for layer in loaded.layers())
+    with pytest.raises(CalibrationError, match=r"another model.*abc.*def"):
+        Calibration.load(str(file), "def")
+    assert isinstance(CalibrationError(), ConfigError)
+
+
+def test_its_file_is_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    file = tmp_path / "it.safetensors"
+    learned().save(file, "abc", 'a "model" – ü')
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        assert opened.metadata()["model"] == 'a "model" – ü'
+        assert opened.metadata()["query_tokens"] == "200"
+        feedback = opened.get_tensor("layers.1.feedback")
+        order = opened.get_tensor("layers.1.order")
+        assert opened.get_tensor("layers.1.k_channel_scale").shape == (2, 16)
+    assert feedback.dtype == np.float32
+    assert feedback.shape == (2, 2, 16, 16)
+    assert np.array_equal(feedback, np.triu(feedback, 1))
+    assert feedback.any()
+    assert order.dtype == np.uint16
+    assert (np.sort(order) == np.arange(16)).all()
+
+
+def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
+    code = "import sys, test_calibration as t; t.learned(300, seed=5).save(sys.argv[1], 'abc', 'tiny')"
+    files = [tmp_path / "one", tmp_path / "two"]
+    for file in files:
+        subprocess.run([sys.executable, "-c", code, file], check=True, cwd=Path(__file__).parent, timeout=120)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_file_in_the_way_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "it"
+    file.write_text("in the way", encoding="utf-8")
+    learned().save(file, "abc")
+    assert Calibration.load(file).state == "file"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_no_calibration_is_refused_by_name(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    learned().save(whole, "abc")
+    content = whole.read_bytes()
+    for name, found in {"empty": b"", "text": b"hello", "cut": content[:-1], "long": content + b"x"}.items():
+        file = tmp_path / name
+        file.write_bytes(found)
+        with pytest.raises(CalibrationError, match=name):
+            Calibration.load(file)
+    for missing in (tmp_path / "none", tmp_path):
+        with pytest.raises(CalibrationError, match=missing.name):
+            Calibration.load(missing)
+    with pytest.raises(CalibrationError, match="cannot be written"):
+        learned().save(tmp_path / "no" / "folder", "abc")
+
+
+def test_only_what_is_frozen_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no layer is frozen"):
+        Calibration().save(tmp_path / "it", "abc")
+    assert not list(tmp_path.iterdir())
