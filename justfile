@@ -23,9 +23,9 @@ setup:
 dev: setup
     maturin develop --uv --release
 
-# Install, then run the main job on real weights: generate from a 1,735-token prompt, beside the unquantized cache
+# Install, then run the main job on real weights: a 1,735-token prompt, every format beside the unquantized cache
 demo *OPTIONS="": dev
-    kvarn generate --model demo --format int8 --compare --prompt-file examples/prompt.txt {{ OPTIONS }}
+    kvarn generate --model demo --compare --ladder --prompt-file examples/prompt.txt {{ OPTIONS }}
 
 # Install, then run every test
 check: test test-py

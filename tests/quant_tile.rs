@@ -24,13 +24,13 @@ const GOLDENS: [(u32, &str, &str); 3] = [
     ),
     (
         3,
-        "380a33204c9d68d6b5a62ac9f8b9e04a4a8144319ef2be95d51c12c0950706b1",
-        "426a899a7f563349614d7ba4353d73f6e44ff3857d4b0e9cdb2ef2acbadd4bb7",
+        "084cd863dc2a9485834bd3ce376b764b86aaa868ed7b8315e937d3638bca3f26",
+        "11b073ae3d8195d99b15b25679572e2cce05ad7bb8225b0a7109d1d1bfc55e9c",
     ),
     (
         2,
-        "6e884e2729597eb95f811ae7e5d8edf47f878cd027205ae0e3d6a0e694be47bd",
-        "55edc1dabf0605c83ff3b4e93bdd1ab3877835e4f41753458da32f1c45d51dd6",
+        "7ed0b9e902a5ebe39cea5c29f5ef78f82653ca6133fa0cb31f15ae3d601e4dff",
+        "f50c42b5c1a232c60b78f8e2eb2f79f439490d52775e30a198352259b2aec7e9",
     ),
 ];
 

@@ -19,6 +19,8 @@ __all__ = [
     "Step",
     "__version__",
     "capacity",
+    "codec_bytes_per_token",
+    "codecs",
     "formats",
     "num_threads",
     "page_bytes",
@@ -111,11 +113,19 @@ class PagedKvCache:
         num_layers: layers of the group.
         num_kv_heads: key/value heads of a layer.
         head_dim: channels of a head, a multiple of 16 up to 256.
-        format: how pages hold their tokens, one of `kvarn_rs.FORMATS`.
+        format: how blocks hold their tokens, one of `kvarn_rs.FORMATS`. `int4`, `int3` and `int2` *seal*: a block is an
+            INT8 page while it has room, and a tile from the step after it is full on (a prefill seals what it writes
+            whole, but the last full block, at once).
         block_size: tokens of a block: 16, 32, 64 or 128.
         num_blocks: blocks of the pool, refused at once if they cannot be had; `None` grows as needed.
+        num_open_pages: pages for blocks that are not sealed, in formats that seal: two for each sequence that may decode
+            at once, four for one whose prompt comes in several steps; `None` grows as needed.
         dtype: element type of `raw` pages: `float32`, `float16` or `bfloat16`. Other formats take any.
         window: tokens that a query sees, itself included; blocks wholly outside are released as steps begin.
+        calibration: what sealing knows of the model. The cache goes on with it, from the queries that `append` is given,
+            until it is frozen. `None`: tiles are rounded to nearest.
+        layers: the model's numbers of the cache's layers, under which the calibration keeps them; `None`: 0, 1, ...
+        codec: with `raw`, one of `kvarn_rs.CODECS`, which quantizes the pages in place, to compare formats by.
 
     Raises:
         UnknownFormatError, ConfigError, UnsupportedError: naming the setting and what it may be.
@@ -127,11 +137,15 @@ class PagedKvCache:
         num_layers: int,
         num_kv_heads: int,
         head_dim: int,
-        format: str = "int8",
+        format: str = "int4",
         block_size: int = 128,
         num_blocks: int | None = None,
+        num_open_pages: int | None = None,
         dtype: str = "float32",
         window: int | None = None,
+        calibration: Calibration | None = None,
+        layers: Sequence[int] | None = None,
+        codec: str | None = None,
     ) -> Self: ...
     @property
     def format(self) -> str: ...
@@ -163,12 +177,25 @@ class PagedKvCache:
         Raises:
             UnknownSequenceError, OpenStepError
         """
-    def truncate(self, sequence: int, length: int) -> None:
+    def truncate(self, sequence: int, length: int, *, unseal: bool = False) -> None:
         """Keeps the first `length` tokens.
 
+        Args:
+            sequence: its id.
+            length: tokens to keep.
+            unseal: where `length` is within a sealed block, decode its tokens into a page again, and count that.
+
         Raises:
-            RollbackError: it has fewer, or the window has released tokens that the next query would see.
+            RollbackError: it has fewer, or the window has released tokens that the next query would see, or without
+                `unseal` the end is within a sealed block.
+            OutOfBlocksError, OutOfOpenPagesError: no room to unseal.
             UnknownSequenceError, OpenStepError
+        """
+    def check_truncate(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """Raises what `truncate` with `unseal` of each, one after the other, would raise; changes nothing.
+
+        Raises:
+            RollbackError, OutOfBlocksError, OutOfOpenPagesError, UnknownSequenceError, OpenStepError, ConfigError
         """
     def seq_len(self, sequence: int) -> int:
         """Committed tokens."""
@@ -205,7 +232,7 @@ class PagedKvCache:
             retain: release nothing out of the window, so that a later `truncate` may come back to it.
 
         Raises:
-            OutOfBlocksError: with `needed` and `free`.
+            OutOfBlocksError, OutOfOpenPagesError: with `needed` and `free`.
             UnknownSequenceError, OpenStepError, ConfigError
         """
     def dequantize(self, layer: int, sequence: int, k: object, v: object, *, start: int = 0) -> None:
@@ -221,8 +248,13 @@ class PagedKvCache:
         """Blocks and bytes; bytes are of whole blocks, every layer together.
 
         `blocks_in_use`, `peak_blocks`, `free_blocks` (`None` when the pool grows), `open_blocks` (with room left),
-        `bytes_in_use`, `peak_bytes`, `allocated_bytes` (address space: a page takes memory when it is first used),
-        `bytes_per_block`, `bytes_per_token`, `num_sequences`, `cow_copies`.
+        `open_pages` and `peak_open_pages` (of blocks that are not sealed; 0 in formats that never are),
+        `bytes_in_use` and `peak_bytes` (blocks at rest, and open pages), `allocated_bytes` (address space: a page takes
+        memory when it is first used), `bytes_per_block`, `bytes_per_open_page`, `bytes_per_token` (at rest),
+        `num_sequences`, `cow_copies`, `sealed`, `unsealed` (blocks, so far), `calibrated` (`no`, `own prompt`, `frozen`
+        or `file`: the least of the layers), and lists with an entry a layer: `saturation`, the share of the K codes of
+        tiles that were clamped to the ends of their grid, and `drift`, the deviation of K over the one that its pages
+        were opened with, over the latest 128 or so tokens (1 where it fits). `None` before there is anything to tell.
         """
     def reset(self) -> None:
         """Forgets every sequence, step and prefix; keeps the memory."""
@@ -247,11 +279,12 @@ class Step:
     @property
     def is_open(self) -> bool:
         """Neither committed nor aborted."""
-    def append(self, layer: int, k: object, v: object) -> None:
+    def append(self, layer: int, k: object, v: object, q: object = None) -> None:
         """Writes a layer's keys and values, `[B, num_kv_heads, T, head_dim]` each, with `B * T = num_rows`.
 
         Sequences of different lengths are packed: `[1, num_kv_heads, num_rows, head_dim]`. `raw` pages take their own
-        dtype only.
+        dtype only. Blocks that are due are sealed. A calibration that is not frozen learns from the step's queries `q`,
+        `[B, num_q_heads, T, head_dim]` (after rotary embedding, as attention gets them); without them from nothing.
 
         Raises:
             NonFiniteError: naming row, head and channel; nothing was written.
@@ -314,6 +347,16 @@ class Step:
 def formats() -> list[str]:
     """Names of the cache formats, from the largest to the smallest."""
 
+def codecs() -> list[str]:
+    """Names of the codecs that `raw` pages can be quantized with in place, to compare formats by."""
+
+def codec_bytes_per_token(codec: str, head_dim: int, block_size: int = 128) -> float:
+    """Bytes that a token and key/value head would take in a codec's scheme.
+
+    Raises:
+        UnknownFormatError, UnsupportedError, ConfigError
+    """
+
 def simd_level() -> str:
     """The SIMD level of new caches: the machine's fastest, or the one that `KVARN_SIMD` names."""
 
@@ -333,8 +376,9 @@ def capacity(
     block_size: int,
     context: int,
     memory_bytes: int,
-) -> tuple[int, int, int, int]:
-    """(`sequence_bytes`, `open_bytes`, `tokens`, `sequences`) that fit when every sequence is `context` tokens long.
+    max_sequences: int | None = None,
+) -> dict[str, int]:
+    """What fits in a memory when every sequence is `context` tokens long.
 
     Args:
         storage: a cache format (`raw` in bf16), or `bf16` or `fp8` for an engine's own cache.
@@ -342,6 +386,12 @@ def capacity(
         block_size: tokens of a block.
         context: tokens of a sequence.
         memory_bytes: memory for the cache.
+        max_sequences: sequences that may run at once; `None`: as many as fit.
+
+    Returns:
+        `sequence_bytes`: of one running sequence, whole blocks and its open pages; `open_bytes`: the part of it that no
+        token in reach uses at rest; `open_page_bytes`: the part of that which is open pages, two in every layer and
+        key/value head of formats that seal; `tokens` and `sequences` that fit.
 
     Raises:
         UnknownFormatError, UnsupportedError, ConfigError

@@ -23,6 +23,7 @@ use crate::backend::{AttendOptions, Backend, Fresh, TensorView, TensorViewMut};
 use crate::calibration::State;
 use crate::config::CacheConfig;
 use crate::error::{Error, Result};
+use crate::format::Format;
 use crate::paging::{BlockId, PageId, Paging, Sequence, SequenceId, StepRequest};
 use crate::plan::{Rows, SealSource, SequenceInput, StepPlan, sealed_to};
 use learn::{ModelCalibration, heads};
@@ -166,11 +167,15 @@ impl PagedKvCache {
     /// `[B, num_q_heads, T, head_dim]`; without them it learns nothing.
     ///
     /// # Errors
-    /// [`Error::StaleStep`], [`Error::Config`] for a layer that does not exist or a calibration of another shape, and
-    /// what [`Backend::append`] refuses.
+    /// [`Error::StaleStep`], [`Error::Config`] for a layer that does not exist or a calibration of another shape,
+    /// [`Error::Dtype`] for `raw` pages of another dtype, and what [`Backend::append`] refuses.
     pub fn append(&mut self, step: &Step, layer: usize, fresh: Fresh<'_>, q: Option<TensorView<'_>>) -> Result<()> {
         self.check_layer(layer)?;
         let appended = self.open_step(step)?.appended[layer];
+        if self.config.format == Format::Raw {
+            fresh.k.check_dtype("k", self.config.dtype)?;
+            fresh.v.check_dtype("v", self.config.dtype)?;
+        }
         if let Some(q) = q.filter(|_| !appended) {
             self.observe(&step.plan, layer, fresh.k, q)?;
         }
@@ -218,11 +223,16 @@ impl PagedKvCache {
             return Err(Error::IncompleteStep { missing });
         }
         let sequences = Arc::clone(&open.sequences);
-        // Another open step may read the pages of these blocks: they are sealed by a later one then.
-        let alone = self.steps.len() == 1;
-        let from_pages = step.plan.seals().iter().filter(|seal| matches!(seal.source, SealSource::Page(_)) && alone);
-        let block_of = |seal: &crate::plan::Seal| step.plan.sequences()[seal.sequence].block_table()[seal.block];
-        let sealed: Vec<BlockId> = from_pages.map(block_of).collect();
+        // Pages that another open step has in its plan stay: what is in them is sealed by a later step.
+        let others = self.steps.iter().filter(|(id, _)| **id != step.id);
+        let in_use: HashSet<PageId> = others.flat_map(|(_, other)| other.plan.pages()).collect();
+        let sealed: Vec<BlockId> = step
+            .plan
+            .seals()
+            .iter()
+            .filter(|seal| matches!(seal.source, SealSource::Page(page) if !in_use.contains(&page)))
+            .map(|seal| step.plan.sequences()[seal.sequence].block_table()[seal.block])
+            .collect();
         let num_sealed = self.paging.commit(&sequences, &sealed)?;
         let at_once = step.plan.seals().iter().filter(|seal| seal.source == SealSource::Fresh).count();
         self.sealed += num_sealed + at_once;

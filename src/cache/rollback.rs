@@ -12,8 +12,8 @@ impl PagedKvCache {
     /// Keeps the first `len` tokens.
     ///
     /// # Errors
-    /// [`Error::RollbackTooFar`] when it has fewer, or when the window has released what the next query would see;
-    /// [`Error::Sealed`] when `len` is within a sealed block.
+    /// [`crate::Error::RollbackTooFar`] when it has fewer, or when the window has released what the next query would see;
+    /// [`crate::Error::Sealed`] when `len` is within a sealed block.
     pub fn truncate(&mut self, sequence: SequenceId, len: usize) -> Result<()> {
         self.paging.truncate(sequence, len, self.config.window)
     }
@@ -22,12 +22,30 @@ impl PagedKvCache {
     /// keep the error that sealing made.
     ///
     /// # Errors
-    /// [`Error::RollbackTooFar`]; [`Error::OutOfBlocks`] or [`Error::OutOfOpenPages`] when there is no room for the page.
+    /// [`crate::Error::RollbackTooFar`]; [`crate::Error::OutOfBlocks`] or [`crate::Error::OutOfOpenPages`] when there is no room for the page.
     pub fn truncate_unsealing(&mut self, sequence: SequenceId, len: usize) -> Result<()> {
         match self.paging.sealed_within(sequence, len)? {
             Some(tile) => self.unseal(sequence, len, tile),
             None => self.truncate(sequence, len),
         }
+    }
+
+    /// What [`Self::truncate_unsealing`] of each, one after the other, would come to. Changes nothing.
+    ///
+    /// # Errors
+    /// The first of theirs.
+    pub fn check_truncate(&self, targets: &[(SequenceId, usize)]) -> Result<()> {
+        let mut paging = self.paging.clone();
+        for &(sequence, len) in targets {
+            if paging.sealed_within(sequence, len)?.is_some() {
+                paging.reopen(sequence, len, self.config.window)?;
+                paging.begin(&[kept_again(sequence, len % self.config.block_size)])?;
+                paging.commit(&[sequence], &[])?;
+            } else {
+                paging.truncate(sequence, len, self.config.window)?;
+            }
+        }
+        Ok(())
     }
 
     fn unseal(&mut self, sequence: SequenceId, len: usize, tile: BlockId) -> Result<()> {
@@ -38,7 +56,7 @@ impl PagedKvCache {
         // On a copy of the tables first: what fails there has changed nothing.
         let mut paging = self.paging.clone();
         paging.reopen(sequence, len, window)?;
-        let request = StepRequest { sequence, num_new: count, keep_from: 0, sealed_to: 0 };
+        let request = kept_again(sequence, count);
         let (num_blocks, num_pages) = paging.room_after(&[request])?;
         self.backend.grow(num_blocks, num_pages)?;
         let copies = paging.begin(&[request])?;
@@ -58,4 +76,9 @@ impl PagedKvCache {
         self.unsealed += 1;
         Ok(())
     }
+}
+
+/// The step that writes the kept tokens of a block again.
+fn kept_again(sequence: SequenceId, num_new: usize) -> StepRequest {
+    StepRequest { sequence, num_new, keep_from: 0, sealed_to: 0 }
 }

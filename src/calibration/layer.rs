@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! observing --128 tokens, about to seal--> observing, with the prompt's own --2,048 tokens, or `freeze`--> done
+//!                                          (again, when the tokens have doubled)
 //!                                                                           loaded from a file ----------> done
 //! ```
 
@@ -20,8 +21,8 @@ pub(super) struct Layer {
 
 #[derive(Debug)]
 enum Phase {
-    /// Takes tokens. `first` is what was factored when the first page was about to seal.
-    Observing { moments: Moments, first: Option<Arc<LayerCalibration>> },
+    /// Takes tokens. `own` is what was factored last when a page was about to seal, and of how many tokens.
+    Observing { moments: Moments, own: Option<(Arc<LayerCalibration>, usize)> },
     /// Changes no more.
     Done { ready: Arc<LayerCalibration>, query_tokens: usize, state: State },
 }
@@ -30,7 +31,7 @@ impl Layer {
     /// A layer that has seen nothing.
     pub(super) fn new(shape: HeadShape) -> Self {
         let HeadShape { num_kv_heads, head_dim, .. } = shape;
-        let phase = Phase::Observing { moments: Moments::new(num_kv_heads, head_dim), first: None };
+        let phase = Phase::Observing { moments: Moments::new(num_kv_heads, head_dim), own: None };
         Self { num_kv_heads, head_dim, phase }
     }
 
@@ -56,15 +57,15 @@ impl Layer {
 
     pub(super) fn state(&self) -> State {
         match &self.phase {
-            Phase::Observing { first: None, .. } => State::No,
-            Phase::Observing { first: Some(_), .. } => State::OwnPrompt,
+            Phase::Observing { own: None, .. } => State::No,
+            Phase::Observing { own: Some(_), .. } => State::OwnPrompt,
             Phase::Done { state, .. } => *state,
         }
     }
 
     pub(super) fn ready(&self) -> Option<Arc<LayerCalibration>> {
         match &self.phase {
-            Phase::Observing { first, .. } => first.clone(),
+            Phase::Observing { own, .. } => own.as_ref().map(|(ready, _)| Arc::clone(ready)),
             Phase::Done { ready, .. } => Some(Arc::clone(ready)),
         }
     }
@@ -98,13 +99,14 @@ impl Layer {
         }
     }
 
-    /// What a page that is about to seal uses.
+    /// What a page that is about to seal uses: factored of the first [`FIRST_TOKENS`] tokens or more, and of all since
+    /// when they have doubled.
     pub(super) fn for_seal(&mut self) -> Option<Arc<LayerCalibration>> {
-        if let Phase::Observing { moments, first } = &mut self.phase
-            && first.is_none()
-            && moments.num_tokens() >= FIRST_TOKENS
-        {
-            *first = Some(Arc::new(LayerCalibration { heads: moments.factor() }));
+        if let Phase::Observing { moments, own } = &mut self.phase {
+            let due = own.as_ref().map_or(FIRST_TOKENS, |(_, num_tokens)| 2 * num_tokens);
+            if moments.num_tokens() >= due {
+                *own = Some((Arc::new(LayerCalibration { heads: moments.factor() }), moments.num_tokens()));
+            }
         }
         self.ready()
     }

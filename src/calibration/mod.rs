@@ -7,7 +7,7 @@
 //! | state of a layer | what sealing gets |
 //! |---|---|
 //! | [`State::No`] | nothing: plain rounding |
-//! | [`State::OwnPrompt`] | what the tokens before the first seal said, at least [`FIRST_TOKENS`] |
+//! | [`State::OwnPrompt`] | what the tokens before the first seal said, at least [`FIRST_TOKENS`]; anew when they have doubled |
 //! | [`State::Frozen`] | what the first [`QUERY_TOKENS`] said |
 //! | [`State::File`] | what a file says |
 //!
@@ -169,8 +169,9 @@ impl Calibration {
         Ok(())
     }
 
-    /// What a page of a layer that is about to seal uses. The first call that finds [`FIRST_TOKENS`] seen factors them;
-    /// until the layer is frozen the answer stays the same, to the pointer. `None` before.
+    /// What a page of a layer that is about to seal uses. The first call that finds [`FIRST_TOKENS`] seen factors them, and
+    /// a later one that finds twice as many as were factored last; in between, and once the layer is frozen, the answer
+    /// stays the same, to the pointer. `None` before.
     ///
     /// # Errors
     /// None today: a head that cannot be factored has no feedback, and rounds plainly.

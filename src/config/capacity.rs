@@ -3,17 +3,26 @@
 //! A *layer group* is the layers of a model that store their tokens alike. A sequence of `context` tokens holds whole
 //! blocks in each layer: `ceil(context / block_size)` of them, or, where a sliding window bounds what is read,
 //! at most `ceil((window - 1) / block_size) + 1` (the window may begin inside a block). A block costs one record for each
-//! kv head on this device. All of it is integers; the bytes of a record come from [`crate::format`].
+//! kv head on this device: a page, or in formats that seal a tile. There, a sequence that runs also has [`OPEN_PAGES`]
+//! pages in every layer and kv head, however short it is. All of it is integers; the bytes of a record come from
+//! [`crate::format`].
 //!
 //! ```text
-//! sequence_bytes = sum over groups of num_layers * num_kv_heads * blocks_held * record_bytes
-//! open_bytes     = sequence_bytes - what the tokens that are read would take without rounding up to blocks
+//! open_page_bytes = sum over groups of num_layers * num_kv_heads * OPEN_PAGES * page_bytes       (0 where nothing seals)
+//! sequence_bytes  = sum over groups of num_layers * num_kv_heads * blocks_held * record_bytes    + open_page_bytes
+//! open_bytes      = sequence_bytes - what the tokens that are read would take at rest, without rounding up to blocks
+//! tokens          = whole blocks of what memory the open pages of the sequences that run leave
 //! ```
 
 use crate::error::{Error, Result};
 use crate::format::{
-    Dtype, Format, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, record_bytes, supports_block_size, supports_head_dim,
+    Dtype, Format, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, page_bytes, record_bytes, supports_block_size, supports_head_dim,
 };
+
+/// Pages that a running sequence has in every layer and kv head of a format that seals. Two: a page that has just filled
+/// is sealed by the next step, which writes to the page after it already. A sequence of a few tokens has one, and is
+/// counted with two; while a later chunk of a prompt is written there may be two more for that step, which are not.
+pub const OPEN_PAGES: usize = 2;
 
 /// What a layer's keys and values are stored as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +49,7 @@ impl Storage {
         }
     }
 
-    /// Bytes of one block of one kv head.
+    /// Bytes of one block of one kv head at rest.
     pub fn record_bytes(self, head_dim: usize, block_size: usize) -> Result<u128> {
         match self {
             Self::Pages(format, dtype) => {
@@ -53,6 +62,16 @@ impl Storage {
                 Ok(record_bytes(format, dtype, head_dim, block_size) as u128)
             }
             Self::Dense { element_bytes } => Ok(2 * product([block_size, head_dim, element_bytes])?),
+        }
+    }
+
+    /// Bytes of the open pages of one sequence and kv head; 0 where blocks stay what they are.
+    fn open_page_bytes(self, head_dim: usize, block_size: usize) -> u128 {
+        match self {
+            Self::Pages(format, dtype) if format.tile_bits().is_some() => {
+                (OPEN_PAGES * page_bytes(format, dtype, head_dim, block_size)) as u128
+            }
+            _ => 0,
         }
     }
 }
@@ -78,18 +97,28 @@ impl LayerGroup {
         let records = product([self.num_layers, self.num_kv_heads])?;
         multiply(records, self.storage.record_bytes(self.head_dim, block_size)?)
     }
+
+    /// Bytes of a sequence's open pages in every layer and kv head of the group, whose `head_dim` pages take.
+    fn open_page_bytes(&self, block_size: usize) -> Result<u128> {
+        let records = product([self.num_layers, self.num_kv_heads])?;
+        multiply(records, self.storage.open_page_bytes(self.head_dim, block_size))
+    }
 }
 
 /// What fits; see [`capacity`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capacity {
-    /// Bytes of one sequence of `context` tokens, whole blocks.
+    /// Bytes of one sequence of `context` tokens: whole blocks, and its open pages.
     pub sequence_bytes: u64,
-    /// The part of `sequence_bytes` that no token in reach uses: partly filled blocks, and blocks that a window left partly.
+    /// The part of `sequence_bytes` that no token in reach uses at rest: open pages, partly filled blocks, and blocks
+    /// that a window left partly.
     pub open_bytes: u64,
-    /// Tokens that fit: whole blocks where every layer reads everything, else `memory_bytes * context / sequence_bytes`.
+    /// The part of `open_bytes` that is open pages.
+    pub open_page_bytes: u64,
+    /// Tokens that fit, beside the open pages of `sequences`, or of one if none fits: whole blocks where every layer
+    /// reads everything, else `memory_bytes * context / sequence_bytes`.
     pub tokens: u64,
-    /// Sequences of `context` tokens that fit.
+    /// Sequences of `context` tokens that fit and may run.
     pub sequences: u64,
 }
 
@@ -101,16 +130,24 @@ pub fn blocks_held(context: usize, block_size: usize, window: Option<usize>) -> 
     window.map_or(all, |window| all.min(window.saturating_sub(1).div_ceil(block_size) + 1))
 }
 
-/// Bytes of one sequence of `context` tokens over all `groups`.
+/// Bytes of one running sequence of `context` tokens over all `groups`.
 pub fn sequence_bytes(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<u64> {
     check(groups, block_size, context)?;
-    narrow(sequence_total(groups, block_size, context)?)
+    narrow(add(at_rest(groups, block_size, context)?, open_pages(groups, block_size)?)?)
 }
 
-/// What fits in `memory_bytes` when every sequence is `context` tokens long.
-pub fn capacity(groups: &[LayerGroup], block_size: usize, context: usize, memory_bytes: u64) -> Result<Capacity> {
+/// What fits in `memory_bytes` when every sequence is `context` tokens long and at most `max_sequences` run at once.
+pub fn capacity(
+    groups: &[LayerGroup],
+    block_size: usize,
+    context: usize,
+    memory_bytes: u64,
+    max_sequences: Option<u64>,
+) -> Result<Capacity> {
     check(groups, block_size, context)?;
-    let sequence_bytes = sequence_total(groups, block_size, context)?;
+    let at_rest = at_rest(groups, block_size, context)?;
+    let open_page_bytes = open_pages(groups, block_size)?;
+    let sequence_bytes = add(at_rest, open_page_bytes)?;
     let mut used = 0_u128;
     let mut block_bytes = 0_u128;
     for group in groups {
@@ -120,24 +157,33 @@ pub fn capacity(groups: &[LayerGroup], block_size: usize, context: usize, memory
         used = add(used, multiply(block, read as u128)?.div_ceil(block_size as u128))?;
     }
     let memory = u128::from(memory_bytes);
+    let sequences = (memory / sequence_bytes).min(max_sequences.map_or(u128::MAX, u128::from));
     let tokens = if groups.iter().all(|group| group.window.is_none()) {
-        multiply(memory / block_bytes, block_size as u128)?
+        let left = memory.saturating_sub(multiply(open_page_bytes, sequences.max(1))?);
+        multiply(left / block_bytes, block_size as u128)?
     } else {
         multiply(memory, context as u128)? / sequence_bytes
     };
     Ok(Capacity {
         sequence_bytes: narrow(sequence_bytes)?,
         open_bytes: narrow(sequence_bytes - used)?,
+        open_page_bytes: narrow(open_page_bytes)?,
         tokens: narrow(tokens)?,
-        sequences: narrow(memory / sequence_bytes)?,
+        sequences: narrow(sequences)?,
     })
 }
 
-fn sequence_total(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<u128> {
+/// Bytes of the blocks that a sequence holds.
+fn at_rest(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<u128> {
     groups.iter().try_fold(0, |total, group| {
         let blocks = blocks_held(context, block_size, group.window) as u128;
         add(total, multiply(group.block_bytes(block_size)?, blocks)?)
     })
+}
+
+/// Bytes of the open pages of a sequence; after [`at_rest`], which refuses a `head_dim` that pages do not take.
+fn open_pages(groups: &[LayerGroup], block_size: usize) -> Result<u128> {
+    groups.iter().try_fold(0, |total, group| add(total, group.open_page_bytes(block_size)?))
 }
 
 fn check(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<()> {
@@ -187,6 +233,7 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
     const INT8: Storage = Storage::Pages(Format::Int8, Dtype::Bf16);
+    const INT4: Storage = Storage::Pages(Format::Int4, Dtype::Bf16);
 
     fn llama_3_8b(storage: Storage) -> LayerGroup {
         LayerGroup { num_layers: 32, num_kv_heads: 8, head_dim: 128, window: None, storage }
@@ -203,7 +250,7 @@ mod tests {
 
     #[test]
     fn tokens_are_whole_blocks_and_sequences_whole_sequences() {
-        let fits = capacity(&[llama_3_8b(INT8)], 128, 32_768, 64 * GIB).unwrap();
+        let fits = capacity(&[llama_3_8b(INT8)], 128, 32_768, 64 * GIB, None).unwrap();
         assert_eq!(fits.tokens, (64 * GIB / (68_096 * 128)) * 128);
         assert_eq!(fits.sequences, 64 * GIB / (68_096 * 32_768));
         assert_eq!(fits.open_bytes, 0);
@@ -211,9 +258,55 @@ mod tests {
 
     #[test]
     fn a_partly_filled_block_is_counted_whole_and_shown_apart() {
-        let fits = capacity(&[llama_3_8b(INT8)], 128, 129, GIB).unwrap();
+        let fits = capacity(&[llama_3_8b(INT8)], 128, 129, GIB, None).unwrap();
         assert_eq!(fits.sequence_bytes, 2 * 128 * 68_096);
         assert_eq!(fits.open_bytes, 127 * 68_096);
+    }
+
+    #[test]
+    fn a_token_at_rest_takes_a_quarter_and_less_in_formats_that_seal() {
+        let at_rest = |name, head_dim| {
+            let storage = Storage::parse(name).unwrap();
+            storage.record_bytes(head_dim, 128).unwrap() as f64 / 128.0
+        };
+        assert_eq!(["int4", "int3", "int2"].map(|name| at_rest(name, 128)), [139.125, 107.125, 75.125]);
+        assert_eq!(["int4", "int3", "int2"].map(|name| at_rest(name, 64)), [72.625, 56.625, 40.625]);
+    }
+
+    #[test]
+    fn a_running_sequence_of_a_format_that_seals_has_two_open_pages_beside_its_tiles() {
+        // 32 layers x 8 kv heads: tiles of 17,808 bytes, pages of 34,048.
+        let fits = capacity(&[llama_3_8b(INT4)], 128, 32_768, 64 * GIB, None).unwrap();
+        assert_eq!(fits.open_page_bytes, 256 * 2 * 34_048);
+        assert_eq!(fits.open_bytes, fits.open_page_bytes);
+        assert_eq!(fits.sequence_bytes, 256 * (256 * 17_808 + 2 * 34_048));
+        assert_eq!(fits.sequence_bytes, sequence_bytes(&[llama_3_8b(INT4)], 128, 32_768).unwrap());
+        assert_eq!(fits.sequences, 58); // 64 GiB / 1,184,497,664 = 58.01
+        assert_eq!(fits.tokens, (64 * GIB - 58 * 256 * 2 * 34_048) / (256 * 17_808) * 128);
+    }
+
+    #[test]
+    fn tokens_are_what_the_open_pages_of_the_sequences_that_may_run_leave() {
+        let tokens = |memory, max| capacity(&[llama_3_8b(INT4)], 128, 32_768, memory, max).unwrap().tokens;
+        let (block, pages) = (256 * 17_808, 256 * 2 * 34_048);
+        assert_eq!(tokens(64 * GIB, Some(1)), (64 * GIB - pages) / block * 128);
+        assert_eq!(tokens(64 * GIB, Some(1000)), tokens(64 * GIB, None));
+        assert_eq!(tokens(pages + 3 * block, None), 3 * 128, "one sequence runs, shorter than the context");
+        assert_eq!(tokens(pages - 1, None), 0);
+        let int8 = |max| capacity(&[llama_3_8b(INT8)], 128, 32_768, 64 * GIB, max).unwrap();
+        assert_eq!(int8(Some(5)), Capacity { sequences: 5, ..int8(None) });
+    }
+
+    #[test]
+    fn groups_that_slide_have_their_open_pages_too() {
+        let full = LayerGroup { num_layers: 4, num_kv_heads: 1, head_dim: 256, window: None, storage: INT4 };
+        let sliding = LayerGroup { num_layers: 14, window: Some(512), ..full };
+        let (tile, page) = (34_832, 2 * 128 * 256 + 6 * 128 + 4 * 256);
+        let fits = capacity(&[full, sliding], 128, 8192, GIB, None).unwrap();
+        assert_eq!(fits.open_page_bytes, 18 * 2 * page);
+        assert_eq!(fits.sequence_bytes, (4 * 64 + 14 * 5) * tile + 18 * 2 * page);
+        assert_eq!(fits.open_bytes, 14 * tile + 18 * 2 * page);
+        assert_eq!(fits.tokens, GIB * 8192 / fits.sequence_bytes);
     }
 
     #[test]
@@ -231,7 +324,7 @@ mod tests {
         let sliding = LayerGroup { num_layers: 14, window: Some(512), ..full };
         let record = 2 * 128 * 256 + 6 * 128 + 4 * 256;
         let expected = (4 * 64 + 14 * 5) * record;
-        let fits = capacity(&[full, sliding], 128, 8192, GIB).unwrap();
+        let fits = capacity(&[full, sliding], 128, 8192, GIB, None).unwrap();
         assert_eq!(fits.sequence_bytes, expected);
         assert_eq!(fits.open_bytes, 14 * record);
         assert_eq!(fits.tokens, GIB * 8192 / expected);

@@ -23,19 +23,19 @@ pub struct CacheConfig {
     pub block_size: usize,
     /// Blocks of the pool; `None` grows as needed.
     pub num_blocks: Option<usize>,
-    /// Pages of the pool for open blocks, in formats that seal: two for each sequence that may run at once. `None`
-    /// grows as needed.
+    /// Pages of the pool for open blocks, in formats that seal: two for each sequence that may decode at once, four for
+    /// one whose prompt comes in several steps. `None` grows as needed.
     pub num_open_pages: Option<usize>,
     /// Sliding window in tokens, the query itself included; `None` sees everything.
     pub window: Option<usize>,
 }
 
 impl CacheConfig {
-    /// An `int8` cache of growing size, blocks of 128 tokens, no window.
+    /// An `int4` cache of growing size, blocks of 128 tokens, no window.
     #[must_use]
     pub const fn new(num_layers: usize, num_kv_heads: usize, head_dim: usize) -> Self {
         Self {
-            format: Format::Int8,
+            format: Format::Int4,
             dtype: Dtype::F32,
             num_layers,
             num_kv_heads,

@@ -8,7 +8,7 @@
 //! The last full block of a prefill stays a page, so that tokens which turn out to be rejected drafts can be rolled
 //! back. What the first rule seals was committed before; what the second seals is dropped with the step.
 
-use super::{DECODE_TOKENS, SequencePlan};
+use super::{DECODE_TOKENS, SequencePlan, StepPlan};
 use crate::paging::{BlockId, PageId};
 use std::collections::HashSet;
 
@@ -69,6 +69,20 @@ pub(super) fn plan_seals(
     }
     let end = sealed_to(block_size, sequence.context_len, sequence.num_new());
     seals.extend((new..end).map(|block| Seal { sequence: index, block, source: SealSource::Fresh }));
+}
+
+impl StepPlan {
+    /// Every page that the step reads: of the blocks that its sequences hold, and of those that it seals.
+    pub fn pages(&self) -> impl Iterator<Item = PageId> + '_ {
+        let held = self.sequences.iter().flat_map(|sequence| {
+            let first = sequence.first_held / self.block_size;
+            sequence.pages[first..].iter().copied().filter(|&page| page != PageId::SEALED)
+        });
+        held.chain(self.seals.iter().filter_map(|seal| match seal.source {
+            SealSource::Page(page) => Some(page),
+            SealSource::Fresh => None,
+        }))
+    }
 }
 
 #[cfg(test)]

@@ -139,6 +139,15 @@ impl PagedKvCache {
             if unseal { cache.truncate_unsealing(sequence, length) } else { cache.truncate(sequence, length) }
         })
     }
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
+    fn check_truncate(&self, sequences: Vec<Whole>, lengths: Vec<Whole>) -> Result<()> {
+        if sequences.len() != lengths.len() {
+            let (lengths, sequences) = (lengths.len(), sequences.len());
+            return Err(Error::Config(format!("{sequences} sequences, but {lengths} lengths")));
+        }
+        let targets = sequences.iter().zip(&lengths).map(|(id, length)| (SequenceId(id.0), length.count()));
+        lock(&self.inner).check_truncate(&targets.collect::<Vec<_>>())
+    }
     fn seq_len(&self, sequence: Whole) -> Result<usize> {
         Ok(lock(&self.inner).sequence(SequenceId(sequence.0))?.len())
     }

@@ -12,6 +12,7 @@ use crate::format::{Dtype, Format, record_bytes, supports_block_size, supports_h
 use crate::quant::Codec;
 use crate::{Error, Result};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 /// Quantized, paged key/value cache: the Rust core of `kvarn_rs`.
 #[pymodule]
@@ -109,17 +110,20 @@ fn check_shape(head_dim: usize, block_size: usize) -> Result<()> {
     Ok(())
 }
 
-/// (`sequence_bytes`, `open_bytes`, `tokens`, `sequences`) that fit in `memory_bytes` when every sequence is `context`
-/// tokens long. `storage` is a cache format, or `bf16` or `fp8` for an engine's own cache.
+/// What fits in `memory_bytes` when every sequence is `context` tokens long, by name. `storage` is a cache format, or
+/// `bf16` or `fp8` for an engine's own cache.
 #[pyfunction]
+#[pyo3(signature = (storage, groups, block_size, context, memory_bytes, max_sequences = None))]
 #[allow(clippy::needless_pass_by_value)] // extracted from Python
-fn capacity(
+fn capacity<'py>(
+    py: Python<'py>,
     storage: &str,
     groups: Vec<(usize, usize, usize, Option<usize>)>,
     block_size: usize,
     context: usize,
     memory_bytes: u64,
-) -> Result<(u64, u64, u64, u64)> {
+    max_sequences: Option<u64>,
+) -> PyResult<Bound<'py, PyDict>> {
     let storage = planner::Storage::parse(storage)?;
     let groups: Vec<planner::LayerGroup> = groups
         .iter()
@@ -131,6 +135,12 @@ fn capacity(
             storage,
         })
         .collect();
-    let fits = planner::capacity(&groups, block_size, context, memory_bytes)?;
-    Ok((fits.sequence_bytes, fits.open_bytes, fits.tokens, fits.sequences))
+    let fits = planner::capacity(&groups, block_size, context, memory_bytes, max_sequences)?;
+    let out = PyDict::new(py);
+    out.set_item("sequence_bytes", fits.sequence_bytes)?;
+    out.set_item("open_bytes", fits.open_bytes)?;
+    out.set_item("open_page_bytes", fits.open_page_bytes)?;
+    out.set_item("tokens", fits.tokens)?;
+    out.set_item("sequences", fits.sequences)?;
+    Ok(out)
 }

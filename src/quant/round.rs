@@ -4,12 +4,15 @@
 //! channel scales have done their work once c is known: `r (hi - lo)` of `M / (r c)` is `hi - lo` of `M / c`):
 //!
 //! ```text
+//! lo, hi of M / c, drawn in about their middle by the factor a: 1, 0.95, 0.85 for 4, 3, 2 bits
 //! k_channel_scale = f16((hi - lo) / (2^b - 1)),  k_channel_zero_point = f16(lo),  k_token_scale = f16(c)
 //! w = M;  for d = 0, 1, ..  with channel p_d:
 //!   code = clamp(rint_even((w[p_d] / k_token_scale - k_channel_zero_point) / k_channel_scale), 0, 2^b - 1)
 //!   e = w[p_d] - (code * k_channel_scale + k_channel_zero_point) * k_token_scale
 //!   w[p_j] -= F[d,j] * e          for every j > d
 //! ```
+//!
+//! The feedback makes up for what the narrower grid clamps (`docs/design/20261126-sealed-accuracy.md` has the figures).
 //!
 //! V, one rotated row: `lo` and `hi` over its channels, drawn in about their middle by the factor a;
 //! `v_token_scale = f16((hi - lo) / (2^b - 1))`, `v_token_zero_point = f16(lo)`.
@@ -24,8 +27,30 @@ use half::f16;
 /// Larger values are taken for this one: rotated or subtracted, they would be infinite.
 pub const LARGEST_VALUE: f32 = 1e30;
 
-/// The factors a that are tried for a row of V of 3 or 2 bits; of equals the first wins.
-const V_SHRINKS: [f32; 6] = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5];
+/// The factor a of the grid of a channel of K.
+const fn k_shrink(bits: u32) -> f32 {
+    match bits {
+        2 => 0.85,
+        3 => 0.95,
+        _ => 1.0,
+    }
+}
+
+/// The factors a that are tried for a row of V; of equals the first wins.
+const fn v_shrinks(bits: u32) -> &'static [f32] {
+    match bits {
+        2 => &[1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
+        3 => &[1.0, 0.95, 0.9, 0.85, 0.8, 0.7],
+        _ => &[1.0],
+    }
+}
+
+/// Bounds drawn in about their middle by the factor a; by 1 exactly as they were.
+#[inline(always)]
+fn drawn_in((lo, hi): (f32, f32), a: f32) -> (f32, f32) {
+    let margin = (hi - lo) * ((1.0 - a) / 2.0);
+    (lo + margin, hi - margin)
+}
 
 /// Largest code of `bits` bits.
 const fn code_max(bits: u32) -> f32 {
@@ -104,7 +129,7 @@ fn grid_of(m: &[f32], tokens: usize, bits: u32) -> RoundedK {
         for ((out, &x), &c) in balanced.iter_mut().zip(row).zip(&scales.token) {
             *out = x / c;
         }
-        let (lo, hi) = lanes::bounds(&balanced);
+        let (lo, hi) = drawn_in(lanes::bounds(&balanced), k_shrink(bits));
         channel_scale.push(to_f16_clamped((hi - lo) / code_max(bits)));
         channel_zero_point.push(to_f16_clamped(lo));
     }
@@ -163,19 +188,20 @@ impl Grid {
 pub fn round_v(row: &[f32], bits: u32, codes: &mut [u8]) -> (f16, f16) {
     let (lo, hi) = lanes::bounds(row);
     let (lo, hi) = (lo.clamp(-LARGEST_VALUE, LARGEST_VALUE), hi.clamp(-LARGEST_VALUE, LARGEST_VALUE));
-    let width = hi - lo;
-    let code_max = code_max(bits);
     let grid_of = |a: f32| {
-        let margin = width * ((1.0 - a) / 2.0);
-        let (lo, hi) = (lo + margin, hi - margin);
-        (to_f16_clamped((hi - lo) / code_max), to_f16_clamped(lo))
+        let (lo, hi) = drawn_in((lo, hi), a);
+        (to_f16_clamped((hi - lo) / code_max(bits)), to_f16_clamped(lo))
     };
-    let widen =
-        |(scale, zero_point): (f16, f16)| Grid { scale: scale.to_f32(), zero_point: zero_point.to_f32(), code_max };
-    let mut best = grid_of(V_SHRINKS[0]);
-    if bits < 4 {
+    let widen = |(scale, zero_point): (f16, f16)| Grid {
+        scale: scale.to_f32(),
+        zero_point: zero_point.to_f32(),
+        code_max: code_max(bits),
+    };
+    let (first, others) = v_shrinks(bits).split_first().expect("never empty");
+    let mut best = grid_of(*first);
+    if !others.is_empty() {
         let mut smallest = squared_error(row, widen(best));
-        for a in &V_SHRINKS[1..] {
+        for a in others {
             let tried = grid_of(*a);
             let error = squared_error(row, widen(tried));
             if error < smallest {

@@ -123,6 +123,15 @@ pub fn encode_tile(
     }
 }
 
+/// A row of V as formats that seal keep it: rotated in place.
+#[inline(always)]
+pub fn rotate_v(row: &mut [f32]) {
+    for x in row.iter_mut() {
+        *x = x.clamp(-LARGEST_VALUE, LARGEST_VALUE);
+    }
+    rotate(row);
+}
+
 /// `[rows, columns]` to `[columns, rows]`.
 #[inline(always)]
 pub(super) fn transposed(m: &[f32], columns: usize) -> Vec<f32> {

@@ -22,7 +22,8 @@ import numpy as np
 
 HERE = Path(__file__).parent
 TILE_VERSION = 1
-SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+K_SHRINK = {4: 1.0, 3: 0.95, 2: 0.85}
+V_SHRINKS = {4: (1.0,), 3: (1.0, 0.95, 0.9, 0.85, 0.8, 0.7), 2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)}
 
 
 def f16(x):
@@ -106,6 +107,8 @@ def round_k(m, bits, feedback):
     top = 2**bits - 1
     c = dual_scale(m)
     low, high = (m / c).min(1), (m / c).max(1)
+    margin = (high - low) * (1 - K_SHRINK[bits]) / 2
+    low, high = low + margin, high - margin
     scale, zero_point, token_scale = f16((high - low) / top), f16(low), f16(c)
     a, z, c = (x.astype(np.float64) for x in (scale, zero_point, token_scale))
     w, codes, loss = m.copy(), np.zeros(m.shape, np.uint8), 0.0
@@ -126,7 +129,7 @@ def round_k(m, bits, feedback):
 def round_v(row, bits):
     """Codes, scale and zero point of one token."""
     low, high, best = row.min(), row.max(), None
-    for shrink in SHRINKS if bits < 4 else SHRINKS[:1]:
+    for shrink in V_SHRINKS[bits]:
         margin = (high - low) * (1 - shrink) / 2
         scale, zero_point = f16((high - low - 2 * margin) / (2**bits - 1)), f16(low + margin)
         a, z = np.float64(scale), np.float64(zero_point)

@@ -57,6 +57,12 @@ def filled(cache: PagedKvCache, num_tokens: int, seed: int = 0) -> int:
     return sequence
 
 
+def settle(cache: PagedKvCache, sequence: int) -> None:
+    """A step without tokens: seals what is due, so that nothing which the sequence holds will change any more."""
+    k = torch.zeros(1, cache.num_kv_heads, 0, cache.head_dim, dtype=getattr(torch, cache.dtype))
+    extend(cache, sequence, k, k, retain=True)
+
+
 def contents(cache: PagedKvCache, sequence: int, layer: int = 0, pending: int = 0) -> Pair:
     """Everything that a sequence holds, dequantized to float32, and `pending` tokens of its open step."""
     start = cache.first_held(sequence)

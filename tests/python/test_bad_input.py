@@ -14,6 +14,7 @@ import torch
 
 import kvarn_rs
 from kvarn_rs import (
+    CalibrationError,
     ConfigError,
     DeviceError,
     DtypeError,
@@ -22,6 +23,7 @@ from kvarn_rs import (
     OpenStepError,
     OutOfBlocksError,
     OutOfMemoryError,
+    OutOfOpenPagesError,
     PagedKvCache,
     RollbackError,
     ShapeError,
@@ -53,6 +55,7 @@ FORMATS = pytest.mark.parametrize("format", kvarn_rs.FORMATS)
 
 def test_every_error_is_a_kvarn_error_and_the_builtin_that_it_resembles() -> None:
     builtins = {
+        CalibrationError: ConfigError,
         ConfigError: ValueError,
         DeviceError: ValueError,
         DtypeError: ValueError,
@@ -60,6 +63,7 @@ def test_every_error_is_a_kvarn_error_and_the_builtin_that_it_resembles() -> Non
         OpenStepError: RuntimeError,
         OutOfBlocksError: MemoryError,
         OutOfMemoryError: MemoryError,
+        OutOfOpenPagesError: OutOfBlocksError,
         RollbackError: ValueError,
         ShapeError: ValueError,
         StaleStepError: RuntimeError,
@@ -88,6 +92,11 @@ def test_every_error_is_a_kvarn_error_and_the_builtin_that_it_resembles() -> Non
         ({"block_size": 0}, ConfigError, ["block_size", "got 0"]),
         ({"num_blocks": 0}, ConfigError, ["num_blocks", "0"]),
         ({"num_blocks": 2**32}, ConfigError, ["num_blocks", 2**32]),
+        ({"num_open_pages": 0}, ConfigError, ["num_open_pages", "got 0"]),
+        ({"num_open_pages": 2**32}, ConfigError, ["num_open_pages", 2**32]),
+        ({"format": "int4", "codec": "fp8"}, ConfigError, ["raw", "int4"]),
+        ({"format": "raw", "codec": "fp4"}, UnknownFormatError, ["fp4", *kvarn_rs.CODECS]),
+        ({"layers": [0, 1], "calibration": kvarn_rs.Calibration()}, ConfigError, ["2 layer numbers", "1 layers"]),
         ({"window": 0}, ConfigError, ["window", "at least 1"]),
         ({"num_layers": 0}, ConfigError, ["num_layers", "0"]),
         ({"num_kv_heads": 0}, ConfigError, ["num_kv_heads", "0"]),

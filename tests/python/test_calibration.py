@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from kvarn_rs import Calibration, CalibrationError, ConfigError, PagedKvCache
 from kvarn_rs._core import FIRST_TOKENS, QUERY_TOKENS
 
-SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16}
+SHAPE: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16}
 
 
 def feed(cache: PagedKvCache, num_tokens: int, *, seed: int = 0) -> None:
@@ -52,6 +53,29 @@ def test_a_cache_shows_it_its_tokens_whatever_the_format(format: str) -> None:
     feed(cache, 10, seed=1)
     assert [(layer["layer"], layer["query_tokens"]) for layer in calibration.layers()] == [(4, 160), (9, 160)]
     assert [calibration.wanted(layer) for layer in (4, 9, 0)] == [QUERY_TOKENS - 160] * 2 + [QUERY_TOKENS]
+
+
+def test_sealing_with_it_errs_less_where_the_queries_look() -> None:
+    random = np.random.default_rng(3)
+    look = random.normal(size=(4, 16)).astype(np.float32)  # all queries lie in the span of four directions
+
+    def score_error(calibration: Calibration | None) -> float:
+        cache = PagedKvCache(**SHAPE, format="int2", block_size=16, calibration=calibration)
+        q = random.normal(size=(1, 4, 320, 4)).astype(np.float32) @ look
+        k, v = random.normal(size=(2, 1, 2, 320, 16)).astype(np.float32)
+        sequence = cache.new_sequence()
+        with cache.begin_step([sequence], 320) as step:
+            for layer in range(2):
+                step.append(layer, k, v, q)
+        stored = np.empty_like(k), np.empty_like(v)
+        cache.dequantize(1, sequence, *stored)
+        return float(np.square((stored[0] - k)[:, :, :256] @ look.T).sum())
+
+    calibration = Calibration()
+    plain = score_error(None)
+    assert score_error(calibration) < 0.2 * plain, "by what the first tokens say"
+    calibration.freeze()
+    assert score_error(calibration) < 0.2 * plain, "of tokens that it has not seen"
 
 
 def test_caches_and_their_copies_share_it() -> None:
@@ -135,10 +159,10 @@ def test_its_file_is_safetensors(tmp_path: Path) -> None:
 
 def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
     code = "import sys, test_calibration as t; t.learned(300, seed=5).save(sys.argv[1], 'abc', 'tiny')"
-    files = [tmp_path / "one", tmp_path / "two"]
-    for file in files:
-        subprocess.run([sys.executable, "-c", code, file], check=True, cwd=Path(__file__).parent, timeout=120)
-    assert files[0].read_bytes() == files[1].read_bytes()
+    own, other = tmp_path / "own", tmp_path / "other"
+    learned(300, seed=5).save(own, "abc", "tiny")
+    subprocess.run([sys.executable, "-c", code, other], check=True, cwd=Path(__file__).parent, timeout=120)
+    assert own.read_bytes() == other.read_bytes()
 
 
 def test_a_file_in_the_way_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_padding_does_not_make_a_prefill() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("format", ["raw", "int8"])
+@pytest.mark.parametrize("format", ["raw", "int8", "int4"])
 def test_scale_window_softcap_and_sinks_mean_what_they_say(format, options) -> None:
     tolerance = FLOAT32_TOLERANCE if format == "raw" else INT8_TOLERANCE
     plain = attend_steps(make_cache(format), [50, 3, 20, 1], 2 * KV_HEADS)
@@ -261,7 +261,7 @@ def test_a_tensor_is_asked_where_it_is_and_never_to_copy_itself() -> None:
     }
 
 
-@pytest.mark.parametrize("format", ["raw", "int8"])
+@pytest.mark.parametrize("format", ["raw", "int8", "int4"])
 @pytest.mark.parametrize("num_new", [1, 16, 17, 40])
 def test_out_is_written_through_its_strides_and_nothing_beside_it(num_new, format) -> None:
     k, v = keys_and_values(num_new)
@@ -277,7 +277,7 @@ def test_out_is_written_through_its_strides_and_nothing_beside_it(num_new, forma
     assert (memory == -7.0).all()
 
 
-@pytest.mark.parametrize("format", ["raw", "int8"])
+@pytest.mark.parametrize("format", ["raw", "int8", "int4"])
 def test_a_packed_batch_gives_each_sequence_what_it_gets_alone(format) -> None:
     lengths, history = [40, 1, 0, 17, 16], [7, 33, 20, 0, 16]
     k, v = keys_and_values(sum(lengths), 3)
@@ -298,7 +298,7 @@ def test_a_packed_batch_gives_each_sequence_what_it_gets_alone(format) -> None:
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e30, torch.nan, torch.inf])
-@pytest.mark.parametrize("format", ["raw", "int8"])
+@pytest.mark.parametrize("format", ["raw", "int8", "int4"])
 @pytest.mark.parametrize("width", [5, 24])
 def test_padding_is_neither_read_nor_stored_and_its_output_is_zero(width, format, garbage) -> None:
     mask = torch.ones(5, width, dtype=torch.bool)

@@ -22,6 +22,7 @@ from paged_reference import (
     keys_and_values,
     make_cache,
     same,
+    settle,
 )
 
 RELEASED = 2**32 - 1
@@ -60,7 +61,11 @@ def test_a_step_that_an_exception_leaves_is_aborted(format) -> None:
         raise ZeroDivisionError
     assert not step.is_open
     assert same(contents(cache, sequence), before)
-    assert cache.stats() == {**stats, "peak_blocks": 3, "peak_bytes": 3 * stats["bytes_per_block"]}
+    # Peaks and what was seen of the keys tell of what was tried, too.
+    tried = {"peak_blocks", "peak_open_pages", "peak_bytes", "saturation", "drift"}
+    after = cache.stats()
+    assert {name for name in stats if stats[name] != after[name]} <= tried
+    assert after["peak_blocks"] == 3
 
 
 def test_a_step_that_nobody_holds_is_aborted() -> None:
@@ -194,11 +199,13 @@ def test_threads_may_use_a_cache_at_once() -> None:
 def test_a_fork_shares_blocks_until_one_of_the_two_writes(format, length) -> None:
     cache = make_cache(format)
     parent = filled(cache, length)
+    settle(cache, parent)
     before, blocks = contents(cache, parent), -(-length // BLOCK_SIZE)
     child = cache.fork(parent)
     assert cache.block_table(child) == cache.block_table(parent)
     stats = cache.stats()
-    assert stats["bytes_in_use"] == blocks * stats["bytes_per_block"]
+    open_bytes = stats["open_pages"] * stats["bytes_per_open_page"]
+    assert stats["bytes_in_use"] == blocks * stats["bytes_per_block"] + open_bytes
     assert (stats["num_sequences"], stats["cow_copies"]) == (2, 0)
 
     extend(cache, child, *keys_and_values(1, 1))
@@ -220,6 +227,7 @@ def test_a_fork_shares_blocks_until_one_of_the_two_writes(format, length) -> Non
 def test_an_aborted_copy_on_write_leaves_both_as_they_were(format) -> None:
     cache = make_cache(format)
     parent = filled(cache, 21)
+    settle(cache, parent)
     child, before = cache.fork(parent), contents(cache, parent)
     with cache.begin_step([child, parent], [3, 2]) as step:
         append_layers(cache, step, *keys_and_values(5, 1))
@@ -230,7 +238,7 @@ def test_an_aborted_copy_on_write_leaves_both_as_they_were(format) -> None:
     assert same(contents(cache, parent), before)
 
 
-@FORMATS
+@pytest.mark.parametrize("format", ["raw", "int8"])  # where blocks seal: test_sealing_rollback.py
 @pytest.mark.parametrize("length", [0, 1, 16, 17, 31, 40])
 def test_a_truncated_sequence_goes_on_as_if_the_rest_had_never_been(format, length) -> None:
     cache = make_cache(format)
@@ -269,6 +277,7 @@ def test_truncating_a_fork_gives_back_only_what_it_alone_holds() -> None:
 def test_what_leaves_the_window_is_released_as_the_next_step_begins(format) -> None:
     cache = make_cache(format, window=20)
     sequence = filled(cache, 60)
+    settle(cache, sequence)
     assert cache.first_held(sequence) == 0
     assert cache.stats()["blocks_in_use"] == 4
     last = tuple(x[:, :, 32:] for x in contents(cache, sequence))

@@ -19,6 +19,7 @@ from paged_reference import (
     make_cache,
     normal,
     same,
+    settle,
 )
 
 FORMATS = pytest.mark.parametrize("format", kvarn_rs.FORMATS)
@@ -35,6 +36,7 @@ def tokens(num_tokens: int, first: int = 0) -> list[int]:
 def test_a_published_prefix_is_found_with_its_bytes(format) -> None:
     cache = make_cache(format)
     sequence = filled(cache, 40)
+    settle(cache, sequence)
     assert cache.publish_prefix(sequence, tokens(40)) == 2
     assert cache.publish_prefix(sequence, tokens(40)) == 0, "both are known already"
     found = cache.match_prefix([*tokens(35), 999])
@@ -260,5 +262,5 @@ def test_a_cache_says_what_it_was_made_of() -> None:
     assert {name: getattr(cache, name) for name in settings} == settings
     assert (cache.format, cache.dtype) == ("int8", "float16")
     default = PagedKvCache(num_layers=1, num_kv_heads=1, head_dim=16)
-    assert (default.format, default.block_size, default.num_blocks, default.window) == ("int8", 128, None, None)
+    assert (default.format, default.block_size, default.num_blocks, default.window) == ("int4", 128, None, None)
     assert make_cache().block_size == BLOCK_SIZE

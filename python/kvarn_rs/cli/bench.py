@@ -1,10 +1,12 @@
-"""`kvarn bench attend`: decode attention over pages, beside torch SDPA and the machine's read bandwidth, in one run.
+"""`kvarn bench attend`: decode attention over pages and tiles, beside torch SDPA and the machine's read bandwidth.
 
 One new token of each sequence attends to `context` tokens (itself included). Every contender walks over several copies
 of its cache, `working_set_bytes` or more in all, as a model walks over its layers: nothing is left in the processor's
-caches from call to call. Contenders take turns, repetition by repetition. SDPA's keys and values lie there contiguous,
-in float32 and bfloat16; it is called with `enable_gqa=True` and, as `grouped`, with the query heads of a kv head as its
-query rows, which asks the same with no repeating of keys. The read bandwidth is that of `torch.sum` over float64.
+caches from call to call. Contenders take turns, repetition by repetition. Formats that seal are filled by a prefill, so
+that every full block before the new token is a tile, and have no calibration. SDPA's keys and values lie there
+contiguous, in float32 and bfloat16; it is called with `enable_gqa=True` and, as `grouped`, with the query heads of a kv
+head as its query rows, which asks the same with no repeating of keys. The read bandwidth is that of `torch.sum` over
+float64.
 
 JSON: ``{"machine": {"cpu", "simd_level", "threads", "torch"}, "context", "batch", "num_q_heads", "num_kv_heads",
 "head_dim", "block_size", "repetitions", "working_set_bytes",
@@ -13,7 +15,7 @@ JSON: ``{"machine": {"cpu", "simd_level", "threads", "torch"}, "context", "batch
 
 A time is that of one call; `q1_us` and `q3_us` are its quartiles over the repetitions. `bytes` are those of the keys
 and values that a call reads, as stored; `stream_share` is `gb_per_s` over that of the result `stream`; `speedup` is
-over the fastest SDPA. `max_relative_error` is the largest difference from float32 SDPA on what the pages decode to,
+over the fastest SDPA. `max_relative_error` is the largest difference from float32 SDPA on what the cache decodes to,
 over its largest output; `ok` is false, and the exit code 1, when one is over its `tolerance`.
 """
 
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, KvarnError
+from . import bench_seal
 from .console import Console, add_output_options
 from .generate import check_format
 from .models import require
@@ -37,27 +40,27 @@ from .sizes import format_bytes, format_count, parse_bytes, parse_count, parse_n
 if TYPE_CHECKING:
     import torch
 
-# `raw` pages differ from SDPA by the order of float32 sums; the others by 16-bit scales applied in another order.
+# `raw` pages differ from SDPA by the order of float32 sums; the others by 16-bit parameters applied in another order.
 TOLERANCES = {"raw": 1e-5}
 TOLERANCE = 2e-3
 _STREAM_BYTES = 512 << 20
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `bench attend` to the command line."""
+    """Adds `bench attend` and `bench seal` to the command line."""
     bench = commands.add_parser("bench", help="measure speed on this machine")
     benches = bench.add_subparsers(title="benches", metavar="BENCH", required=True)
     parser = benches.add_parser(
         "attend",
         help="decode attention beside torch SDPA",
-        description="Decode attention over pages, checked, beside torch SDPA and the machine's read bandwidth.",
+        description="Decode attention over the cache, checked, beside torch SDPA and the machine's read bandwidth.",
     )
     parser.add_argument("--context", type=parse_count, default=8192, help="tokens of a sequence (default: 8k)")
     parser.add_argument("--head-dim", type=parse_count, default=128, help="channels of a head (default: 128)")
     parser.add_argument("--heads", type=parse_heads, default=(32, 8), metavar="Q/KV", help="default: 32/8")
     parser.add_argument("--batch", type=parse_count, default=1, help="sequences (default: 1)")
     parser.add_argument("--threads", type=parse_count, help="threads of kvarn and of torch (default: all cores)")
-    parser.add_argument("--formats", type=parse_names, default=["raw", "int8"], help="default: raw,int8")
+    parser.add_argument("--formats", type=parse_names, help="comma-separated (default: all)")
     parser.add_argument("--block-size", type=parse_count, default=128, help="tokens of a block (default: 128)")
     parser.add_argument("--repetitions", type=parse_count, default=15, help="default: 15")
     parser.add_argument(
@@ -65,6 +68,7 @@ def add_parser(commands: Any) -> None:
     )
     add_output_options(parser)
     parser.set_defaults(run=run)
+    bench_seal.add_parser(benches)
 
 
 def parse_heads(text: str) -> tuple[int, int]:
@@ -109,6 +113,9 @@ class Contender:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Measures, checks, and prints."""
     require("torch")
+    from .. import FORMATS, _core
+
+    arguments.formats = arguments.formats or list(FORMATS)
     for name in arguments.formats:
         check_format(name, arguments.block_size)
     if arguments.context < 2:
@@ -117,8 +124,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.threads is not None and not 1 <= arguments.threads <= cores:
         raise ConfigError(f"--threads {arguments.threads}: this machine has {cores} cores")
     import torch
-
-    from .. import _core
 
     if arguments.threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # read when the core's first kernel runs
@@ -205,7 +210,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype,
 
 
 def paged(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: argparse.Namespace) -> Contender:
-    """Attention over pages of one format; every layer of the cache is one copy."""
+    """Attention over pages and tiles of one format; every layer of the cache is one copy."""
     import torch
 
     from .. import PagedKvCache
@@ -221,7 +226,11 @@ def paged(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, argument
             block_size=arguments.block_size,
         )
 
-    bytes_read = make(1).stats()["bytes_per_token"] * batch * context
+    layout = make(1).stats()
+    tiles = 0 if layout["bytes_per_open_page"] == 0 else (context - 1) // arguments.block_size
+    in_pages = context - tiles * arguments.block_size
+    page_bytes = layout["bytes_per_open_page"] or layout["bytes_per_block"]
+    bytes_read = batch * (tiles * layout["bytes_per_block"] + in_pages * page_bytes / arguments.block_size)
     num_layers = copies_for(arguments.working_set, int(bytes_read))
     cache = make(num_layers)
     sequences = [cache.new_sequence() for _ in range(batch)]
@@ -276,7 +285,7 @@ def summarize(arguments: argparse.Namespace, contenders: list[Contender]) -> dic
         )
     return {
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "simd_level": _core.simd_level(),
             "threads": _core.num_threads(),
             "torch": torch.__version__,
@@ -301,7 +310,8 @@ def _quartiles(seconds: list[float]) -> tuple[float, float]:
     return q1, q3
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,19 +1,24 @@
 """`kvarn generate`: text from a model with its keys and values in a kvarn cache, and beside it the unquantized cache.
 
 JSON: ``{"format", "text", "tokens", "prompt_tokens", "bytes_per_token", "bytes_in_use", "dense_fallbacks",
-"decode_tokens_per_s", "prefill_s", "stats"}`` and, with ``--compare``, ``"compare": {"reference", "kl_mean",
+"calibrated", "decode_tokens_per_s", "prefill_s", "stats"}``; with ``--compare``, ``"compare": {"reference", "kl_mean",
 "same_top1", "positions", "agreement_tokens", "reference_bytes_per_token", "reference_bytes_in_use",
-"reference_decode_tokens_per_s", "reference_prefill_s"}``.
+"reference_decode_tokens_per_s", "reference_prefill_s"}``; and with ``--ladder``, ``"ladder"``, a list.
 
-`tokens` counts those generated. Bytes are measured after them: what the cache's blocks take (partly filled ones whole),
-in all and over the tokens held; for the reference, what its tensors take. `decode_tokens_per_s` is null when fewer than
-two tokens were generated. `stats` is `KvarnCache.stats()`, `compare` is described in `compare.py`.
+`tokens` counts those generated. Bytes are measured after them: what the cache's blocks take (partly filled ones whole,
+and the tensors of layers that are not paged), in all and over the tokens held; for the reference, what its tensors
+take. `decode_tokens_per_s` is null when fewer than two tokens were generated. `stats` is `KvarnCache.stats()`,
+`compare` is described in `compare.py`, `ladder` in `ladder.py`.
+
+Every cache is calibrated by the model's file, if there is one, or by its own prompt: never by what ran before it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +39,22 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to say to the model")
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file; - is standard input")
     parser.add_argument("--model", default="demo", metavar="DIR", help="a transformers model's folder; default: demo")
-    parser.add_argument("--format", default="int8", help="cache format (default: int8)")
+    parser.add_argument("--format", default="int4", help="cache format (default: int4)")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="of `kvarn calibrate` (default: the model's in the cache folder, if there is one)",
+    )
     parser.add_argument("--max-new-tokens", type=parse_count, default=64, metavar="N", help="default: 64")
     parser.add_argument("--block-size", type=parse_count, default=128, help="tokens of a block (default: 128)")
     parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
     parser.add_argument(
         "--compare", action="store_true", help="also run the unquantized cache: memory, speed, and how far answers move"
     )
+    parser.add_argument(
+        "--ladder", action="store_true", help="also every quantized format on the same tokens: memory, and quality"
+    )
+    parser.add_argument("--codecs", action="store_true", help="with --ladder: also the schemes of others")
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -52,6 +66,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError("the prompt is not UTF-8 text")
     if not prompt.strip():
         raise ConfigError("the prompt is empty: there is nothing to continue")
+    if arguments.codecs and not arguments.ladder:
+        raise ConfigError("--codecs adds rows to the ladder: give --ladder too")
     require("torch", "transformers")
     check_format(arguments.format, arguments.block_size)
     if arguments.model == "demo":
@@ -62,35 +78,31 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     prompt_ids = encode(tokenizer, prompt, arguments.raw)
     check_prompt(model, prompt_ids, arguments.max_new_tokens)
 
-    from ..hf import KvarnCache
-    from .runs import attention_name, greedy, warm_up
+    from .runs import attention_name, greedy, held_bytes, warm_up
 
     reference_attention = attention_name(model)
-
-    def make_cache() -> Any:
-        return KvarnCache(model, arguments.format, block_size=arguments.block_size)
-
+    make_cache = cache_maker(model, arguments, console)
     warm_up(model, prompt_ids)
-    cache = make_cache()
+    cache = make_cache(arguments.format)
     stream = None if console.json else tokenizer
     generated = greedy(model, prompt_ids, cache, arguments.max_new_tokens, stream)
     stats = cache.stats()
+    bytes_in_use = held_bytes(cache)
     payload: dict[str, Any] = {
         "format": arguments.format,
         "text": tokenizer.decode(generated.tokens, skip_special_tokens=True),
         "tokens": len(generated.tokens),
         "prompt_tokens": prompt_ids.shape[1],
-        "bytes_per_token": stats["bytes_in_use"] / cache.get_seq_length(),
-        "bytes_in_use": stats["bytes_in_use"],
+        "bytes_per_token": bytes_in_use / cache.get_seq_length(),
+        "bytes_in_use": bytes_in_use,
         "dense_fallbacks": stats["dense_fallbacks"],
+        "calibrated": stats["calibrated"],
         "decode_tokens_per_s": generated.decode_tokens_per_s,
         "prefill_s": generated.prefill_s,
         "stats": stats,
     }
-    if arguments.compare:
-        from .compare import compare
-
-        payload["compare"] = compare(model, prompt_ids, generated, make_cache, reference_attention, console)
+    if arguments.compare or arguments.ladder:
+        payload |= compared(model, prompt_ids, generated, make_cache, reference_attention, arguments, console)
     console.result(payload)
     if arguments.compare:
         _print_comparison(payload, console)
@@ -99,7 +111,66 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             f"[{arguments.format}: {_seconds(payload['prefill_s'])} for {payload['prompt_tokens']} prompt tokens, then "
             f"{_speed(payload['decode_tokens_per_s'])}; cache {format_bytes(payload['bytes_in_use'])}]"
         )
+    if arguments.ladder:
+        from .compare import reference_name
+        from .ladder import print_ladder
+
+        print_ladder(payload["ladder"], reference_name(model), console)
     return 0
+
+
+def cache_maker(model: Any, arguments: argparse.Namespace, console: Console) -> Callable[[str], Any]:
+    """What makes a cache by the name of its format or codec; each learns on its own, unless a file has the calibration.
+
+    Raises:
+        CalibrationError: the given file cannot be read, is damaged, or is of another model.
+    """
+    from .. import CODECS, Calibration
+    from ..hf import KvarnCache
+    from ..hf.calibration import resolve
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = resolve(model, arguments.calibration)
+    for warning in caught:  # the file in the cache folder is no good
+        console.warn(str(warning.message))
+
+    def make_cache(name: str) -> Any:
+        return KvarnCache(
+            model,
+            "raw" if name in CODECS else name,
+            block_size=arguments.block_size,
+            calibration=found if found.state == "file" else Calibration(),
+            codec=name if name in CODECS else None,
+        )
+
+    return make_cache
+
+
+def compared(
+    model: Any,
+    prompt_ids: Any,
+    generated: Any,
+    make_cache: Callable[[str], Any],
+    reference_attention: str,
+    arguments: argparse.Namespace,
+    console: Console,
+) -> dict[str, Any]:
+    """`compare` and `ladder`, those of them that were asked for; each cache is scored once for both."""
+    from .compare import compare, score
+    from .ladder import ladder, ladder_names
+
+    rungs = ladder_names(arguments.codecs) if arguments.ladder else []
+    names = [arguments.format, *rungs] if arguments.compare else rungs
+    caches = {name: make_cache(name) for name in dict.fromkeys(names)}
+    scores, reference_bytes = score(model, prompt_ids, generated.tokens, caches, reference_attention, console)
+    found: dict[str, Any] = {}
+    if arguments.compare:
+        own = scores[arguments.format]
+        found["compare"] = compare(model, prompt_ids, generated, own, reference_attention, console)
+    if arguments.ladder:
+        found["ladder"] = ladder({name: scores[name] for name in rungs}, reference_bytes, arguments.block_size)
+    return found
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -165,13 +236,15 @@ def _seconds(seconds: float) -> str:
 
 
 def _print_comparison(payload: dict[str, Any], console: Console) -> None:
+    from .ladder import tokens_per_gib
+
     compared = payload["compare"]
     rows = [
         (
             name,
             f"{per_token:,.0f}",
             format_bytes(in_use),
-            f"{2**30 / per_token:,.0f}",
+            tokens_per_gib(per_token),
             _seconds(prefill),
             _speed(speed),
         )

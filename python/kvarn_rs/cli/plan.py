@@ -2,13 +2,14 @@
 
 JSON: ``{"model_type", "context", "block_size", "memory_bytes", "weights_bytes", "tensor_parallel", "max_sequences",
 "layers": [{"num_layers", "num_kv_heads", "head_dim", "window"}], "state_layers",
-"formats": [{"format", "bytes_per_token", "tokens", "sequences", "sequence_bytes", "open_bytes"}],
+"formats": [{"format", "bytes_per_token", "tokens", "sequences", "sequence_bytes", "open_bytes", "open_page_bytes"}],
 "unsupported": [{"format", "reason"}], "notes": [str]}``
 
-All figures are for one GPU. A sequence holds whole blocks: `sequence_bytes` is those of `context` tokens,
-`bytes_per_token` that over `context`, and `open_bytes` the part of it that rounding up to blocks costs. `tokens` is
-whole blocks where every layer reads everything and is stored alike, else what fits at `context`. `num_kv_heads` is what
-one GPU holds.
+All figures are for one GPU. A sequence holds whole blocks: pages, or in formats that seal tiles; there a sequence that
+runs also has two open INT8 pages in each layer, `open_page_bytes` (0 in other formats). `sequence_bytes` is both for
+`context` tokens, `bytes_per_token` the blocks alone over `context`, and `open_bytes` the part of `sequence_bytes` that
+open pages and rounding up to blocks cost. `tokens` is whole blocks of what the open pages of `sequences` leave where
+every layer reads everything and is stored alike, else what fits at `context`. `num_kv_heads` is what one GPU holds.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--memory", type=parse_bytes, required=True, help="memory of one GPU, for example 80GiB")
     parser.add_argument("--weights", type=parse_bytes, default=0, help="what weights and workspace take of it")
     parser.add_argument(
-        "--format", type=parse_names, default=["all"], metavar="NAMES", help="bf16, fp8, int8, comma-separated; or all"
+        "--format",
+        type=parse_names,
+        default=["all"],
+        metavar="NAMES",
+        help="bf16, fp8, int8, int4, int3, int2, comma-separated; or all (the default)",
     )
     parser.add_argument("--context", type=parse_count, help="tokens of a sequence (default: 32k, or the model's limit)")
     parser.add_argument("--max-seqs", type=parse_count, help="sequences that may run at once")
@@ -123,16 +128,28 @@ def page_refusal(name: str, group: LayerGroup, block_size: int) -> str:
 
 
 def capacity(
-    stored: dict[str, list[tuple[int, int, int, int | None]]], block_size: int, context: int, memory: int
-) -> tuple[int, int, int, int]:
-    """`_core.capacity` of groups by what they are stored in: bytes and open bytes of a sequence, tokens, sequences."""
+    stored: dict[str, list[tuple[int, int, int, int | None]]],
+    block_size: int,
+    context: int,
+    memory: int,
+    max_sequences: int | None,
+) -> dict[str, int]:
+    """`_core.capacity` of groups by what they are stored in, together."""
     from .. import _core
 
-    parts = [_core.capacity(storage, groups, block_size, context, memory) for storage, groups in stored.items()]
+    parts = [
+        _core.capacity(storage, groups, block_size, context, memory, max_sequences)
+        for storage, groups in stored.items()
+    ]
     if len(parts) == 1:
         return parts[0]
-    sequence_bytes = sum(part[0] for part in parts)
-    return sequence_bytes, sum(part[1] for part in parts), memory * context // sequence_bytes, memory // sequence_bytes
+    fits = {name: sum(part[name] for part in parts) for name in ("sequence_bytes", "open_bytes", "open_page_bytes")}
+    sequences = memory // fits["sequence_bytes"]
+    return {
+        **fits,
+        "tokens": memory * context // fits["sequence_bytes"],
+        "sequences": sequences if max_sequences is None else min(sequences, max_sequences),
+    }
 
 
 def plan_format(
@@ -153,16 +170,15 @@ def plan_format(
         stored.setdefault(storage, []).append((group.num_layers, heads, group.head_dim, group.window))
     if len(refusals) == len(groups):
         raise UnsupportedError("; ".join(dict.fromkeys(refusals.values())))
-    sequence_bytes, open_bytes, tokens, sequences = capacity(
-        stored, arguments.block_size, context, arguments.memory - arguments.weights
-    )
+    fits = capacity(stored, arguments.block_size, context, arguments.memory - arguments.weights, arguments.max_seqs)
     row = {
         "format": name,
-        "bytes_per_token": sequence_bytes / context,
-        "tokens": tokens,
-        "sequences": sequences if arguments.max_seqs is None else min(sequences, arguments.max_seqs),
-        "sequence_bytes": sequence_bytes,
-        "open_bytes": open_bytes,
+        "bytes_per_token": (fits["sequence_bytes"] - fits["open_page_bytes"]) / context,
+        "tokens": fits["tokens"],
+        "sequences": fits["sequences"],
+        "sequence_bytes": fits["sequence_bytes"],
+        "open_bytes": fits["open_bytes"],
+        "open_page_bytes": fits["open_page_bytes"],
     }
     return row, [
         f"{name}: {group.num_layers} layers are counted in {DENSE_FORMATS[0]}: {reason}"
@@ -208,7 +224,16 @@ def _print(report: dict[str, Any], console: Console) -> None:
     formats = report["formats"]
     first = formats[0]
     console.table(
-        ("format", "bytes/token", f"vs {first['format']}", "tokens", "sequences", "a sequence", "of it rounding"),
+        (
+            "format",
+            "bytes/token",
+            f"vs {first['format']}",
+            "tokens",
+            "sequences",
+            "a sequence",
+            "rounding",
+            "open pages",
+        ),
         [
             (
                 row["format"],
@@ -217,7 +242,8 @@ def _print(report: dict[str, Any], console: Console) -> None:
                 f"{row['tokens']:,}",
                 f"{row['sequences']:,}",
                 format_bytes(row["sequence_bytes"]),
-                format_bytes(row["open_bytes"]),
+                format_bytes(row["open_bytes"] - row["open_page_bytes"]),
+                format_bytes(row["open_page_bytes"]),
             )
             for row in formats
         ],

@@ -1,10 +1,10 @@
-"""Runs of one model with one cache: greedy and timed, or fed with given tokens."""
+"""Runs of one model with one cache: greedy and timed, or fed with given tokens; and what the cache then holds."""
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, TextStreamer
 from transformers.generation.streamers import BaseStreamer
+
+from ..hf.layer import KvarnLayer
 
 # The argument that takes the cache; transformers renamed it for all models at once.
 _CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -98,3 +100,15 @@ def feed(model: Any, tokens: torch.Tensor, cache: Any, *, last_only: bool = Fals
     """Logits [T or 1, vocabulary] after `tokens` [1, T], which the cache keeps."""
     output = model(input_ids=tokens, use_cache=True, logits_to_keep=1 if last_only else 0, **{_CACHE: cache})
     return output.logits[0]
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes that a kvarn cache holds: its blocks, and the tensors of layers that are not paged."""
+    unpaged = [layer for layer in cache.layers if not isinstance(layer, KvarnLayer)]
+    return cache.stats()["bytes_in_use"] + tensor_bytes(unpaged)
+
+
+def tensor_bytes(layers: Iterable[Any]) -> int:
+    """Bytes of the keys and values that transformers' own cache layers hold."""
+    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)

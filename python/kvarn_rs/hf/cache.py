@@ -50,8 +50,8 @@ class KvarnCache(Cache):
             pages until a block is full, then seal it.
         block_size: positions per block: 16, 32, 64 or 128.
         num_blocks: blocks of each layer group; None: as many as needed.
-        num_open_pages: pages of each layer group for blocks that are not sealed, two for each batch row (prompts in
-            one step; more for drafts); None: as many as needed.
+        num_open_pages: pages of each layer group for blocks that are not sealed: two for each batch row, four where
+            prompts come in several forwards; None: as many as needed.
         calibration: what sealing knows of the model: a `kvarn_rs.Calibration`, or the path of a file of
             `kvarn calibrate`. None: the model's file in the user's cache folder, else one that all caches of this model
             share and that learns from the first 2,048 tokens.
@@ -187,6 +187,7 @@ class KvarnCache(Cache):
 
         Raises:
             RollbackError: more than the cache holds, or past what a sliding window holds; nothing was changed.
+            OutOfBlocksError: no room for a page of a sealed block that the end is within; nothing was changed.
         """
         store = self._store
         store.settle()

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,16 +30,13 @@ from kvarn_rs.errors import CalibrationError, ConfigError
 _VOLATILE = frozenset(
     (
         "architectures",
-        "bos_token_id",
         "dtype",
-        "eos_token_id",
         "id2label",
         "label2id",
         "name_or_path",
         "num_labels",
         "output_attentions",
         "output_hidden_states",
-        "pad_token_id",
         "problem_type",
         "quantization_config",
         "return_dict",
@@ -71,10 +69,11 @@ def fingerprint(model: Any) -> str:
     Raises:
         ConfigError: not a transformers model.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not hasattr(config, "get_text_config"):
         raise ConfigError(f"expected a transformers model, not {type(model).__name__}")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    find_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = model if find_decoder is None else find_decoder()
     digest = hashlib.sha256()
     digest.update(json.dumps(_lasting(config.get_text_config(decoder=True).to_dict()), sort_keys=True).encode())
     samples = []
@@ -87,12 +86,12 @@ def fingerprint(model: Any) -> str:
 
 
 def _lasting(value: Any) -> Any:
-    """A config's part without what may change: keys of `_VOLATILE`, private ones, and those without a value."""
+    """A config's part without what may change: keys of `_VOLATILE`, private ones, token ids, those without a value."""
     if isinstance(value, dict):
         return {
             str(key): _lasting(entry)
             for key, entry in value.items()
-            if entry is not None and key not in _VOLATILE and not str(key).startswith("_")
+            if entry is not None and key not in _VOLATILE and not re.match(r"_|.*_token_id$", str(key))
         }
     if isinstance(value, (list, tuple)):
         return [_lasting(entry) for entry in value]

@@ -226,20 +226,25 @@ class LayerGroup:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The visible K and V of one layer, [B, num_kv_heads, kv_len, head_dim], contiguous; zero where padding is.
 
-        fresh: the open step's K and V. A prefill shows them as they came, like the core's attention.
+        fresh: the open step's K and V. Rows with a prefill show them as they came, like the core's attention.
         """
         first = self.first_visible
         num_new = self.num_new if self.step is not None else 0
         kv_len = self.length - first + num_new
-        if num_new <= DECODE_TOKENS:
-            fresh = None
-        num_paged = kv_len if fresh is None else kv_len - num_new
         tokens = self.visible_tokens()
         size = (len(self.sequences), self.core.num_kv_heads, kv_len, self.core.head_dim)
         k, v = torch.zeros(size, dtype=self.dtype), torch.zeros(size, dtype=self.dtype)
         for row, sequence in enumerate(self.sequences):
             rows = slice(row, row + 1)
             start = self._num_tokens(row, first)
+            own = None if self.step_tokens is None else self.step_tokens[row]
+            is_prefill = (num_new if own is None else int(own.sum())) > DECODE_TOKENS
+            num_paged = kv_len - num_new if is_prefill and fresh is not None else kv_len
+            if fresh is not None and num_paged < kv_len:
+                for dense, given in zip((k, v), fresh, strict=True):
+                    dense[row, :, num_paged:] = given[row]
+                    if own is not None:
+                        dense[row, :, num_paged:].masked_fill_(~own[None, :, None], 0)
             if tokens is None:
                 if num_paged:
                     self.core.dequantize(layer, sequence, k[rows, :, :num_paged], v[rows, :, :num_paged], start=start)
@@ -251,12 +256,6 @@ class LayerGroup:
                 self.core.dequantize(layer, sequence, row_k, row_v, start=start)
                 k[row, :, columns] = row_k[0]
                 v[row, :, columns] = row_v[0]
-        if fresh is not None:
-            for dense, own in zip((k, v), fresh, strict=True):
-                tail = dense[:, :, num_paged:]
-                tail.copy_(own)
-                if self.step_tokens is not None:
-                    tail.masked_fill_(~self.step_tokens[:, None, :, None], 0)
         return k, v
 
     # Between forwards -------------------------------------------------------------------------------------------
@@ -280,10 +279,15 @@ class LayerGroup:
             self.padding = _trim(self.padding[rows])
 
     def check_crop(self, length: int) -> None:
-        """RollbackError if the window no longer holds what a query at position `length` would see."""
-        if self.window is None or length == self.length:
+        """Raises what `crop` would raise, and changes nothing.
+
+        Raises:
+            RollbackError: the window no longer holds what a query at position `length` would see.
+            OutOfBlocksError: no block, or page, for the sealed blocks that the end is within.
+        """
+        if length == self.length or self.core is None:
             return
-        for row, sequence in enumerate(self.sequences):
+        for row, sequence in enumerate(self.sequences if self.window is not None else []):
             needed = max(self._num_tokens(row, length) - self.window + 1, 0)
             held = self.core.first_held(sequence)
             if held > needed:
@@ -291,13 +295,10 @@ class LayerGroup:
                     f"cannot crop to {length} of {self.length} positions: a window of {self.window} needs tokens from "
                     f"{needed} on, those before {held} were released; call activate_past_recording before the forward"
                 )
+        self.core.check_truncate(self.sequences, [self._num_tokens(row, length) for row in range(len(self.sequences))])
 
     def crop(self, length: int) -> None:
-        """Keeps the first `length` positions; a sealed block that the end is within becomes a page again.
-
-        Raises:
-            OutOfBlocksError: no block, or page, for that.
-        """
+        """Keeps the first `length` positions; a sealed block that the end is within becomes a page again."""
         if length < self.length:
             for row, sequence in enumerate(self.sequences):
                 self.core.truncate(sequence, self._num_tokens(row, length), unseal=True)

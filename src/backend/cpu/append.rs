@@ -21,10 +21,6 @@ impl Cpu {
         let (num_kv_heads, head_dim) = (self.num_kv_heads, self.head_dim);
         fresh.k.check("k", num_kv_heads, plan.num_rows, head_dim)?;
         fresh.v.check("v", num_kv_heads, plan.num_rows, head_dim)?;
-        if let RecordLayout::Raw(page) = self.page {
-            fresh.k.check_dtype("k", page.dtype)?;
-            fresh.v.check_dtype("v", page.dtype)?;
-        }
         let num_tokens: usize = plan.sequences.iter().map(SequencePlan::num_new).sum();
         let parallel = num_tokens * num_kv_heads * head_dim >= PARALLEL_VALUES;
         self.check_finite("k", plan, fresh.k, parallel)?;
@@ -32,9 +28,8 @@ impl Cpu {
         if !plan.seals.is_empty() && self.tile.is_none() {
             return Err(Error::Config(format!("a plan that seals {} blocks, pages that never do", plan.seals.len())));
         }
-        if !heads.is_empty() && heads.iter().any(|head| head.channels.mean.len() != head_dim)
-            || heads.len() % num_kv_heads != 0
-        {
+        let fits = |head: &HeadCalibration| head.channels.mean.len() == head_dim;
+        if !heads.is_empty() && (heads.len() != num_kv_heads || !heads.iter().all(fits)) {
             return Err(Error::Config(format!(
                 "a calibration of {} heads for a layer of {num_kv_heads} heads of {head_dim} channels",
                 heads.len()
@@ -172,7 +167,7 @@ impl Cpu {
             match (self.page, &frozen) {
                 (RecordLayout::Int8(page), Some(frozen)) => {
                     if self.rotates_v() {
-                        quant::hadamard::rotate(v);
+                        quant::rotate_v(v);
                     }
                     squares += record::write_int8(page, record, token, frozen, k, v);
                 }

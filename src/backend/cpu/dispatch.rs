@@ -67,6 +67,8 @@ impl Level {
     }
 }
 
+type EncodeTile = unsafe fn(&[f32], &[f32], usize, u32, &HeadFeedback, Option<usize>) -> Tile;
+
 /// The entry points of a level. Calling one is sound on a machine that has the level.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels {
@@ -75,7 +77,7 @@ pub struct Kernels {
     /// See [`unpack`].
     pub unpack: unsafe fn(RecordLayout, &[u8], &mut [f32]),
     /// See [`encode_tile`]: the same bits at every level.
-    pub encode_tile: unsafe fn(&[f32], &[f32], usize, u32, &HeadFeedback, Option<usize>) -> Tile,
+    pub encode_tile: EncodeTile,
 }
 
 /// The kernels of an available level.

@@ -121,7 +121,7 @@ impl Attention<'_> {
                 row[..head_dim].iter().enumerate().for_each(|(d, &x)| k[order.raw_k(shape, token, d)] = x);
                 fresh.v.read_row(index as usize, head, &mut row[..head_dim]);
                 if self.cpu.rotates_v() {
-                    quant::hadamard::rotate(&mut row[..head_dim]);
+                    quant::rotate_v(&mut row[..head_dim]);
                 }
                 row[..head_dim].iter().enumerate().for_each(|(d, &x)| v[order.raw_v(shape, token, d)] = x);
             }

@@ -130,7 +130,8 @@ pub fn write_int8(
 pub fn read_k(layout: RecordLayout, record: &[u8], k: &mut [f32]) {
     match layout {
         RecordLayout::Raw(page) => {
-            read_raw(page, record, page.k(), |t, d| ORDER.raw_k([page.block_size, page.head_dim], t, d), k)
+            let index = |t, d| ORDER.raw_k([page.block_size, page.head_dim], t, d);
+            read_raw(page, record, page.k(), index, k);
         }
         RecordLayout::Int8(page) => {
             let statistics = read_statistics(page, record);
@@ -152,7 +153,8 @@ pub fn read_k(layout: RecordLayout, record: &[u8], k: &mut [f32]) {
 pub fn read_v(layout: RecordLayout, record: &[u8], v: &mut [f32]) {
     match layout {
         RecordLayout::Raw(page) => {
-            read_raw(page, record, page.v(), |t, d| ORDER.raw_v([page.block_size, page.head_dim], t, d), v)
+            let index = |t, d| ORDER.raw_v([page.block_size, page.head_dim], t, d);
+            read_raw(page, record, page.v(), index, v);
         }
         RecordLayout::Int8(page) => {
             let mut codes = [0u8; crate::format::MAX_HEAD_DIM];

@@ -18,13 +18,13 @@ impl Cpu {
             return;
         }
         let jobs = seals.len() * self.num_kv_heads;
-        let none = HeadFeedback::none(self.head_dim);
+        let none = heads.is_empty().then(|| HeadFeedback::none(self.head_dim));
         let clamped: Vec<usize> = (0..jobs)
             .into_par_iter()
             .map(|job| {
                 let (seal, head) = (seals[job / self.num_kv_heads], job % self.num_kv_heads);
                 let (k, v) = self.rows_of(layer, plan, fresh, seal, head);
-                let feedback = heads.get(head).map_or(&none, |head| &head.feedback);
+                let feedback = none.as_ref().unwrap_or_else(|| &heads[head].feedback);
                 self.write_tile(layer, plan, seal, head, feedback, k, v)
             })
             .collect();
@@ -58,7 +58,7 @@ impl Cpu {
                     fresh.k.read_row(row as usize, head, k);
                     fresh.v.read_row(row as usize, head, v);
                     if self.rotates_v() {
-                        quant::hadamard::rotate(v);
+                        quant::rotate_v(v);
                     }
                 }
             }

@@ -2,6 +2,7 @@
 
 use super::record::{ORDER, read_f16, write_f16};
 use crate::format::SealedTile;
+use crate::format::order::word_codes;
 use crate::format::tile::{K_ROTATED, NO_FIRST_ROW, TILE_VERSION};
 use crate::quant::tile::{FirstV, Frame, Tile};
 use half::f16;
@@ -19,6 +20,70 @@ fn planes(layout: SealedTile, offset: usize) -> impl Iterator<Item = Plane> {
     std::iter::once(low).chain(high)
 }
 
+impl Plane {
+    fn mask(&self) -> u8 {
+        (1 << self.bits) - 1
+    }
+
+    /// Bytes of a lane's word.
+    fn word_bytes(&self) -> usize {
+        word_codes(self.bits) * self.bits as usize / 8
+    }
+
+    /// Visits every word of `[lanes, depth]` codes with where it is, its lane, the first of its values, and the bits that
+    /// each of them begins at; `index` is the order.
+    fn words(
+        &self,
+        [lanes, depth]: [usize; 2],
+        index: impl Fn(usize, usize) -> usize,
+        mut visit: impl FnMut(usize, usize, usize, &[u32]),
+    ) {
+        let count = word_codes(self.bits);
+        let starts: Vec<u32> = (0..count).map(|value| index(0, value) as u32 * self.bits).collect();
+        for lane in 0..lanes {
+            for first in (0..depth).step_by(count) {
+                visit(self.offset + index(lane, first) * self.bits as usize / 8, lane, first, &starts);
+            }
+        }
+    }
+}
+
+/// Writes the codes of a field, `[lanes, depth]` as `code` gives them.
+fn pack(
+    record: &mut [u8],
+    plane: &Plane,
+    shape: [usize; 2],
+    index: impl Fn(usize, usize) -> usize,
+    code: impl Fn(usize, usize) -> u8,
+) {
+    let (mask, bytes) = (plane.mask(), plane.word_bytes());
+    plane.words(shape, index, |at, lane, first, starts| {
+        let bits = |(value, start): (usize, &u32)| u32::from(code(lane, first + value) >> plane.shift & mask) << start;
+        let word = starts.iter().enumerate().map(bits).fold(0, |word, bits| word | bits);
+        record[at..at + bytes].copy_from_slice(&word.to_le_bytes()[..bytes]);
+    });
+}
+
+/// Reads the codes of a field, into `[lanes, depth]` places that `place` names.
+fn unpack(
+    record: &[u8],
+    plane: &Plane,
+    shape: [usize; 2],
+    index: impl Fn(usize, usize) -> usize,
+    mut place: impl FnMut(usize, usize, u8),
+) {
+    let (mask, bytes) = (u32::from(plane.mask()), plane.word_bytes());
+    plane.words(shape, index, |at, lane, first, starts| {
+        let mut word = [0; 4];
+        word[..bytes].copy_from_slice(&record[at..at + bytes]);
+        let word = u32::from_le_bytes(word);
+        starts
+            .iter()
+            .enumerate()
+            .for_each(|(value, start)| place(lane, first + value, ((word >> start & mask) as u8) << plane.shift));
+    });
+}
+
 /// Is the K of this record rotated?
 pub fn k_is_rotated(layout: SealedTile, record: &[u8]) -> bool {
     record[layout.header() + 1] & K_ROTATED != 0
@@ -32,19 +97,16 @@ pub fn first_row(layout: SealedTile, record: &[u8]) -> Option<usize> {
 
 /// Writes a tile of this layout.
 pub fn write(layout: SealedTile, record: &mut [u8], tile: &Tile) {
-    let shape = [layout.block_size, layout.head_dim];
-    record.fill(0);
-    for t in 0..layout.block_size {
-        for d in 0..layout.head_dim {
-            let k = tile.k_codes[d * layout.block_size + t];
-            let v = tile.v_codes[t * layout.head_dim + d];
-            for plane in planes(layout, layout.k_codes()) {
-                put(record, &plane, ORDER.tile_k(shape, plane.bits, t, d), k);
-            }
-            for plane in planes(layout, layout.v_codes()) {
-                put(record, &plane, ORDER.tile_v(shape, plane.bits, t, d), v);
-            }
-        }
+    let SealedTile { head_dim, block_size, .. } = layout;
+    let shape = [block_size, head_dim];
+    record[layout.header()..].fill(0);
+    for plane in planes(layout, layout.k_codes()) {
+        let index = |token, channel| ORDER.tile_k(shape, plane.bits, token, channel);
+        pack(record, &plane, shape, index, |token, channel| tile.k_codes[channel * block_size + token]);
+    }
+    for plane in planes(layout, layout.v_codes()) {
+        let index = |channel, token| ORDER.tile_v(shape, plane.bits, token, channel);
+        pack(record, &plane, [head_dim, block_size], index, |channel, token| tile.v_codes[token * head_dim + channel]);
     }
     let mut halves = |offset: usize, values: &[f16]| {
         values.iter().enumerate().for_each(|(index, &value)| write_f16(record, offset, index, value));
@@ -54,6 +116,10 @@ pub fn write(layout: SealedTile, record: &mut [u8], tile: &Tile) {
     halves(layout.k_token_scale(), &tile.k_token_scale);
     halves(layout.v_token_scale(), &tile.v_token_scale);
     halves(layout.v_token_zero_point(), &tile.v_token_zero_point);
+    record[layout.first_v()..layout.header()].fill(0);
+    let mut halves = |offset: usize, values: &[f16]| {
+        values.iter().enumerate().for_each(|(index, &value)| write_f16(record, offset, index, value));
+    };
     let mut first_row = NO_FIRST_ROW;
     if let Some(first) = &tile.first_v {
         halves(layout.first_v_scale(), &[first.scale]);
@@ -70,15 +136,14 @@ pub fn read(layout: SealedTile, record: &[u8]) -> Tile {
     let SealedTile { head_dim, block_size, bits } = layout;
     let shape = [block_size, head_dim];
     let (mut k_codes, mut v_codes) = (vec![0; block_size * head_dim], vec![0; block_size * head_dim]);
-    for t in 0..block_size {
-        for d in 0..head_dim {
-            for plane in planes(layout, layout.k_codes()) {
-                k_codes[d * block_size + t] |= get(record, &plane, ORDER.tile_k(shape, plane.bits, t, d));
-            }
-            for plane in planes(layout, layout.v_codes()) {
-                v_codes[t * head_dim + d] |= get(record, &plane, ORDER.tile_v(shape, plane.bits, t, d));
-            }
-        }
+    for plane in planes(layout, layout.k_codes()) {
+        let index = |token, channel| ORDER.tile_k(shape, plane.bits, token, channel);
+        unpack(record, &plane, shape, index, |token, channel, code| k_codes[channel * block_size + token] |= code);
+    }
+    for plane in planes(layout, layout.v_codes()) {
+        let index = |channel, token| ORDER.tile_v(shape, plane.bits, token, channel);
+        let swapped = [head_dim, block_size];
+        unpack(record, &plane, swapped, index, |channel, token, code| v_codes[token * head_dim + channel] |= code);
     }
     let halves = |offset: usize, count: usize| (0..count).map(|index| read_f16(record, offset, index)).collect();
     Tile {
@@ -103,14 +168,24 @@ pub fn read(layout: SealedTile, record: &[u8]) -> Tile {
     }
 }
 
-fn put(record: &mut [u8], plane: &Plane, index: usize, code: u8) {
-    let bit = index * plane.bits as usize;
-    let mask = (1u8 << plane.bits) - 1;
-    record[plane.offset + bit / 8] |= (code >> plane.shift & mask) << (bit % 8);
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::{HeadFeedback, encode_tile};
 
-fn get(record: &[u8], plane: &Plane, index: usize) -> u8 {
-    let bit = index * plane.bits as usize;
-    let mask = (1u8 << plane.bits) - 1;
-    (record[plane.offset + bit / 8] >> (bit % 8) & mask) << plane.shift
+    #[test]
+    fn a_record_holds_what_was_written() {
+        for (bits, head_dim, block_size, first_row) in [(4, 64, 128, None), (3, 48, 16, Some(3)), (2, 80, 32, Some(0))]
+        {
+            let wave = |i: usize, f: f32| (i as f32 * f).sin() * (1.0 + (i % 7) as f32);
+            let k: Vec<f32> = (0..block_size * head_dim).map(|i| wave(i, 0.7)).collect();
+            let v: Vec<f32> = (0..block_size * head_dim).map(|i| wave(i, 0.3)).collect();
+            let tile = encode_tile(&k, &v, head_dim, bits, &HeadFeedback::none(head_dim), first_row);
+            let layout = SealedTile { head_dim, block_size, bits };
+            let mut record = vec![0xa5; layout.bytes()];
+            write(layout, &mut record, &tile);
+            assert_eq!(read(layout, &record), Tile { num_clamped: 0, ..tile });
+            assert_eq!(record[layout.header() + 4..], vec![0; layout.bytes() - layout.header() - 4]);
+        }
+    }
 }

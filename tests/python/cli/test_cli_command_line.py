@@ -30,7 +30,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"kvarn {kvarn_rs.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["generate", "plan", "doctor", "bench", "bench attend"])
+@pytest.mark.parametrize("command", ["generate", "plan", "doctor", "bench", "bench attend", "bench seal"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])

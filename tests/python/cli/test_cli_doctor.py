@@ -21,6 +21,7 @@ def test_the_report_is_one_object_and_the_self_test_passes(kvarn: Callable[..., 
     assert report["threads"] >= 1
     assert report["simd_level"]
     assert report["self_test"]["status"] == "passed"
+    assert all(f"{name}: relative error" in report["self_test"]["detail"] for name in ("int8", "int4"))
     assert report["ok"]
     assert set(report["packages"]) == {"numpy", "torch", "transformers", "vllm"}
     assert report["cuda"]["found"] == (report["cuda"]["reason"] is None)
@@ -56,6 +57,12 @@ def test_a_failed_self_test_fails_the_command(kvarn: Callable[..., Any], monkeyp
     done = kvarn("doctor", "--json")
     assert done.code == 1
     assert not done.json["ok"]
+
+
+def test_a_sealed_format_that_rounds_too_much_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numpy")
+    monkeypatch.setitem(doctor.ROUNDING_LIMITS, "int4", 0.1)
+    assert doctor.attention_self_test()["status"] == "failed"
 
 
 def test_a_package_out_of_range_is_named(kvarn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ LLAMA_3_8B = {
     "max_position_embeddings": 131072,
 }
 GIB = 2**30
+PAGED = ["int8", "int4", "int3", "int2"]
 
 
 def by_format(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -43,11 +44,43 @@ def test_llama_3_8b_fits_as_often_as_worked_out_by_hand(
         "sequences": 16,
         "sequence_bytes": 4 * GIB,
         "open_bytes": 0,
+        "open_page_bytes": 0,
     }
     assert rows["fp8"]["bytes_per_token"] == 65536
     assert rows["fp8"]["sequences"] == 32
     assert report["context"] == 32768
     assert report["notes"] == []
+
+
+# 32 layers x 8 kv heads of 256 blocks, a tile each, and of two pages of 34,048 bytes:
+# 64 GiB / (256 x (256 x tile + 2 x 34,048)) = 58.02, 75.02 and 106.1.
+@pytest.mark.parametrize(
+    ("name", "tile", "per_token", "sequences"),
+    [("int4", 17808, 139.125, 58), ("int3", 13712, 107.125, 75), ("int2", 9616, 75.125, 106)],
+)
+def test_formats_that_seal_hold_tiles_and_two_open_pages_for_each_sequence(
+    name: str,
+    tile: int,
+    per_token: float,
+    sequences: int,
+    kvarn: Callable[..., Any],
+    config_file: Callable[..., Path],
+) -> None:
+    file = config_file(**LLAMA_3_8B)
+    arguments = ("plan", file, "--memory", "80GiB", "--weights", "16GiB", "--context", "32k", "--json")
+    open_pages = 256 * 2 * 34048
+    assert by_format(kvarn(*arguments).json)[name] == {
+        "format": name,
+        "bytes_per_token": 256 * per_token,
+        "tokens": (64 * GIB - sequences * open_pages) // (256 * tile) * 128,
+        "sequences": sequences,
+        "sequence_bytes": 256 * 256 * tile + open_pages,
+        "open_bytes": open_pages,
+        "open_page_bytes": open_pages,
+    }
+    capped = by_format(kvarn(*arguments, "--max-seqs", "2").json)[name]
+    assert capped["sequences"] == 2
+    assert capped["tokens"] == (64 * GIB - 2 * open_pages) // (256 * tile) * 128
 
 
 def test_the_folder_of_a_config_will_do(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
@@ -64,6 +97,10 @@ def test_a_partly_filled_block_is_counted_whole_and_shown_apart(
     assert row["sequence_bytes"] == 2 * 128 * 68096
     assert row["open_bytes"] == 127 * 68096
     assert row["bytes_per_token"] == 2 * 128 * 68096 / 129
+    sealed = by_format(kvarn("plan", file, "--memory", "1GiB", "--context", "129", "--json").json)["int4"]
+    assert sealed["sequence_bytes"] == 256 * (2 * 17808 + 2 * 34048)
+    assert sealed["open_bytes"] == 256 * 17808 * 127 // 128 + sealed["open_page_bytes"]
+    assert sealed["bytes_per_token"] == 256 * 2 * 17808 / 129
 
 
 @pytest.mark.parametrize(("gpus", "heads"), [(1, 8), (2, 4), (8, 1), (16, 1)])
@@ -110,6 +147,9 @@ def test_sliding_layers_hold_their_window_and_one_block(
     assert row["open_bytes"] == 15 * page
     assert row["sequences"] == GIB // sequence_bytes
     assert row["tokens"] == GIB * 8192 // sequence_bytes
+    sealed = by_format(report)["int4"]  # sliding layers have their open pages too
+    assert sealed["sequence_bytes"] == (3 * 64 + 15 * 5) * 34832 + 18 * 2 * page
+    assert sealed["open_page_bytes"] == 18 * 2 * page
     assert {layer["window"]: layer["num_layers"] for layer in report["layers"]} == {512: 15, None: 3}
 
 
@@ -154,11 +194,17 @@ def test_layers_that_pages_cannot_hold_are_counted_dense_and_said_so(
         sliding_window=512,
     )
     report = kvarn("plan", file, "--memory", "1GiB", "--context", "4k", "--json").json
+    assert by_format(report)["int4"]["sequences"] > 3
     page = 2 * 128 * 256 + 6 * 128 + 4 * 256
     row = by_format(report)["int8"]
     assert row["sequence_bytes"] == 4 * 5 * page + 4 * 4096 * 512 * 2 * 2
     assert row["tokens"] == GIB * 4096 // row["sequence_bytes"]
     assert any("int8: 1 layers" in note and "head_dim 512" in note for note in report["notes"])
+    sealed = by_format(report)["int4"]
+    assert sealed["sequence_bytes"] == 4 * (5 * 34832 + 2 * page) + 4 * 4096 * 512 * 2 * 2
+    assert sealed["open_page_bytes"] == 4 * 2 * page
+    capped = kvarn("plan", file, "--memory", "1GiB", "--context", "4k", "--max-seqs", "3", "--json").json
+    assert by_format(capped)["int4"] == {**sealed, "sequences": 3}
 
 
 def test_a_head_dim_that_no_page_holds_leaves_the_dense_formats(
@@ -167,9 +213,8 @@ def test_a_head_dim_that_no_page_holds_leaves_the_dense_formats(
     file = config_file(**LLAMA_3_8B, head_dim=72)
     report = kvarn("plan", file, "--memory", "1GiB", "--json").json
     assert [row["format"] for row in report["formats"]] == ["bf16", "fp8"]
-    (refusal,) = report["unsupported"]
-    assert refusal["format"] == "int8"
-    assert "72" in refusal["reason"]
+    assert [refusal["format"] for refusal in report["unsupported"]] == PAGED
+    assert all("72" in refusal["reason"] for refusal in report["unsupported"])
     assert "72" in kvarn("plan", file, "--memory", "1GiB", "--format", "int8").refused()
 
 
@@ -193,7 +238,7 @@ def test_a_model_within_a_larger_configuration_is_found(
 def test_formats_are_those_asked_for_in_that_order(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
     arguments = ("plan", config_file(**LLAMA_3_8B), "--memory", "1GiB", "--json", "--format")
     assert list(by_format(kvarn(*arguments, "int8,bf16").json)) == ["int8", "bf16"]
-    assert list(by_format(kvarn(*arguments, "all").json)) == ["bf16", "fp8", "int8"]
+    assert list(by_format(kvarn(*arguments, "all").json)) == ["bf16", "fp8", *PAGED]
 
 
 def test_what_the_figures_hide_is_noted(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
@@ -208,6 +253,7 @@ def test_people_get_a_table(kvarn: Callable[..., Any], config_file: Callable[...
     assert done.err == ""
     assert "68,096.0" in done.out
     assert "1,009,152" in done.out
+    assert all(words in done.out for words in ("open pages", "35,616.0", "3.68x", "16.62 MiB"))
 
 
 def test_planning_imports_neither_torch_nor_transformers(config_file: Callable[..., Path]) -> None:

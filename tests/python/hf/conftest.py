@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from hf.families import make_model
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

@@ -207,17 +207,17 @@ def test_models_of_every_kind_can_be_calibrated(family: str, model_of: Callable[
     assert cache.calibration is made
 
 
-def test_two_processes_make_the_same_file(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_make_the_same_file(model: Any, tmp_path: Path) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(1); from hf.families import make_model; "
-        "from kvarn_rs.hf import calibrate; from hf.test_hf_calibration import TOKENS; "
-        "calibrate(make_model('llama'), TOKENS, path=sys.argv[1])"
+        "from kvarn_rs.hf import calibrate; calibrate(make_model('llama'), eval(sys.argv[2]), path=sys.argv[1])"
     )
-    files = [tmp_path / "one", tmp_path / "two"]
-    for file in files:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
-        subprocess.run([sys.executable, "-c", code, file], check=True, env=environment, timeout=240)
-    assert files[0].read_bytes() == files[1].read_bytes()
+    own, other = tmp_path / "own", tmp_path / "other"
+    calibrate(model, TOKENS, path=own)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
+    subprocess.run([sys.executable, "-c", code, other, repr(TOKENS)], check=True, env=environment, timeout=240)
+    assert own.read_bytes() == other.read_bytes()
 
 
 class Words:

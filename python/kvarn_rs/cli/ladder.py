@@ -1,0 +1,89 @@
+"""Every quantized format on one prompt, side by side: what a token takes, and how far answers move.
+
+JSON: ``[{"format", "bytes_per_token", "bytes_per_token_at_rest", "bytes_in_use", "memory_saved", "kl_mean",
+"kl_last_quarter", "same_top1", "calibrated"}]``, from the largest format to the smallest, then the codecs.
+
+All caches are fed the same tokens beside an unquantized one (`compare.py` says how, and what the quality figures are);
+`kl_last_quarter` is the mean over the last quarter of the positions: an error that grows shows there. `bytes_in_use` is
+what a cache holds after all of them, `bytes_per_token` that over their number, and `memory_saved` the share of the
+unquantized cache's bytes that it does without. `bytes_per_token_at_rest` is that of the layouts: whole blocks, sealed.
+Codecs are schemes to compare with, which quantize unquantized pages in place: nothing is held in them, and what is not
+known of them, how they are calibrated too, is null. Codecs of the KVarN paper and of KIVI leave the first and the last
+block as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import CODECS, FORMATS, _core
+from ..hf.layer import KvarnLayer
+from .compare import Scores
+from .console import Console
+from .runs import held_bytes
+
+
+def ladder_names(codecs: bool) -> list[str]:
+    """The formats of the ladder, and the codecs if asked for."""
+    return [*(name for name in FORMATS if name != "raw"), *(CODECS if codecs else ())]
+
+
+def ladder(scores: dict[str, Scores], reference_bytes: int, block_size: int) -> list[dict[str, Any]]:
+    """The rows, as the module's description has them."""
+    return [_row(name, each, reference_bytes, block_size) for name, each in scores.items()]
+
+
+def _row(name: str, scores: Scores, reference_bytes: int, block_size: int) -> dict[str, Any]:
+    cache = scores.cache
+    if name in CODECS:
+        cores = [layer.group.core for layer in cache.layers if isinstance(layer, KvarnLayer)]
+        at_rest = sum(
+            core.num_kv_heads * _core.codec_bytes_per_token(name, core.head_dim, block_size) for core in cores
+        )
+        bytes_in_use = calibrated = None
+    else:
+        stats = cache.stats()
+        at_rest, bytes_in_use, calibrated = stats["bytes_per_token"], held_bytes(cache), stats["calibrated"]
+    return {
+        "format": name,
+        "bytes_per_token": None if bytes_in_use is None else bytes_in_use / cache.get_seq_length(),
+        "bytes_per_token_at_rest": at_rest,
+        "bytes_in_use": bytes_in_use,
+        "memory_saved": None if bytes_in_use is None else 1 - bytes_in_use / reference_bytes,
+        "kl_mean": scores.kl_mean,
+        "kl_last_quarter": scores.kl_last_quarter,
+        "same_top1": scores.same_top1,
+        "calibrated": calibrated,
+    }
+
+
+def print_ladder(rows: list[dict[str, Any]], reference: str, console: Console) -> None:
+    """The rows for people; `reference` is what they are measured against."""
+    console.line()
+    console.table(
+        ("format", "at rest", "held", "tokens/GiB", "saved", "mean KL", "last quarter", "same top-1", "calibrated"),
+        [
+            (
+                row["format"],
+                f"{row['bytes_per_token_at_rest']:,.0f}",
+                f"{row['bytes_per_token']:,.0f}" if row["bytes_per_token"] is not None else "-",
+                tokens_per_gib(row["bytes_per_token"]),
+                f"{row['memory_saved']:.1%}" if row["memory_saved"] is not None else "-",
+                f"{row['kl_mean']:.2e}",
+                f"{row['kl_last_quarter']:.2e}",
+                f"{row['same_top1']:.2%}",
+                row["calibrated"] or "-",
+            )
+            for row in rows
+        ],
+    )
+    console.line()
+    console.line(
+        "bytes of a token at rest, in whole sealed blocks, and as held now; saved and KL divergence: against "
+        f"{reference}"
+    )
+
+
+def tokens_per_gib(bytes_per_token: float | None) -> str:
+    """Tokens that a GiB holds; `-` where that is not known, or no layer is kept."""
+    return f"{2**30 / bytes_per_token:,.0f}" if bytes_per_token else "-"
