@@ -18,6 +18,9 @@ pub enum Error {
     /// A calibration that cannot be used: not one, damaged, of another version, or of another model.
     #[error("{0}")]
     Calibration(String),
+    /// A cache file that cannot be used: not one, damaged, or of another version.
+    #[error("{0}")]
+    CacheFile(String),
     /// Something that is well formed but that this build or format does not do.
     #[error("{0}")]
     Unsupported(String),

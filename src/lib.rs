@@ -21,7 +21,7 @@
 //!
 //! | layer | modules |
 //! |---|---|
-//! | words | [`error`], [`mod@format`], [`config`] |
+//! | words | [`error`], [`mod@format`], [`config`], [`archive`] |
 //! | maths | [`quant`] |
 //! | places | [`paging`] |
 //! | intent | [`plan`] |
@@ -55,6 +55,7 @@
 //! # Ok::<(), kvarn::Error>(())
 //! ```
 
+pub mod archive;
 pub mod backend;
 pub mod cache;
 pub mod calibration;

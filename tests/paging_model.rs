@@ -26,13 +26,26 @@ const MIN_OPERATIONS: usize = 100_000;
 const MAX_SEQUENCES: usize = 8;
 const NO_SEQUENCE: usize = 4 * MAX_SEQUENCES;
 
+/// Do blocks seal, and out of how many pages?
+#[derive(Debug, Clone, Copy)]
+enum Pages {
+    OfEveryBlock,
+    Growing,
+    Bounded(usize),
+}
+
+impl Pages {
+    fn seals(self) -> bool {
+        !matches!(self, Self::OfEveryBlock)
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Setup {
     block_size: usize,
     num_blocks: Option<usize>,
     window: Option<usize>,
-    /// Do blocks seal, and out of how many pages?
-    open_pages: Option<Option<usize>>,
+    pages: Pages,
 }
 
 /// Sequences are picked by number, see `Model::pick`; `bits` are token ids, one a bit, so that prefixes often agree.
@@ -76,13 +89,13 @@ enum Operation {
 fn setup() -> impl Strategy<Value = Setup> {
     let bound = prop_oneof![1 => Just(None), 2 => (2_usize..=40).prop_map(Some)];
     let window = prop_oneof![1 => Just(None), 2 => (1_usize..=12).prop_map(Some)];
-    let open_pages =
-        prop_oneof![1 => Just(None), 1 => Just(Some(None)), 2 => (2_usize..=12).prop_map(|n| Some(Some(n)))];
-    (1_usize..=4, bound, window, open_pages).prop_map(|(block_size, num_blocks, window, open_pages)| Setup {
+    let bounded = (2_usize..=12).prop_map(Pages::Bounded);
+    let pages = prop_oneof![1 => Just(Pages::OfEveryBlock), 1 => Just(Pages::Growing), 2 => bounded];
+    (1_usize..=4, bound, window, pages).prop_map(|(block_size, num_blocks, window, pages)| Setup {
         block_size,
         num_blocks,
         window,
-        open_pages,
+        pages,
     })
 }
 

@@ -6,6 +6,7 @@
 
 from kvarn_rs._core import Calibration, PagedKvCache, Step, __version__, codecs, formats
 from kvarn_rs.errors import (
+    CacheFileError,
     CalibrationError,
     ConfigError,
     DeviceError,
@@ -34,6 +35,7 @@ CODECS: tuple[str, ...] = tuple(codecs())
 __all__ = [
     "CODECS",
     "FORMATS",
+    "CacheFileError",
     "Calibration",
     "CalibrationError",
     "ConfigError",

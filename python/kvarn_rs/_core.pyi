@@ -3,7 +3,7 @@
 Queries, keys, values and outputs are used where they lie.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, final
@@ -18,12 +18,18 @@ __all__ = [
     "PagedKvCache",
     "Step",
     "__version__",
+    "caches_from_bytes",
+    "caches_to_bytes",
     "capacity",
     "codec_bytes_per_token",
     "codecs",
+    "file_kind",
     "formats",
+    "inspect_caches",
+    "load_caches",
     "num_threads",
     "page_bytes",
+    "save_caches",
     "simd_level",
 ]
 
@@ -162,7 +168,17 @@ class PagedKvCache:
     @property
     def num_blocks(self) -> int | None: ...
     @property
+    def num_open_pages(self) -> int | None: ...
+    @property
     def window(self) -> int | None: ...
+    def set_calibration(self, calibration: Calibration, layers: Sequence[int] | None = None) -> None:
+        """Uses a calibration from now on, as the arguments of the constructor say.
+
+        Raises:
+            ConfigError: not a number for each layer.
+        """
+    def sequences(self) -> list[int]:
+        """The ids of the sequences not yet freed, ascending."""
     def new_sequence(self) -> int:
         """A sequence without tokens."""
     def fork(self, sequence: int) -> int:
@@ -256,6 +272,52 @@ class PagedKvCache:
         tiles that were clamped to the ends of their grid, and `drift`, the deviation of K over the one that its pages
         were opened with, over the latest 128 or so tokens (1 where it fits). `None` before there is anything to tell.
         """
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes every sequence, to the bit, into a file, whole or not at all; `load` has them again.
+
+        Codes are in the canonical order of the format, not in that of this machine; the same tokens written alike make
+        the same bytes. Kept are the settings, and of the sequences ids, lengths and blocks, shared ones once; not kept
+        are the calibration, which is the model's, published prefixes, and figures.
+
+        Args:
+            path: the file, in a folder that exists; one that is there is replaced.
+
+        Raises:
+            OpenStepError: while a step is open.
+            UnsupportedError: pages that a codec quantizes in place.
+            CacheFileError: the file cannot be written.
+        """
+    @staticmethod
+    def load(
+        path: str | PathLike[str], *, calibration: Calibration | None = None, layers: Sequence[int] | None = None
+    ) -> PagedKvCache:
+        """The cache in a file that `save` wrote. Every byte of it is checked.
+
+        A bounded pool takes the memory of its unused blocks when a step first needs it.
+
+        Args:
+            path: a safetensors file.
+            calibration: as for the constructor.
+            layers: as for the constructor.
+
+        Raises:
+            CacheFileError: not such a file, damaged, of another version, or of more than one cache.
+            OutOfMemoryError, ConfigError
+        """
+    def to_bytes(self) -> bytes:
+        """What `save` writes; also how a cache is pickled, without its calibration.
+
+        Raises:
+            OpenStepError, UnsupportedError, OutOfMemoryError
+        """
+    @staticmethod
+    def from_bytes(data: bytes) -> PagedKvCache:
+        """The cache in what `to_bytes` gave.
+
+        Raises:
+            CacheFileError, OutOfMemoryError
+        """
+    def __reduce__(self) -> tuple[Callable[[bytes], PagedKvCache], tuple[bytes]]: ...
     def reset(self) -> None:
         """Forgets every sequence, step and prefix; keeps the memory."""
     def copy(self) -> PagedKvCache:
@@ -264,6 +326,7 @@ class PagedKvCache:
         Raises:
             OpenStepError: while a step is open.
         """
+    def __copy__(self) -> PagedKvCache: ...
     def __deepcopy__(self, _memo: object) -> PagedKvCache: ...
 
 @final
@@ -343,6 +406,54 @@ class Step:
         _exc_value: BaseException | None,
         _traceback: TracebackType | None,
     ) -> Literal[False]: ...
+
+def save_caches(path: str | PathLike[str], caches: Sequence[PagedKvCache], note: str = "") -> None:
+    """Writes several caches, and a text of whoever keeps them together, into one file. See `PagedKvCache.save`.
+
+    Raises:
+        ConfigError: a cache is named twice.
+        OpenStepError, UnsupportedError, CacheFileError
+    """
+
+def caches_to_bytes(caches: Sequence[PagedKvCache], note: str = "") -> bytes:
+    """What `save_caches` writes.
+
+    Raises:
+        ConfigError, OpenStepError, UnsupportedError, OutOfMemoryError
+    """
+
+def load_caches(path: str | PathLike[str]) -> tuple[list[PagedKvCache], str]:
+    """The caches and the text that `save_caches` wrote. See `PagedKvCache.load`.
+
+    Raises:
+        CacheFileError, OutOfMemoryError
+    """
+
+def caches_from_bytes(data: bytes) -> tuple[list[PagedKvCache], str]:
+    """The caches and the text that `caches_to_bytes` gave.
+
+    Raises:
+        CacheFileError, OutOfMemoryError
+    """
+
+def inspect_caches(path: str | PathLike[str]) -> tuple[list[dict[str, Any]], str]:
+    """Checks a file of caches, every byte of it, without taking memory for them.
+
+    Returns:
+        Of each cache: `format`, `dtype`, `num_layers`, `num_kv_heads`, `head_dim`, `block_size`, `num_blocks`,
+        `num_open_pages`, `window`; `sequences`, a list of (id, tokens, first token held); `sealed_blocks`,
+        `open_blocks`, `tile_bytes`, `page_bytes` (all layers together), `bytes_per_token` (at rest). And the text.
+
+    Raises:
+        CacheFileError, OutOfMemoryError
+    """
+
+def file_kind(path: str | PathLike[str]) -> str:
+    """`kvarn cache` or `kvarn calibration`: what a file says it is; nothing else of it is read.
+
+    Raises:
+        ConfigError: it cannot be read, or says neither.
+    """
 
 def formats() -> list[str]:
     """Names of the cache formats, from the largest to the smallest."""

@@ -13,6 +13,10 @@ class CalibrationError(ConfigError):
     """A calibration that cannot be used: not one, damaged, of another version, or of another model."""
 
 
+class CacheFileError(ConfigError):
+    """A cache file that cannot be used: not one, damaged, of another version, or of another model; or that cannot be written."""
+
+
 class UnknownFormatError(ConfigError):
     """A cache format name that does not exist."""
 

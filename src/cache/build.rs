@@ -16,8 +16,7 @@ impl PagedKvCache {
     /// # Errors
     /// What [`CacheConfig::validate`] refuses; a `KVARN_SIMD` that does not exist or that the machine lacks.
     pub fn new(config: CacheConfig) -> Result<Self> {
-        let level = env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))?;
-        Self::with_level(config, level)
+        Self::with_level(config, own_level()?)
     }
 
     /// An empty cache at a SIMD level that this machine has.
@@ -33,11 +32,18 @@ impl PagedKvCache {
     /// # Errors
     /// What [`CacheConfig::validate`] refuses, and any format but `raw`.
     pub fn with_codec(config: CacheConfig, codec: Codec) -> Result<Self> {
-        let level = env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))?;
-        Self::build(config, level, Some(codec))
+        Self::build(config, own_level()?, Some(codec))
     }
 
     fn build(config: CacheConfig, level: Level, codec: Option<Codec>) -> Result<Self> {
+        let mut cache = Self::without_memory(config, level, codec)?;
+        let (num_blocks, num_pages) = cache.paging.room_after(&[])?;
+        cache.backend.grow(num_blocks, num_pages)?;
+        Ok(cache)
+    }
+
+    /// An empty cache that takes the memory of its blocks, a bounded pool's too, when a step first needs them.
+    pub(super) fn without_memory(config: CacheConfig, level: Level, codec: Option<Codec>) -> Result<Self> {
         config.validate()?;
         let level = Level::parse(level.name())?;
         let (block_size, num_blocks, salt) = (config.block_size, config.num_blocks, fingerprint(&config, codec));
@@ -47,7 +53,7 @@ impl PagedKvCache {
         } else {
             Paging::new(block_size, num_blocks, &salt)?
         };
-        let mut cache = Self {
+        Ok(Self {
             paging,
             backend: new_backend(&config, level, codec)?,
             steps: HashMap::new(),
@@ -56,10 +62,7 @@ impl PagedKvCache {
             sealed: 0,
             unsealed: 0,
             config,
-        };
-        let (num_blocks, num_pages) = cache.paging.room_after(&[])?;
-        cache.backend.grow(num_blocks, num_pages)?;
-        Ok(cache)
+        })
     }
 
     /// A cache with the same sequences and pages, of its own memory.
@@ -81,6 +84,11 @@ impl PagedKvCache {
             unsealed: self.unsealed,
         })
     }
+}
+
+/// The machine's fastest, unless `KVARN_SIMD` names another.
+pub(super) fn own_level() -> Result<Level> {
+    env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))
 }
 
 fn new_backend(config: &CacheConfig, level: Level, codec: Option<Codec>) -> Result<Cpu> {

@@ -12,6 +12,7 @@
 //! Sequences in an open step cannot be forked, freed, truncated or stepped. Committed tokens change no more.
 
 mod build;
+pub mod file;
 mod learn;
 mod rollback;
 mod stats;
@@ -121,6 +122,12 @@ impl PagedKvCache {
     /// [`Error::UnknownSequence`].
     pub fn sequence(&self, sequence: SequenceId) -> Result<&Sequence> {
         self.paging.sequence(sequence)
+    }
+
+    /// The sequences not yet freed, by ascending id.
+    #[must_use]
+    pub fn sequences(&self) -> Vec<SequenceId> {
+        self.paging.ids()
     }
 
     /// Begins a step: row counts or masks a sequence, in the order of the step's tensors. With `retain`, nothing that

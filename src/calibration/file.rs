@@ -1,27 +1,19 @@
 //! What is a calibration file, and what is not?
 //!
-//! safetensors with the metadata `kind` = [`KIND`], `version` = [`VERSION`], `format_version` (of the crate that wrote
-//! it), `fingerprint`, `model`, `query_tokens`, and the tensors of [`Field`] for each layer. Frames are plain, rotated.
-//! Everything is checked: what comes out is what [`super::Calibration`] could have made. Memory is taken for what the
-//! file holds, never for what it says.
+//! An [`Archive`] of the kind [`KIND`] with the metadata `format_version` (of the crate that wrote it), `fingerprint`,
+//! `model`, `query_tokens`, and the tensors of [`Field`] for each layer. Frames are plain, rotated. Everything is checked:
+//! what comes out is what [`super::Calibration`] could have made.
 
 use super::layer::Layer;
 use super::{FIRST_TOKENS, LayerCalibration, Origin, QUERY_TOKENS};
+use crate::archive::{Archive, Element, Kind, Source, Tensor};
 use crate::error::{Error, Result};
 use crate::format::supports_head_dim;
 use crate::quant::{ChannelStatistics, Feedback, HeadCalibration, HeadFeedback, to_f16_clamped};
-use safetensors::SafeTensors;
-use safetensors::tensor::Metadata;
 use std::collections::BTreeSet;
 
-/// What the metadata calls such a file.
-pub(super) const KIND: &str = "kvarn calibration";
-
-/// Version of the file: of its tensors and of what they mean.
-pub(super) const VERSION: u32 = 1;
-
-/// Bytes of the length that a safetensors file starts with.
-const LENGTH_BYTES: usize = size_of::<u64>();
+/// Such a file.
+pub const KIND: Kind = Kind { name: "kvarn calibration", version: 1, error: Error::Calibration };
 
 /// The tensors of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,9 +52,8 @@ impl Field {
         Some((layer, field))
     }
 
-    /// Element type, as safetensors calls it.
-    pub(super) const fn dtype(self) -> &'static str {
-        if matches!(self, Self::Order) { "U16" } else { "F32" }
+    pub(super) const fn element(self) -> Element {
+        if matches!(self, Self::Order) { Element::U16 } else { Element::F32 }
     }
 
     pub(super) fn shape(self, [heads, head_dim]: [usize; 2]) -> Vec<usize> {
@@ -80,13 +71,12 @@ fn refuse<T>(why: String) -> Result<T> {
 }
 
 /// What a file says of its model, and its layers.
-pub(super) fn from_bytes(bytes: &[u8], fingerprint: Option<&str>) -> Result<(Origin, Vec<(usize, Layer)>)> {
-    let (header_bytes, header) = SafeTensors::read_metadata(bytes)
-        .map_err(|error| Error::Calibration(format!("not a safetensors file of {} bytes: {error}", bytes.len())))?;
-    let file = File { header, data: &bytes[LENGTH_BYTES + header_bytes..] };
-    file.check_kind()?;
+pub(super) fn read(source: &dyn Source, fingerprint: Option<&str>) -> Result<(Origin, Vec<(usize, Layer)>)> {
+    let file = File { archive: Archive::read(source, &KIND)? };
+    file.archive.number("format_version")?; // for people: tiles of any version take the same feedback
     let query_tokens = file.query_tokens()?;
-    let origin = Origin { fingerprint: file.entry("fingerprint")?.to_owned(), model: file.entry("model")?.to_owned() };
+    let entry = |key| file.archive.entry(key).map(str::to_owned);
+    let origin = Origin { fingerprint: entry("fingerprint")?, model: entry("model")? };
     if let Some(expected) = fingerprint
         && expected != origin.fingerprint
     {
@@ -100,38 +90,13 @@ pub(super) fn from_bytes(bytes: &[u8], fingerprint: Option<&str>) -> Result<(Ori
     Ok((origin, layers?))
 }
 
-/// A well-formed safetensors file: its tensors lie one after the other in `data`.
 struct File<'a> {
-    header: Metadata,
-    data: &'a [u8],
+    archive: Archive<'a>,
 }
 
 impl File<'_> {
-    fn entry(&self, key: &str) -> Result<&str> {
-        let found = self.header.metadata().as_ref().and_then(|entries| entries.get(key));
-        found.map_or_else(|| refuse(format!("the metadata has no {key:?}")), |value| Ok(value.as_str()))
-    }
-
-    fn check_kind(&self) -> Result<()> {
-        match self.entry("kind") {
-            Ok(KIND) => {}
-            Ok(other) => return refuse(format!("a file of kind {other:?}, not {KIND:?}")),
-            Err(_) => return refuse(format!("a safetensors file, but no {KIND:?}")),
-        }
-        let version = self.number("version")?;
-        if version != VERSION as usize {
-            return refuse(format!("a calibration of version {version}, this release reads version {VERSION}"));
-        }
-        self.number("format_version").map(drop) // for people: tiles of any version take the same feedback
-    }
-
-    fn number(&self, key: &str) -> Result<usize> {
-        let value = self.entry(key)?;
-        value.parse().or_else(|_| refuse(format!("the metadata's {key} is {value:?}, not a number")))
-    }
-
     fn query_tokens(&self) -> Result<usize> {
-        let query_tokens = self.number("query_tokens")?;
+        let query_tokens = usize::try_from(self.archive.number("query_tokens")?).unwrap_or(usize::MAX);
         if (FIRST_TOKENS..=QUERY_TOKENS).contains(&query_tokens) {
             return Ok(query_tokens);
         }
@@ -140,7 +105,7 @@ impl File<'_> {
 
     fn layer_indices(&self) -> Result<BTreeSet<usize>> {
         let mut layers = BTreeSet::new();
-        for name in self.header.offset_keys() {
+        for name in self.archive.names() {
             let Some((layer, _)) = Field::parse(&name) else {
                 return refuse(format!("an unknown tensor {name:?}"));
             };
@@ -149,27 +114,13 @@ impl File<'_> {
         if layers.is_empty() { refuse("it holds no layer".to_owned()) } else { Ok(layers) }
     }
 
-    /// Shape and bytes of a tensor of the field's element type.
-    fn tensor(&self, layer: usize, field: Field) -> Result<(&[usize], &[u8])> {
-        let name = field.tensor_name(layer);
-        let Some(info) = self.header.info(&name) else {
-            return refuse(format!("{name} is missing"));
-        };
-        let (dtype, expected) = (info.dtype.to_string(), field.dtype());
-        if dtype != expected {
-            return refuse(format!("{name}: expected dtype {expected}, got {dtype}"));
-        }
-        Ok((&info.shape, &self.data[info.data_offsets.0..info.data_offsets.1]))
+    fn tensor(&self, layer: usize, field: Field) -> Result<Tensor<'_>> {
+        self.archive.tensor(&field.tensor_name(layer), field.element())
     }
 
     /// The bytes of a tensor of the shape that the layer's `[heads, head_dim]` asks for.
-    fn bytes(&self, layer: usize, field: Field, shape: [usize; 2]) -> Result<&[u8]> {
-        let (found, bytes) = self.tensor(layer, field)?;
-        let expected = field.shape(shape);
-        if found != expected {
-            return refuse(format!("{}: expected shape {expected:?}, got {found:?}", field.tensor_name(layer)));
-        }
-        Ok(bytes)
+    fn bytes(&self, layer: usize, field: Field, shape: [usize; 2]) -> Result<Vec<u8>> {
+        self.archive.shaped(&field.tensor_name(layer), field.element(), &field.shape(shape))?.read()
     }
 
     /// The values of a float tensor, all of which are `good`, in words `what`.
@@ -210,7 +161,8 @@ impl File<'_> {
     }
 
     fn layer(&self, layer: usize, query_tokens: usize) -> Result<(usize, Layer)> {
-        let (found, _) = self.tensor(layer, Field::Feedback)?;
+        let tensor = self.tensor(layer, Field::Feedback)?;
+        let found = tensor.shape();
         let shape = match *found {
             [heads, 2, rows, columns] if heads > 0 && rows == columns && supports_head_dim(rows) => [heads, rows],
             _ => {

@@ -14,18 +14,21 @@
 //! The last two never change: no later traffic can change a byte of a tile. A layer's lock is held while it factors, so
 //! two caches of a model never see two answers of one state.
 
-mod disk;
 mod file;
 mod layer;
 mod moments;
 mod parallel;
 mod write;
 
+use crate::archive::{self, Header, Source};
 use crate::error::{Error, Result};
 use crate::quant::HeadCalibration;
 use layer::Layer;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+pub use file::KIND;
 
 /// Query tokens after which a layer freezes.
 pub const QUERY_TOKENS: usize = 2048;
@@ -240,6 +243,21 @@ impl Calibration {
     /// # Errors
     /// [`Error::Config`]: no layer is frozen.
     pub fn to_bytes(&self, fingerprint: &str, model: &str) -> Result<Vec<u8>> {
+        let (header, frozen) = self.frozen(fingerprint, model)?;
+        archive::to_bytes(&header, |out| write::tensors(&frozen, out))
+    }
+
+    /// Writes the frozen layers to a file, whole or not at all. See [`Calibration::to_bytes`].
+    ///
+    /// # Errors
+    /// [`Error::Config`]: no layer is frozen. [`Error::Calibration`]: the file cannot be written.
+    pub fn save(&self, path: &Path, fingerprint: &str, model: &str) -> Result<()> {
+        let (header, frozen) = self.frozen(fingerprint, model)?;
+        archive::save(path, &KIND, &header, |out| write::tensors(&frozen, out))
+    }
+
+    /// The frozen layers, and the header of their file.
+    fn frozen(&self, fingerprint: &str, model: &str) -> Result<(Header, Box<write::Layers>)> {
         let mut query_tokens = usize::MAX;
         let mut frozen = Vec::new();
         for (layer, entry) in self.all() {
@@ -254,7 +272,7 @@ impl Calibration {
                 "no layer is frozen: a calibration is kept once it has seen {QUERY_TOKENS} query tokens, or is frozen"
             )));
         }
-        Ok(write::to_bytes(&frozen, query_tokens, fingerprint, model))
+        Ok((write::header(&frozen, query_tokens, fingerprint, model), frozen.into()))
     }
 
     /// The calibration in a file's bytes; every layer is [`State::File`].
@@ -263,7 +281,20 @@ impl Calibration {
     /// [`Error::Calibration`], with the numbers: not such a file, damaged, of another version, or, where a
     /// `fingerprint` is given, of another model.
     pub fn from_bytes(bytes: &[u8], fingerprint: Option<&str>) -> Result<Self> {
-        let (origin, layers) = file::from_bytes(bytes, fingerprint)?;
+        Self::read(&bytes, fingerprint)
+    }
+
+    /// The calibration in a file. See [`Calibration::from_bytes`].
+    ///
+    /// # Errors
+    /// [`Error::Calibration`], which names the file.
+    pub fn load(path: &Path, fingerprint: Option<&str>) -> Result<Self> {
+        let file = archive::open(path, &KIND)?;
+        Self::read(&file, fingerprint).map_err(|error| KIND.named(path, &error.to_string()))
+    }
+
+    fn read(source: &dyn Source, fingerprint: Option<&str>) -> Result<Self> {
+        let (origin, layers) = file::read(source, fingerprint)?;
         let layers = layers.into_iter().map(|(layer, entry)| (layer, Arc::new(Mutex::new(entry)))).collect();
         Ok(Self { layers: RwLock::new(layers), origin: Some(origin) })
     }

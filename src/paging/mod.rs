@@ -29,6 +29,7 @@ mod open_pages;
 mod prefix;
 mod sequence;
 mod step;
+mod tables;
 
 use std::collections::{HashMap, HashSet};
 
@@ -40,6 +41,7 @@ use crate::error::{Error, Result};
 pub use ids::{BlockId, PageId, SequenceId};
 pub use sequence::Sequence;
 pub use step::StepRequest;
+pub use tables::{Table, Tables};
 
 /// The block pool, the sequences over it, and the prefixes found in it.
 #[derive(Debug, Clone)]

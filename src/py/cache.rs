@@ -1,21 +1,22 @@
-//! `PagedKvCache` and `Step`: the cache behind a lock, tensors behind views, the interpreter free while kernels run.
+//! `PagedKvCache`: the cache behind a lock, tensors behind views, the interpreter free while kernels run.
 
 use super::calibration::Calibration;
 use super::numbers::Whole;
+use super::step::{Step, check_process};
 use super::tensor::HostTensor;
 use super::{parse_codec, parse_dtype, parse_format};
-use crate::backend::{AttendOptions, Fresh};
 use crate::config::CacheConfig;
 use crate::paging::SequenceId;
 use crate::plan::Rows;
 use crate::{Error, Result, cache};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use pyo3::types::{PyBytes, PyDict};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-type Shared = Arc<Mutex<cache::PagedKvCache>>;
+pub(super) type Shared = Arc<Mutex<cache::PagedKvCache>>;
 
-fn lock(cache: &Shared) -> MutexGuard<'_, cache::PagedKvCache> {
+pub(super) fn lock(cache: &Shared) -> MutexGuard<'_, cache::PagedKvCache> {
     // A panic under the lock is a bug; it has been reported, and the cache is still the best answer there is.
     cache.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -27,18 +28,15 @@ pub struct PagedKvCache {
     config: CacheConfig,
 }
 
-/// A step in progress.
-#[pyclass(frozen, module = "kvarn_rs._core")]
-pub struct Step {
-    inner: Shared,
-    open: cache::Step,
-    num_rows: usize,
-}
-
 impl PagedKvCache {
-    fn wrap(cache: cache::PagedKvCache) -> Self {
+    pub(super) fn wrap(cache: cache::PagedKvCache) -> Self {
         let config = cache.config().clone();
         Self { inner: Arc::new(Mutex::new(cache)), config }
+    }
+
+    /// The cache itself.
+    pub(super) fn shared(&self) -> Shared {
+        Arc::clone(&self.inner)
     }
 }
 
@@ -76,17 +74,14 @@ impl PagedKvCache {
             num_open_pages: num_open_pages.map(Whole::count),
             window: window.map(Whole::count),
         };
-        let mut cache = match codec {
+        let cache = Self::wrap(match codec {
             Some(name) => cache::PagedKvCache::with_codec(config, parse_codec(name)?)?,
             None => cache::PagedKvCache::new(config)?,
-        };
+        });
         if let Some(calibration) = calibration {
-            let num_layers = cache.config().num_layers;
-            let layers =
-                layers.map_or_else(|| (0..num_layers).collect(), |layers| layers.iter().map(|n| n.count()).collect());
-            cache.set_calibration(calibration.shared(), layers)?;
+            cache.set_calibration(calibration, layers)?;
         }
-        Ok(Self::wrap(cache))
+        Ok(cache)
     }
 
     #[getter]
@@ -118,10 +113,27 @@ impl PagedKvCache {
         self.config.num_blocks
     }
     #[getter]
+    fn num_open_pages(&self) -> Option<usize> {
+        self.config.num_open_pages
+    }
+    #[getter]
     fn window(&self) -> Option<usize> {
         self.config.window
     }
 
+    #[pyo3(signature = (calibration, layers = None))]
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
+    fn set_calibration(&self, calibration: PyRef<'_, Calibration>, layers: Option<Vec<Whole>>) -> Result<()> {
+        let layers = layers.map_or_else(
+            || (0..self.config.num_layers).collect(),
+            |layers| layers.iter().map(|layer| layer.count()).collect(),
+        );
+        lock(&self.inner).set_calibration(calibration.shared(), layers)
+    }
+
+    fn sequences(&self) -> Vec<u64> {
+        lock(&self.inner).sequences().iter().map(|id| id.0).collect()
+    }
     fn new_sequence(&self) -> u64 {
         lock(&self.inner).new_sequence().0
     }
@@ -197,8 +209,7 @@ impl PagedKvCache {
         }
         let requests: Vec<_> = sequences.into_iter().map(|id| SequenceId(id.0)).zip(rows).collect();
         let open = py.detach(|| lock(&self.inner).begin_step(&requests, retain))?;
-        let num_rows = open.plan().num_rows;
-        Ok(Step { inner: Arc::clone(&self.inner), open, num_rows })
+        Ok(Step::new(self.shared(), open))
     }
 
     #[pyo3(signature = (layer, sequence, k, v, *, start = Whole(0)),
@@ -244,11 +255,44 @@ impl PagedKvCache {
         Ok(out)
     }
 
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
+    fn save(&self, py: Python<'_>, path: PathBuf) -> Result<()> {
+        py.detach(|| lock(&self.inner).save(&path))
+    }
+    #[staticmethod]
+    #[pyo3(signature = (path, *, calibration = None, layers = None))]
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
+    fn load(
+        py: Python<'_>,
+        path: PathBuf,
+        calibration: Option<PyRef<'_, Calibration>>,
+        layers: Option<Vec<Whole>>,
+    ) -> Result<Self> {
+        let cache = Self::wrap(py.detach(|| cache::PagedKvCache::load(&path))?);
+        if let Some(calibration) = calibration {
+            cache.set_calibration(calibration, layers)?;
+        }
+        Ok(cache)
+    }
+    fn to_bytes<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &py.detach(|| lock(&self.inner).to_bytes())?))
+    }
+    #[staticmethod]
+    fn from_bytes(py: Python<'_>, data: &[u8]) -> Result<Self> {
+        Ok(Self::wrap(py.detach(|| cache::PagedKvCache::from_bytes(data))?))
+    }
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
+        Ok((py.get_type::<Self>().getattr("from_bytes")?, (self.to_bytes(py)?,)))
+    }
+
     fn reset(&self) {
         lock(&self.inner).reset();
     }
     fn copy(&self, py: Python<'_>) -> Result<Self> {
         py.detach(|| Ok(Self::wrap(lock(&self.inner).try_clone()?)))
+    }
+    fn __copy__(&self, py: Python<'_>) -> Result<Self> {
+        self.copy(py)
     }
     fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> Result<Self> {
         self.copy(py)
@@ -267,135 +311,4 @@ fn token_ids_of(token_ids: &[Whole]) -> Result<Vec<u32>> {
     let narrow =
         |id: &Whole| u32::try_from(id.0).map_err(|_| Error::Config(format!("token ids are in 0..2^32, got {}", id.0)));
     token_ids.iter().map(narrow).collect()
-}
-
-/// Kernel threads do not survive `fork`: a child that asked them for work would wait for ever.
-fn check_process() -> Result<()> {
-    static FIRST: OnceLock<u32> = OnceLock::new();
-    let (first, own) = (*FIRST.get_or_init(std::process::id), std::process::id());
-    if first == own {
-        return Ok(());
-    }
-    Err(Error::Unsupported(format!(
-        "process {own} was forked from {first}, whose kernel threads it does not have: start processes by \"spawn\""
-    )))
-}
-
-#[pymethods]
-impl Step {
-    #[getter]
-    fn num_rows(&self) -> usize {
-        self.num_rows
-    }
-    #[getter]
-    fn is_open(&self) -> bool {
-        lock(&self.inner).is_open(&self.open)
-    }
-
-    #[pyo3(signature = (layer, k, v, q = None))]
-    fn append(
-        &self,
-        py: Python<'_>,
-        layer: Whole,
-        k: &Bound<'_, PyAny>,
-        v: &Bound<'_, PyAny>,
-        q: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
-        check_process()?;
-        let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
-        // SAFETY: the caller's references keep both alive during the call.
-        let fresh = unsafe { Fresh { k: k.view()?, v: v.view()? } };
-        let q = match q {
-            // SAFETY: as above.
-            Some(q) => Some(unsafe { HostTensor::new("q", q)?.view()? }),
-            None => None,
-        };
-        Ok(py.detach(|| lock(&self.inner).append(&self.open, layer.count(), fresh, q))?)
-    }
-
-    #[pyo3(signature = (layer, q, k, v, out = None, *, scale = None, window = None, softcap = None, sinks = None))]
-    #[allow(clippy::too_many_arguments)] // keywords
-    fn attend<'py>(
-        &self,
-        py: Python<'py>,
-        layer: Whole,
-        q: &Bound<'py, PyAny>,
-        k: Option<&Bound<'py, PyAny>>,
-        v: Option<&Bound<'py, PyAny>>,
-        out: Option<&Bound<'py, PyAny>>,
-        scale: Option<f32>,
-        window: Option<Whole>,
-        softcap: Option<f32>,
-        sinks: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        check_process()?;
-        let host_q = HostTensor::new("q", q)?;
-        // SAFETY: the caller's reference keeps the tensor alive during the call.
-        let q_view = unsafe { host_q.view()? };
-        let out = match out {
-            Some(out) => out.clone(),
-            None if q.hasattr("new_empty")? => q.call_method1("new_empty", (host_q.shape(),))?,
-            None => py.import("numpy")?.call_method1("empty", (host_q.shape(), q.getattr("dtype")?))?,
-        };
-        let host_out = HostTensor::new("out", &out)?;
-        host_out.check_apart(&host_q)?;
-        let fresh = match (k, v) {
-            (None, None) => None,
-            (Some(k), Some(v)) => {
-                let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
-                host_out.check_apart(&k)?;
-                host_out.check_apart(&v)?;
-                // SAFETY: as above.
-                Some(unsafe { Fresh { k: k.view()?, v: v.view()? } })
-            }
-            _ => return Err(Error::Config("attend takes both k and v, or neither".to_owned()).into()),
-        };
-        let sinks = match sinks {
-            // SAFETY: as above.
-            Some(sinks) => Some(unsafe { HostTensor::new("sinks", sinks)?.to_vec()? }),
-            None => None,
-        };
-        // SAFETY: as above; that nobody else uses `out` meanwhile is the caller's part.
-        let out_view = unsafe { host_out.view_mut()? };
-        let options = AttendOptions { scale, window: window.map(Whole::count), softcap, sinks: sinks.as_deref() };
-        py.detach(|| lock(&self.inner).attend(&self.open, layer.count(), q_view, fresh, options, out_view))?;
-        Ok(out)
-    }
-
-    fn commit(&self) -> Result<()> {
-        lock(&self.inner).commit(&self.open)
-    }
-    fn abort(&self) -> Result<()> {
-        lock(&self.inner).abort(&self.open)
-    }
-
-    fn __enter__(slf: Py<Self>) -> Py<Self> {
-        slf
-    }
-    #[pyo3(signature = (exc_type, _exc_value, _traceback))]
-    fn __exit__(
-        &self,
-        exc_type: &Bound<'_, PyAny>,
-        _exc_value: &Bound<'_, PyAny>,
-        _traceback: &Bound<'_, PyAny>,
-    ) -> Result<bool> {
-        if self.is_open() {
-            let settled = if exc_type.is_none() { self.commit() } else { self.abort() };
-            if settled.is_err() && self.is_open() {
-                self.abort()?;
-            }
-            settled?;
-        }
-        Ok(false)
-    }
-}
-
-impl Drop for Step {
-    fn drop(&mut self) {
-        let mut cache = lock(&self.inner);
-        if cache.is_open(&self.open) {
-            // A step that nobody can finish any more is aborted; it was just seen open, so this cannot fail.
-            let _ = cache.abort(&self.open);
-        }
-    }
 }

@@ -11,6 +11,7 @@ impl From<Error> for PyErr {
                 Error::UnknownFormat { .. } => "UnknownFormatError",
                 Error::Config(_) | Error::UnknownBlock { .. } => "ConfigError",
                 Error::Calibration(_) => "CalibrationError",
+                Error::CacheFile(_) => "CacheFileError",
                 Error::Unsupported(_) => "UnsupportedError",
                 Error::OutOfBlocks { needed, free } => {
                     return exception(py, "OutOfBlocksError", (message, *needed, *free));

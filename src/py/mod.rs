@@ -3,7 +3,9 @@
 mod cache;
 mod calibration;
 mod errors;
+mod file;
 mod numbers;
+mod step;
 mod tensor;
 
 use crate::backend::cpu::Level;
@@ -18,9 +20,13 @@ use pyo3::types::PyDict;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::cache::{PagedKvCache, Step};
+    use super::cache::PagedKvCache;
     #[pymodule_export]
     use super::calibration::Calibration;
+    #[pymodule_export]
+    use super::file::{caches_from_bytes, caches_to_bytes, file_kind, inspect_caches, load_caches, save_caches};
+    #[pymodule_export]
+    use super::step::Step;
     #[pymodule_export]
     use super::{capacity, codec_bytes_per_token, codecs, formats, num_threads, page_bytes, simd_level};
 

@@ -36,12 +36,12 @@ const fn k_shrink(bits: u32) -> f32 {
     }
 }
 
-/// The factors a that are tried for a row of V; of equals the first wins.
+/// The factors a that are tried for a row of V after 1; of equals the first wins.
 const fn v_shrinks(bits: u32) -> &'static [f32] {
     match bits {
-        2 => &[1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
-        3 => &[1.0, 0.95, 0.9, 0.85, 0.8, 0.7],
-        _ => &[1.0],
+        2 => &[0.9, 0.8, 0.7, 0.6, 0.5],
+        3 => &[0.95, 0.9, 0.85, 0.8, 0.7],
+        _ => &[],
     }
 }
 
@@ -197,11 +197,10 @@ pub fn round_v(row: &[f32], bits: u32, codes: &mut [u8]) -> (f16, f16) {
         zero_point: zero_point.to_f32(),
         code_max: code_max(bits),
     };
-    let (first, others) = v_shrinks(bits).split_first().expect("never empty");
-    let mut best = grid_of(*first);
-    if !others.is_empty() {
+    let mut best = grid_of(1.0);
+    if !v_shrinks(bits).is_empty() {
         let mut smallest = squared_error(row, widen(best));
-        for a in others {
+        for a in v_shrinks(bits) {
             let tried = grid_of(*a);
             let error = squared_error(row, widen(tried));
             if error < smallest {

@@ -6,7 +6,7 @@ use kvarn::error::Error;
 use kvarn::paging::{BlockId, PageId, Paging, SequenceId, StepRequest};
 
 use super::predict::{distinct_blocks, slots};
-use super::{MAX_SEQUENCES, NO_SEQUENCE, Operation, Setup};
+use super::{MAX_SEQUENCES, NO_SEQUENCE, Operation, Pages, Setup};
 
 const POISON: u32 = u32::MAX;
 
@@ -41,10 +41,13 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn new(setup: Setup) -> Self {
-        let paging = match setup.open_pages {
-            None => Paging::new(setup.block_size, setup.num_blocks, b"model").unwrap(),
-            Some(bound) => Paging::sealing(setup.block_size, setup.num_blocks, bound, b"model").unwrap(),
+        let Setup { block_size, num_blocks, .. } = setup;
+        let paging = match setup.pages {
+            Pages::OfEveryBlock => Paging::new(block_size, num_blocks, b"model"),
+            Pages::Growing => Paging::sealing(block_size, num_blocks, None, b"model"),
+            Pages::Bounded(bound) => Paging::sealing(block_size, num_blocks, Some(bound), b"model"),
         };
+        let paging = paging.unwrap();
         Self {
             setup,
             paging,
@@ -124,7 +127,7 @@ impl Model {
     }
 
     fn is_sealed(&self, block: BlockId) -> bool {
-        self.setup.open_pages.is_some() && !self.open.contains(&block)
+        self.setup.pages.seals() && !self.open.contains(&block)
     }
 
     /// Where a token is, or will be.
@@ -237,7 +240,7 @@ impl Model {
             return assert_eq!(self.tables(), before);
         }
 
-        if let Some(Some(bound)) = self.setup.open_pages {
+        if let Pages::Bounded(bound) = self.setup.pages {
             let needed = steps.iter().map(|step| self.new_pages(step)).sum::<usize>() + shared.len();
             let held = distinct_blocks(&kept);
             let free = bound - self.open.iter().filter(|block| held.contains(block)).count();
@@ -265,13 +268,13 @@ impl Model {
             self.open.remove(block);
             if let Some(&page) = paged.get(block) {
                 self.memory[slots(page, block_size)].fill(POISON);
-                if self.setup.open_pages.is_some() {
+                if self.setup.pages.seals() {
                     self.open.insert(*block);
                 }
             }
         }
         for (&(source, destination), block) in copies.iter().zip(shared) {
-            if self.setup.open_pages.is_none() {
+            if !self.setup.pages.seals() {
                 assert_eq!(source.0, block.0);
             }
             self.memory.copy_within(slots(source, block_size), destination.0 as usize * block_size);
@@ -377,7 +380,7 @@ impl Model {
         assert_eq!(paging.num_sequences(), self.sequences.len());
         assert_eq!(paging.open_blocks(), open_pages.len());
         assert_eq!(paging.cow_copies(), self.num_copies);
-        let open_pages = self.setup.open_pages.map(|_| self.open.len());
+        let open_pages = self.setup.pages.seals().then_some(self.open.len());
         assert_eq!(paging.open_pages().map(|pages| pages.0), open_pages);
     }
 }

@@ -76,7 +76,10 @@ def test_a_block_is_not_sealed_while_another_sequence_ends_within_it(format) -> 
     cache.truncate(child, 11)  # within the block that the parent holds whole
     held = contents(cache, parent)
     for seed in range(3):
-        attend(cache, parent, 1, seed)
+        k, v = keys_and_values(1, seed)
+        with cache.begin_step([parent], 1) as step:
+            step.append(0, k, v)
+            assert same(part(contents(cache, parent, pending=1), 0, 16), held), "nor read as if it were"
         assert cache.stats()["sealed"] == 0
         assert same(part(contents(cache, parent), 0, 16), held)
         assert same(contents(cache, child), part(held, 0, 11))
@@ -88,6 +91,24 @@ def test_a_block_is_not_sealed_while_another_sequence_ends_within_it(format) -> 
     attend(cache, parent, 1, 8)
     assert cache.stats()["sealed"] == 1, "now nobody ends within it"
     assert not same(part(contents(cache, parent), 0, 16), held)
+
+
+@FORMATS
+def test_a_block_that_a_sequence_goes_back_into_while_it_is_about_to_be_sealed_is_not(format) -> None:
+    cache = make_cache(format)
+    parent = filled(cache, 16)
+    child = cache.fork(parent)
+    held, (k, v) = contents(cache, parent), keys_and_values(1, 1)
+    with cache.begin_step([parent], 1) as step:
+        step.append(0, k, v)
+        cache.truncate(child, 11)
+    assert cache.stats()["sealed"] == 0
+    assert same(contents(cache, child), part(held, 0, 11))
+    assert same(part(contents(cache, parent), 0, 16), held)
+    attend(cache, child, 1, 2)
+    attend(cache, parent, 1, 3)
+    assert cache.stats()["sealed"] == 1
+    assert same(part(contents(cache, child), 0, 11), part(held, 0, 11))
 
 
 @FORMATS

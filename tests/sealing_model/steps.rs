@@ -16,7 +16,7 @@ const ATTENTION_ERROR: f64 = 2e-5;
 impl Model {
     pub(super) fn begin(&mut self) {
         let mut parts: Vec<(SequenceId, Vec<u32>)> = Vec::new();
-        for _ in 0..1 + self.random.below(3) {
+        for _ in 0..=self.random.below(3) {
             let (Some(index), count) = (self.pick(), self.random.pick(&COUNTS)) else { return };
             let tokens = &self.sequences[index];
             if parts.iter().all(|part| part.0 != tokens.id) && tokens.ids.len() + count <= MAX_TOKENS {

@@ -12,6 +12,7 @@ mod health;
 mod prefill;
 mod record;
 mod record_kernel;
+mod saved;
 mod scalar;
 mod seal;
 mod simd;
@@ -140,6 +141,12 @@ impl Cpu {
     #[must_use]
     pub fn health(&self, layer: usize) -> LayerHealth {
         self.layers.get(layer).map_or_else(LayerHealth::default, |layer| layer.health)
+    }
+
+    /// What quantizes `raw` pages in place.
+    #[must_use]
+    pub fn codec(&self) -> Option<Codec> {
+        self.codec
     }
 
     /// Is V kept rotated? Where K may be.

@@ -145,7 +145,7 @@ pub fn read_k(layout: RecordLayout, record: &[u8], k: &mut [f32]) {
                 quant::decode_k(codes, read_f16(record, page.k_token_scale(), t), &statistics, row);
             }
         }
-        RecordLayout::Tile(layout) => quant::decode_tile_k(&tile::read(layout, record), k),
+        RecordLayout::Tile(layout) => quant::decode_tile_k(&tile::read(layout, ORDER, record), k),
     }
 }
 
@@ -167,7 +167,7 @@ pub fn read_v(layout: RecordLayout, record: &[u8], v: &mut [f32]) {
                 quant::decode_v(codes, scale, read_f16(record, page.v_token_zero_point(), t), row);
             }
         }
-        RecordLayout::Tile(layout) => quant::decode_tile_v(&tile::read(layout, record), v),
+        RecordLayout::Tile(layout) => quant::decode_tile_v(&tile::read(layout, ORDER, record), v),
     }
 }
 

@@ -89,7 +89,7 @@ impl Cpu {
                 let encode = self.kernels.encode_tile;
                 // SAFETY: the kernels' level is available.
                 let sealed = unsafe { encode(&k, &v, self.head_dim, layout.bits, feedback, first_row) };
-                tile::write(layout, record, &sealed);
+                tile::write(layout, record::ORDER, record, &sealed);
                 sealed.num_clamped
             }
             Some(RecordLayout::Raw(page)) => {

@@ -1,9 +1,9 @@
-//! A sealed tile as a record: the oracle's codes and parameters, placed in the CPU's code order.
+//! A sealed tile as a record: the oracle's codes and parameters, placed in a code order.
 
-use super::record::{ORDER, read_f16, write_f16};
-use crate::format::SealedTile;
+use super::record::{read_f16, write_f16};
 use crate::format::order::word_codes;
 use crate::format::tile::{K_ROTATED, NO_FIRST_ROW, TILE_VERSION};
+use crate::format::{CodeOrder, SealedTile};
 use crate::quant::tile::{FirstV, Frame, Tile};
 use half::f16;
 
@@ -48,40 +48,60 @@ impl Plane {
     }
 }
 
-/// Writes the codes of a field, `[lanes, depth]` as `code` gives them.
+/// Writes codes that are given in canonical order, `[depth, lanes]`; `index` is the CPU's.
 fn pack(
     record: &mut [u8],
     plane: &Plane,
-    shape: [usize; 2],
+    order: CodeOrder,
+    [lanes, depth]: [usize; 2],
     index: impl Fn(usize, usize) -> usize,
-    code: impl Fn(usize, usize) -> u8,
+    codes: &[u8],
 ) {
     let (mask, bytes) = (plane.mask(), plane.word_bytes());
-    plane.words(shape, index, |at, lane, first, starts| {
-        let bits = |(value, start): (usize, &u32)| u32::from(code(lane, first + value) >> plane.shift & mask) << start;
-        let word = starts.iter().enumerate().map(bits).fold(0, |word, bits| word | bits);
-        record[at..at + bytes].copy_from_slice(&word.to_le_bytes()[..bytes]);
-    });
+    match order {
+        CodeOrder::Canonical => {
+            let bytes = record[plane.offset..].iter_mut().zip(codes.chunks_exact(8 / plane.bits as usize));
+            for (byte, codes) in bytes {
+                *byte = codes.iter().rev().fold(0, |byte, code| byte << plane.bits | code >> plane.shift & mask);
+            }
+        }
+        CodeOrder::Cpu => plane.words([lanes, depth], index, |at, lane, first, starts| {
+            let code = |value: usize| codes[(first + value) * lanes + lane] >> plane.shift & mask;
+            let bits = |(value, start): (usize, &u32)| u32::from(code(value)) << start;
+            let word = starts.iter().enumerate().map(bits).fold(0, |word, bits| word | bits);
+            record[at..at + bytes].copy_from_slice(&word.to_le_bytes()[..bytes]);
+        }),
+    }
 }
 
-/// Reads the codes of a field, into `[lanes, depth]` places that `place` names.
+/// Reads codes into canonical order, `[depth, lanes]`, in which they are 0 before the first plane.
 fn unpack(
     record: &[u8],
     plane: &Plane,
-    shape: [usize; 2],
+    order: CodeOrder,
+    [lanes, depth]: [usize; 2],
     index: impl Fn(usize, usize) -> usize,
-    mut place: impl FnMut(usize, usize, u8),
+    codes: &mut [u8],
 ) {
-    let (mask, bytes) = (u32::from(plane.mask()), plane.word_bytes());
-    plane.words(shape, index, |at, lane, first, starts| {
-        let mut word = [0; 4];
-        word[..bytes].copy_from_slice(&record[at..at + bytes]);
-        let word = u32::from_le_bytes(word);
-        starts
-            .iter()
-            .enumerate()
-            .for_each(|(value, start)| place(lane, first + value, ((word >> start & mask) as u8) << plane.shift));
-    });
+    let (mask, bytes) = (plane.mask(), plane.word_bytes());
+    match order {
+        CodeOrder::Canonical => {
+            let bytes = record[plane.offset..].iter().zip(codes.chunks_exact_mut(8 / plane.bits as usize));
+            for (byte, codes) in bytes {
+                for (value, code) in codes.iter_mut().enumerate() {
+                    *code |= (byte >> (value as u32 * plane.bits) & mask) << plane.shift;
+                }
+            }
+        }
+        CodeOrder::Cpu => plane.words([lanes, depth], index, |at, lane, first, starts| {
+            let mut word = [0; 4];
+            word[..bytes].copy_from_slice(&record[at..at + bytes]);
+            let word = u32::from_le_bytes(word);
+            for (value, start) in starts.iter().enumerate() {
+                codes[(first + value) * lanes + lane] |= ((word >> start) as u8 & mask) << plane.shift;
+            }
+        }),
+    }
 }
 
 /// Is the K of this record rotated?
@@ -96,17 +116,17 @@ pub fn first_row(layout: SealedTile, record: &[u8]) -> Option<usize> {
 }
 
 /// Writes a tile of this layout.
-pub fn write(layout: SealedTile, record: &mut [u8], tile: &Tile) {
+pub fn write(layout: SealedTile, order: CodeOrder, record: &mut [u8], tile: &Tile) {
     let SealedTile { head_dim, block_size, .. } = layout;
     let shape = [block_size, head_dim];
     record[layout.header()..].fill(0);
     for plane in planes(layout, layout.k_codes()) {
-        let index = |token, channel| ORDER.tile_k(shape, plane.bits, token, channel);
-        pack(record, &plane, shape, index, |token, channel| tile.k_codes[channel * block_size + token]);
+        let index = |token, channel| order.tile_k(shape, plane.bits, token, channel);
+        pack(record, &plane, order, shape, index, &tile.k_codes);
     }
     for plane in planes(layout, layout.v_codes()) {
-        let index = |channel, token| ORDER.tile_v(shape, plane.bits, token, channel);
-        pack(record, &plane, [head_dim, block_size], index, |channel, token| tile.v_codes[token * head_dim + channel]);
+        let index = |channel, token| order.tile_v(shape, plane.bits, token, channel);
+        pack(record, &plane, order, [head_dim, block_size], index, &tile.v_codes);
     }
     let mut halves = |offset: usize, values: &[f16]| {
         values.iter().enumerate().for_each(|(index, &value)| write_f16(record, offset, index, value));
@@ -132,18 +152,17 @@ pub fn write(layout: SealedTile, record: &mut [u8], tile: &Tile) {
 }
 
 /// Reads a tile of this layout.
-pub fn read(layout: SealedTile, record: &[u8]) -> Tile {
+pub fn read(layout: SealedTile, order: CodeOrder, record: &[u8]) -> Tile {
     let SealedTile { head_dim, block_size, bits } = layout;
     let shape = [block_size, head_dim];
     let (mut k_codes, mut v_codes) = (vec![0; block_size * head_dim], vec![0; block_size * head_dim]);
     for plane in planes(layout, layout.k_codes()) {
-        let index = |token, channel| ORDER.tile_k(shape, plane.bits, token, channel);
-        unpack(record, &plane, shape, index, |token, channel, code| k_codes[channel * block_size + token] |= code);
+        let index = |token, channel| order.tile_k(shape, plane.bits, token, channel);
+        unpack(record, &plane, order, shape, index, &mut k_codes);
     }
     for plane in planes(layout, layout.v_codes()) {
-        let index = |channel, token| ORDER.tile_v(shape, plane.bits, token, channel);
-        let swapped = [head_dim, block_size];
-        unpack(record, &plane, swapped, index, |channel, token, code| v_codes[token * head_dim + channel] |= code);
+        let index = |channel, token| order.tile_v(shape, plane.bits, token, channel);
+        unpack(record, &plane, order, [head_dim, block_size], index, &mut v_codes);
     }
     let halves = |offset: usize, count: usize| (0..count).map(|index| read_f16(record, offset, index)).collect();
     Tile {
@@ -182,10 +201,18 @@ mod tests {
             let v: Vec<f32> = (0..block_size * head_dim).map(|i| wave(i, 0.3)).collect();
             let tile = encode_tile(&k, &v, head_dim, bits, &HeadFeedback::none(head_dim), first_row);
             let layout = SealedTile { head_dim, block_size, bits };
-            let mut record = vec![0xa5; layout.bytes()];
-            write(layout, &mut record, &tile);
-            assert_eq!(read(layout, &record), Tile { num_clamped: 0, ..tile });
-            assert_eq!(record[layout.header() + 4..], vec![0; layout.bytes() - layout.header() - 4]);
+            for order in CodeOrder::ALL {
+                let mut record = vec![0xa5; layout.bytes()];
+                write(layout, order, &mut record, &tile);
+                assert_eq!(read(layout, order, &record), Tile { num_clamped: 0, ..tile.clone() });
+                assert_eq!(record[layout.header() + 4..], vec![0; layout.bytes() - layout.header() - 4]);
+                for plane in planes(layout, layout.k_codes()) {
+                    let (token, channel) = (block_size - 3, head_dim - 2);
+                    let bit = order.tile_k([block_size, head_dim], plane.bits, token, channel) * plane.bits as usize;
+                    let stored = record[plane.offset + bit / 8] >> (bit % 8) & plane.mask();
+                    assert_eq!(stored, tile.k_codes[channel * block_size + token] >> plane.shift & plane.mask());
+                }
+            }
         }
     }
 }

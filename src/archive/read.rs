@@ -1,0 +1,198 @@
+//! Reading a file: its header first, each tensor when it is asked for.
+
+use super::{Element, Kind, LENGTH_BYTES};
+use crate::error::Result;
+use safetensors::tensor::Metadata;
+use std::fs::File;
+use std::io::{Error as IoError, Read, Result as IoResult, Seek, SeekFrom};
+
+/// The largest header that safetensors allows.
+const MAX_HEADER_BYTES: usize = 100_000_000;
+
+/// Where the bytes of a file are.
+pub trait Source {
+    /// How many there are.
+    fn num_bytes(&self) -> IoResult<u64>;
+
+    /// Reads those from `offset` on; an error if there are fewer than `out` takes.
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> IoResult<()>;
+}
+
+impl Source for &[u8] {
+    fn num_bytes(&self) -> IoResult<u64> {
+        Ok(self.len() as u64)
+    }
+
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> IoResult<()> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let found = self.get(start..).and_then(|rest| rest.get(..out.len()));
+        out.copy_from_slice(found.ok_or_else(|| IoError::other("it ends before that"))?);
+        Ok(())
+    }
+}
+
+/// On disk; one reader at a time.
+impl Source for File {
+    fn num_bytes(&self) -> IoResult<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> IoResult<()> {
+        let mut file = self;
+        file.seek(SeekFrom::Start(offset))?;
+        file.read_exact(out)
+    }
+}
+
+/// A well-formed file of a kind: its tensors lie one after the other and fill it.
+pub struct Archive<'a> {
+    kind: &'static Kind,
+    header: Metadata,
+    source: &'a dyn Source,
+    /// Offset of the first tensor.
+    data: u64,
+}
+
+impl<'a> Archive<'a> {
+    /// Reads the header.
+    ///
+    /// # Errors
+    /// The kind's: no safetensors, another kind, or another version.
+    pub fn read(source: &'a dyn Source, kind: &'static Kind) -> Result<Self> {
+        let (header, data) = read_header(source).map_err(kind.error)?;
+        let archive = Self { kind, header, source, data };
+        match archive.find("kind") {
+            Some(name) if name == kind.name => {}
+            Some(other) => return archive.refuse(format!("a file of kind {other:?}, not {:?}", kind.name)),
+            None => return archive.refuse(format!("a safetensors file, but no {:?}", kind.name)),
+        }
+        let version = archive.number("version")?;
+        if version != u64::from(kind.version) {
+            let (name, own) = (kind.name, kind.version);
+            return archive.refuse(format!("a {name} of version {version}, this release reads version {own}"));
+        }
+        Ok(archive)
+    }
+
+    /// The kind's error.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn refuse<T>(&self, why: String) -> Result<T> {
+        Err((self.kind.error)(why))
+    }
+
+    /// An entry of the metadata, if it is there.
+    #[must_use]
+    pub fn find(&self, key: &str) -> Option<&str> {
+        self.header.metadata().as_ref().and_then(|entries| entries.get(key)).map(String::as_str)
+    }
+
+    /// An entry of the metadata.
+    pub fn entry(&self, key: &str) -> Result<&str> {
+        self.find(key).map_or_else(|| self.refuse(format!("the metadata has no {key:?}")), Ok)
+    }
+
+    /// An entry of the metadata that is a number.
+    pub fn number(&self, key: &str) -> Result<u64> {
+        let value = self.entry(key)?;
+        value.parse().or_else(|_| self.refuse(format!("the metadata's {key} is {value:?}, not a number")))
+    }
+
+    /// The names of the tensors, in order.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
+    /// A tensor of elements of this type.
+    pub fn tensor(&self, name: &str, element: Element) -> Result<Tensor<'_>> {
+        let Some(info) = self.header.info(name) else {
+            return self.refuse(format!("{name} is missing"));
+        };
+        let (dtype, expected) = (info.dtype.to_string(), element.name());
+        if dtype != expected {
+            return self.refuse(format!("{name}: expected dtype {expected}, got {dtype}"));
+        }
+        let (start, end) = info.data_offsets;
+        Ok(Tensor { archive: self, name: name.to_owned(), shape: &info.shape, start, bytes: end - start })
+    }
+
+    /// A tensor of elements of this type and of this shape.
+    pub fn shaped(&self, name: &str, element: Element, expected: &[usize]) -> Result<Tensor<'_>> {
+        let tensor = self.tensor(name, element)?;
+        if tensor.shape != expected {
+            return self.refuse(format!("{name}: expected shape {expected:?}, got {:?}", tensor.shape));
+        }
+        Ok(tensor)
+    }
+}
+
+/// A tensor whose bytes lie within the file.
+pub struct Tensor<'a> {
+    archive: &'a Archive<'a>,
+    name: String,
+    shape: &'a [usize],
+    start: usize,
+    bytes: usize,
+}
+
+impl Tensor<'_> {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its shape.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        self.shape
+    }
+
+    /// Bytes of all elements.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Reads the bytes from `offset` on.
+    pub fn read_at(&self, offset: usize, out: &mut [u8]) -> Result<()> {
+        if offset.checked_add(out.len()).is_none_or(|end| end > self.bytes) {
+            let (len, own) = (out.len(), self.bytes);
+            return self.archive.refuse(format!("{}: {len} bytes from {offset} on, of {own}", self.name));
+        }
+        let unreadable = |error: IoError| (self.archive.kind.error)(format!("{}: cannot be read: {error}", self.name));
+        self.archive.source.read_at(self.archive.data + (self.start + offset) as u64, out).map_err(unreadable)
+    }
+
+    /// All of its bytes.
+    pub fn read(&self) -> Result<Vec<u8>> {
+        let mut out = vec![0; self.bytes];
+        self.read_at(0, &mut out)?;
+        Ok(out)
+    }
+}
+
+/// The header, and the offset of what comes after it.
+fn read_header(source: &dyn Source) -> std::result::Result<(Metadata, u64), String> {
+    let unreadable = |error: IoError| format!("cannot be read: {error}");
+    let total = source.num_bytes().map_err(unreadable)?;
+    let odd = |why: &dyn std::fmt::Display| format!("not a safetensors file of {total} bytes: {why}");
+    let mut length = [0; LENGTH_BYTES];
+    let Some(after) = total.checked_sub(LENGTH_BYTES as u64) else {
+        return Err(odd(&"too short for the length of a header"));
+    };
+    source.read_at(0, &mut length).map_err(unreadable)?;
+    let length = u64::from_le_bytes(length);
+    if length > after || length > MAX_HEADER_BYTES as u64 {
+        return Err(odd(&format_args!("a header of {length} bytes")));
+    }
+    let mut text = vec![0; length as usize];
+    source.read_at(LENGTH_BYTES as u64, &mut text).map_err(unreadable)?;
+    let header: Metadata = serde_json::from_slice(&text).map_err(|error| odd(&error))?;
+    if header.data_len() as u64 != after - length {
+        return Err(odd(&format_args!("tensors of {} bytes, {} are there", header.data_len(), after - length)));
+    }
+    Ok((header, LENGTH_BYTES as u64 + length))
+}

@@ -1,0 +1,134 @@
+//! The bytes of a file. Written here and not by the crate that reads headers: that one keeps the metadata in the order of
+//! a hash.
+
+use super::{Element, Kind};
+use crate::error::{Error, Result};
+use std::fmt::{Display, Write as _};
+use std::io::{Result as IoResult, Write};
+
+/// The header is padded to a multiple of this, so that every tensor lies on its element's alignment where the tensors
+/// before it do not end off it.
+const HEADER_ALIGNMENT: usize = 8;
+
+/// Metadata and tensors, in the order in which they were added.
+#[derive(Debug)]
+pub struct Header {
+    /// JSON, up to the last of them.
+    metadata: String,
+    tensors: String,
+    data_bytes: usize,
+}
+
+impl Header {
+    /// Of a file of this kind that holds nothing yet.
+    #[must_use]
+    pub fn new(kind: &Kind) -> Self {
+        let mut header = Self { metadata: String::new(), tensors: String::new(), data_bytes: 0 };
+        header.entry("kind", kind.name);
+        header.entry("version", kind.version);
+        header
+    }
+
+    /// Adds to the metadata; a key is added once.
+    pub fn entry(&mut self, key: &str, value: impl Display) {
+        let comma = if self.metadata.is_empty() { "" } else { "," };
+        // Writing to a `String` cannot fail.
+        let _ = write!(self.metadata, "{comma}{}:{}", quoted(key), quoted(&value.to_string()));
+    }
+
+    /// Adds a tensor; a name is added once.
+    pub fn tensor(&mut self, name: &str, element: Element, shape: &[usize]) {
+        let start = self.data_bytes;
+        self.data_bytes += shape.iter().product::<usize>() * element.bytes();
+        // As above.
+        let _ = write!(
+            self.tensors,
+            ",{}:{{\"dtype\":\"{}\",\"shape\":{shape:?},\"data_offsets\":[{start},{}]}}",
+            quoted(name),
+            element.name(),
+            self.data_bytes
+        );
+    }
+
+    /// Writes the length, the header, and what `fill` writes: the tensors' bytes in order.
+    pub(super) fn write(&self, out: &mut dyn Write, fill: impl FnOnce(&mut dyn Write) -> IoResult<()>) -> IoResult<()> {
+        let text = self.text();
+        out.write_all(&(text.len() as u64).to_le_bytes())?;
+        out.write_all(text.as_bytes())?;
+        let mut counted = Counted { out, bytes: 0 };
+        fill(&mut counted)?;
+        debug_assert_eq!(counted.bytes, self.data_bytes, "the tensors' bytes are those of their shapes");
+        Ok(())
+    }
+
+    fn text(&self) -> String {
+        let mut text = format!("{{\"__metadata__\":{{{}}}{}}}", self.metadata, self.tensors);
+        while !text.len().is_multiple_of(HEADER_ALIGNMENT) {
+            text.push(' ');
+        }
+        text
+    }
+}
+
+/// The bytes of a file; `fill` writes the tensors' in order.
+///
+/// # Errors
+/// [`Error::OutOfMemory`]; what `fill` says.
+pub fn to_bytes(header: &Header, fill: impl FnOnce(&mut dyn Write) -> IoResult<()>) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    let bytes = super::LENGTH_BYTES + header.text().len() + header.data_bytes;
+    let refused = Error::OutOfMemory { bytes, what: "a file in memory" };
+    if out.try_reserve_exact(bytes).is_err() {
+        return Err(refused);
+    }
+    match header.write(&mut out, fill) {
+        Ok(()) => Ok(out),
+        Err(_) => Err(refused), // a vector takes every byte that there is memory for
+    }
+}
+
+/// Passes on what is written, and counts it.
+struct Counted<'a> {
+    out: &'a mut dyn Write,
+    bytes: usize,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> IoResult<usize> {
+        let count = self.out.write(bytes)?;
+        self.bytes += count;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> IoResult<()> {
+        self.out.flush()
+    }
+}
+
+/// A JSON string.
+fn quoted(text: &str) -> String {
+    let mut out = String::from('"');
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            '\0'..='\x1f' => {
+                let _ = write!(out, "\\u{:04x}", u32::from(c)); // as above
+            }
+            _ => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn a_quoted_string_is_json() {
+        for text in ["", "plain", "a \"quote\" and a \\ and\nlines\t\u{1}", "日本語 é 🦀", "\u{7f}\u{2028}"] {
+            assert_eq!(serde_json::from_str::<String>(&quoted(text)).expect("JSON"), text);
+        }
+    }
+}
