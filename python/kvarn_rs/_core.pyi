@@ -124,12 +124,12 @@ class PagedKvCache:
             whole, but the last full block, at once).
         block_size: tokens of a block: 16, 32, 64 or 128.
         num_blocks: blocks of the pool, refused at once if they cannot be had; `None` grows as needed.
-        num_open_pages: pages for blocks that are not sealed, in formats that seal: two for each sequence that may decode
-            at once, four for one whose prompt comes in several steps; `None` grows as needed.
+        num_open_pages: pages for blocks that are not sealed, in formats that seal: two for each sequence that may
+            decode at once, four for one whose prompt comes in several steps; `None` grows as needed.
         dtype: element type of `raw` pages: `float32`, `float16` or `bfloat16`. Other formats take any.
         window: tokens that a query sees, itself included; blocks wholly outside are released as steps begin.
-        calibration: what sealing knows of the model. The cache goes on with it, from the queries that `append` is given,
-            until it is frozen. `None`: tiles are rounded to nearest.
+        calibration: what sealing knows of the model. The cache goes on with it, from the queries that `append` is
+            given, until it is frozen. `None`: tiles are rounded to nearest.
         layers: the model's numbers of the cache's layers, under which the calibration keeps them; `None`: 0, 1, ...
         codec: with `raw`, one of `kvarn_rs.CODECS`, which quantizes the pages in place, to compare formats by.
 

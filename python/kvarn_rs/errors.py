@@ -14,7 +14,7 @@ class CalibrationError(ConfigError):
 
 
 class CacheFileError(ConfigError):
-    """A cache file that cannot be used: not one, damaged, of another version, or of another model; or that cannot be written."""
+    """A cache file that cannot be written, or used: not one, damaged, of another version, or of another model."""
 
 
 class UnknownFormatError(ConfigError):
@@ -60,7 +60,7 @@ class UnknownSequenceError(KvarnError, KeyError):
 
 
 class RollbackError(KvarnError, ValueError):
-    """A truncation to a length that the sequence does not have, that left the sliding window, or within a sealed block."""
+    """A truncation to more tokens than there are, to ones that left the window, or to within a sealed block."""
 
 
 class StaleStepError(KvarnError, RuntimeError):

@@ -14,6 +14,7 @@ import torch
 
 import kvarn_rs
 from kvarn_rs import (
+    CacheFileError,
     CalibrationError,
     ConfigError,
     DeviceError,
@@ -55,6 +56,7 @@ FORMATS = pytest.mark.parametrize("format", kvarn_rs.FORMATS)
 
 def test_every_error_is_a_kvarn_error_and_the_builtin_that_it_resembles() -> None:
     builtins = {
+        CacheFileError: ConfigError,
         CalibrationError: ConfigError,
         ConfigError: ValueError,
         DeviceError: ValueError,

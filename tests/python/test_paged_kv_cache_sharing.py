@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -257,7 +258,7 @@ def test_open_blocks_are_those_with_room_left() -> None:
 
 
 def test_a_cache_says_what_it_was_made_of() -> None:
-    settings = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 48, "block_size": 32, "num_blocks": 7, "window": 9}
+    settings: Any = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 48, "block_size": 32, "num_blocks": 7, "window": 9}
     cache = PagedKvCache(**settings, format="int8", dtype="float16")
     assert {name: getattr(cache, name) for name in settings} == settings
     assert (cache.format, cache.dtype) == ("int8", "float16")

@@ -113,7 +113,7 @@ def test_an_aborted_step_seals_nothing(format, num_new) -> None:
     cache, untroubled = make_cache(format), make_cache(format)
     sequence, other = filled(cache, 40), filled(untroubled, 40)
     held, stats = contents(cache, sequence), cache.stats()
-    k, v = keys_and_values(num_new, 1)
+    as_tile, (k, v) = held, keys_and_values(num_new, 1)
     for _ in range(2):
         with cache.begin_step([sequence], num_new) as step:
             step.append(0, k, v)

@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-import kvarn_rs
 from kvarn_rs import Calibration
-from kvarn_rs.errors import (
-    ConfigError,
-    DeviceError,
-    DtypeError,
-    RollbackError,
-    ShapeError,
-    UnknownFormatError,
-    UnsupportedError,
-)
+from kvarn_rs.errors import ConfigError, DeviceError, DtypeError, RollbackError, ShapeError, UnsupportedError
 
-from .attention import ATTENTION_NAME, register
+from . import file
 from .calibration import resolve
 from .compat import Cache, dense_layer, plan_layers
+from .decoder import Decoder, Origin, check_pages, group_layers
 from .group import LayerGroup
 from .layer import KvarnLayer
-from .store import DenseFallbackWarning, PageStore
+from .store import PageStore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class KvarnCache(Cache):
@@ -78,30 +72,17 @@ class KvarnCache(Cache):
         codec: str | None = None,
         strict: bool = False,
     ) -> None:
-        model: Any = model_or_config if isinstance(model_or_config, torch.nn.Module) else None
-        config: Any = model_or_config if model is None else getattr(model, "config", None)
-        if not hasattr(config, "get_text_config"):
-            raise ConfigError(f"expected a transformers model or config, not {type(model_or_config).__name__}")
-        if getattr(config, "is_encoder_decoder", False):
-            raise ConfigError(f"{config.model_type} is an encoder-decoder model; KvarnCache is for decoders")
-        _check_pages(format, block_size, num_blocks, num_open_pages, codec)
-        decoder_config = config.get_text_config(decoder=True)
-        if model is not None:
-            if model.device.type != "cpu":
-                raise DeviceError(f"the model is on {model.device}; this release keeps K and V on the CPU only")
-            _use_kvarn_attention(model, decoder_config, strict)
-
-        self.calibration = resolve(model, calibration)
-
-        plans = plan_layers(decoder_config)
-        members: dict[tuple, list[int]] = {}
-        for layer_idx, plan in enumerate(plans):
-            if plan.paged:
-                members.setdefault((plan.window, plan.shape), []).append(layer_idx)
-        groups = {
-            key: LayerGroup(
-                idxs,
-                key[0],
+        decoder = Decoder(model_or_config)
+        check_pages(format, block_size, num_blocks, num_open_pages, codec)
+        if decoder.model is not None:
+            decoder.use_kvarn_attention(strict)
+        self.calibration = resolve(decoder.model, calibration)
+        plans = plan_layers(decoder.config)
+        groups = [
+            LayerGroup(
+                layers,
+                window,
+                shape=shape,
                 format=format,
                 block_size=block_size,
                 num_blocks=num_blocks,
@@ -109,20 +90,23 @@ class KvarnCache(Cache):
                 calibration=self.calibration,
                 codec=codec,
             )
-            for key, idxs in members.items()
-        }
-        self._store = PageStore(list(groups.values()), strict)
-        layers: list[Any] = []
-        for layer_idx, plan in enumerate(plans):
-            key = (plan.window, plan.shape)
-            layers.append(
-                KvarnLayer(self._store, groups[key], members[key].index(layer_idx), layer_idx)
-                if plan.paged
-                else plan.own_layer
-            )
+            for layers, window, shape in group_layers(plans)
+        ]
+        own_layers = {layer_idx: plan.own_layer for layer_idx, plan in enumerate(plans) if not plan.paged}
+        self._take(groups, own_layers, Origin(decoder.config.model_type, decoder.model), strict)
+
+    def _take(self, groups: list[LayerGroup], own_layers: dict[int, Any], origin: Origin, strict: bool) -> None:
+        """Makes the layers of all groups, and those that stay transformers' own, the cache's."""
+        self._origin = origin
+        self._store = PageStore(groups, strict)
         self._unpaged: dict[int, str] = {}  # layers that were to be paged, and why they are not
         self._dropped_forwards = 0
-        super().__init__(layers=layers)
+        paged = {
+            layer_idx: KvarnLayer(self._store, group, ordinal, layer_idx)
+            for group in groups
+            for ordinal, layer_idx in enumerate(group.layers)
+        }
+        super().__init__(layers=[layer for _, layer in sorted((own_layers | paged).items())])
 
     # A forward ---------------------------------------------------------------------------------------------------
 
@@ -260,6 +244,52 @@ class KvarnCache(Cache):
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
 
+    # On disk -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes every token of every row into a file, to the bit and whole or not at all; `load` has them again.
+
+        Kept are the settings and all that later forwards depend on; not the calibration, which is the model's, and not
+        what `stats` counts.
+
+        Args:
+            path: the file, in a folder that exists; one that is there is replaced.
+
+        Raises:
+            UnsupportedError: layers that are not paged, or pages that a codec quantizes in place.
+            CacheFileError: the file cannot be written.
+        """
+        file.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model_or_config: Any,
+        *,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
+        strict: bool = False,
+    ) -> Self:
+        """The cache in a file that `save` wrote, for the same model: `generate` goes on as with the one that was saved.
+
+        A cache is also pickled as such a file. Without a model at hand, what is unpickled takes the model's calibration
+        file in the user's cache folder, or one that learns anew: call `load` where the model's own is wanted.
+
+        Args:
+            path: the file. Every byte of it is checked.
+            model_or_config: as for the constructor.
+            calibration: as for the constructor.
+            strict: as for the constructor.
+
+        Raises:
+            CacheFileError: not such a file, damaged, of another version, or of another model.
+            CalibrationError, ConfigError, DeviceError, UnsupportedError: as the constructor.
+        """
+        return file.load(cls, path, model_or_config, calibration=calibration, strict=strict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return file.reduced(self)
+
     # What is known about it --------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
@@ -279,7 +309,9 @@ class KvarnCache(Cache):
         paged = [(group, group.core.stats()) for group in store.groups if group.core is not None]
         cores = [core for _, core in paged]
         by_layer = {
-            name: dict(sorted((layer, x) for group, core in paged for layer, x in zip(group.layers, core[name], strict=True)))
+            name: dict(
+                sorted((layer, x) for group, core in paged for layer, x in zip(group.layers, core[name], strict=True))
+            )
             for name in ("saturation", "drift")
         }
         states = [core["calibrated"] for core in cores]
@@ -309,40 +341,6 @@ class KvarnCache(Cache):
 
 
 _CALIBRATED = ("no", "own prompt", "frozen", "file")  # the least first
-
-
-def _check_pages(
-    format: str, block_size: int, num_blocks: int | None, num_open_pages: int | None, codec: str | None
-) -> None:
-    """Typed errors for settings that no model can use, before a model is touched."""
-    if format not in kvarn_rs.FORMATS:
-        raise UnknownFormatError(f"unknown format {format!r}; known: {', '.join(kvarn_rs.FORMATS)}")
-    if num_blocks is not None and num_blocks < 1:
-        raise ConfigError(f"num_blocks is {num_blocks}; it must be at least 1, or None")
-    # The core knows what it does: ask it with the smallest shape there is.
-    kvarn_rs.PagedKvCache(
-        num_layers=1,
-        num_kv_heads=1,
-        head_dim=16,
-        format=format,
-        block_size=block_size,
-        num_open_pages=num_open_pages,
-        codec=codec,
-    )
-
-
-def _use_kvarn_attention(model: Any, decoder_config: Any, strict: bool) -> None:
-    register()
-    model.set_attn_implementation(ATTENTION_NAME)
-    if decoder_config._attn_implementation == ATTENTION_NAME:
-        return
-    message = (
-        f"{type(model).__name__} has its own attention ({decoder_config._attn_implementation}) and cannot use "
-        "kvarn attention: every step will dequantize its K and V"
-    )
-    if strict:
-        raise UnsupportedError(message)
-    warnings.warn(message, DenseFallbackWarning, stacklevel=3)
 
 
 def _why_not_paged(group: LayerGroup, k: torch.Tensor, v: torch.Tensor) -> str | None:

@@ -157,6 +157,11 @@ def resolve(model: Any, calibration: Calibration | str | os.PathLike[str] | None
         return _of_model[model]
 
 
+def of_fingerprint(model_fingerprint: str | None) -> Calibration:
+    """What is known of a model that is not at hand: its file if there is one, else one that learns."""
+    return Calibration() if model_fingerprint is None else _from_folder(model_fingerprint)
+
+
 def _from_folder(model_fingerprint: str) -> Calibration:
     path = _path_of(model_fingerprint)
     if not path.exists():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -34,6 +35,7 @@ __all__ = [
     "LayerPlan",
     "dense_layer",
     "is_plain_causal",
+    "keeps_nothing",
     "plan_layers",
     "sdpa_mask",
 ]
@@ -77,6 +79,11 @@ def plan_layers(config: Any) -> list[LayerPlan]:
 def dense_layer(window: int | None) -> CacheLayerMixin:
     """transformers' own layer for K/V that pages cannot hold."""
     return DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+
+
+def keeps_nothing(layer: Any) -> bool:
+    """Whether a layer of transformers' own has no state: some releases have one where layers use the K of others."""
+    return type(layer) is getattr(cache_utils, "DummyLayer", None)
 
 
 _WINDOWED = sliding_window_causal_mask_function(1)

@@ -31,6 +31,7 @@ class LayerGroup:
         layers: list[int],
         window: int | None,
         *,
+        shape: tuple[int | None, int | None],
         format: str,
         block_size: int,
         num_blocks: int | None,
@@ -40,6 +41,7 @@ class LayerGroup:
     ) -> None:
         self.layers = layers  # the model's numbers of the group's layers
         self.window = window
+        self.shape = shape  # (num_kv_heads, head_dim) as the config says, a hint
         self.format = format
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -57,7 +59,7 @@ class LayerGroup:
         self.step_tokens: torch.Tensor | None = None  # bool [B, num_new]; None: all are tokens
         self.checked_mask: object = _UNCHECKED
         self.verdict: str | None = None
-        self._grew = False  # since the last crop, under record_past
+        self.grew = False  # since the last crop, under record_past
 
     @property
     def num_layers(self) -> int:
@@ -113,7 +115,7 @@ class LayerGroup:
             OutOfBlocksError: nothing was changed.
         """
         # The first step after a crop may release what its own queries do not see: no later crop goes further back.
-        retain = self.record_past and self._grew
+        retain = self.record_past and self.grew
         if tokens is None:
             self.step = self.core.begin_step(self.sequences, num_new, retain=retain)
         else:
@@ -208,7 +210,7 @@ class LayerGroup:
         self.step.commit()
         self._close_step()
         self.length += self.num_new
-        self._grew = True
+        self.grew = True
 
     def abort(self) -> None:
         """Drops the step, if one is open: the group is as before it."""
@@ -287,8 +289,8 @@ class LayerGroup:
         """
         if length == self.length or self.core is None:
             return
-        for row, sequence in enumerate(self.sequences if self.window is not None else []):
-            needed = max(self._num_tokens(row, length) - self.window + 1, 0)
+        for row, sequence in enumerate(self.sequences):
+            needed = 0 if self.window is None else max(self._num_tokens(row, length) - self.window + 1, 0)
             held = self.core.first_held(sequence)
             if held > needed:
                 raise RollbackError(
@@ -305,7 +307,7 @@ class LayerGroup:
             self.length = length
             if self.padding is not None:
                 self.padding = _trim(self.padding[:, :length])
-        self._grew = False
+        self.grew = False
 
     def reset(self) -> None:
         """Frees every sequence."""
@@ -315,7 +317,7 @@ class LayerGroup:
         self.sequences = []
         self.length = 0
         self.padding = None
-        self._grew = False
+        self.grew = False
 
 
 def _trim(padding: torch.Tensor) -> torch.Tensor | None:

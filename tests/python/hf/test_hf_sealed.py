@@ -33,7 +33,7 @@ def cache_of(model: Any, format: str = "int4", **settings: Any) -> KvarnCache:
     return kvarn_cache(model, format, **{"calibration": Calibration(), **settings})
 
 
-def read_values(cache: KvarnCache, layer: int = 0) -> torch.Tensor:
+def read_values(cache: Any, layer: int = 0) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DenseFallbackWarning)
         values = cache.layers[layer].values
@@ -75,7 +75,7 @@ def test_a_crop_into_a_sealed_block_is_as_if_the_rest_had_never_been(model_of, f
     forward(model, never, rejected[:, :4])
     cropped.crop(-9)
     never.crop(-9)
-    groups = len({(layer.group.window) for layer in cropped.layers})
+    groups = 1 if family == "llama" else 2
     assert cropped.stats()["unsealed"] >= 2 * groups
     for seed, num_new in enumerate([1, 1, 5, 30, 1]):
         logits = [forward(model, cache, prompt(2, num_new, seed)) for cache in (cropped, never)]
@@ -129,7 +129,8 @@ def test_drafts_across_a_block_s_end_can_be_taken_back(model_of):
     cache.crop(-9)
     forward(model, never, prompt(1, 10, seed=5)[:, :1])
     assert cache.stats()["unsealed"] == 0
-    assert torch.allclose(*[forward(model, one, prompt(1, 3)) for one in (cache, never)], atol=0.2)
+    logits = [forward(model, one, prompt(1, 3)) for one in (cache, never)]
+    assert relative(*logits) < 0.05
     one_layer = make_model("llama", num_hidden_layers=1)
     caches = [cache_of(one_layer), cache_of(one_layer)]
     for one, drafts in zip(caches, (10, 1), strict=True):
