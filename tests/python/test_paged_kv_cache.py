@@ -167,8 +167,9 @@ def test_a_layer_appended_again_holds_the_last_write(format) -> None:
     assert same(contents(twice, sequence), contents(once, expected))
 
 
-def test_threads_may_use_a_cache_at_once() -> None:
-    cache = make_cache("int8")
+@FORMATS
+def test_threads_may_use_a_cache_at_once(format) -> None:
+    cache = make_cache(format)
     sequences = [cache.new_sequence() for _ in range(4)]
 
     def work(index: int) -> None:
@@ -184,7 +185,7 @@ def test_threads_may_use_a_cache_at_once() -> None:
     for thread in threads:
         thread.join()
     for index, sequence in enumerate(sequences):
-        alone = make_cache("int8")
+        alone = make_cache(format)
         expected = alone.new_sequence()
         for i in range(30):
             extend(alone, expected, *keys_and_values(7, 100 * index + i))

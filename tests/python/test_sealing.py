@@ -167,6 +167,17 @@ def test_sealed_tokens_are_as_near_as_their_bits_allow(format, num_new) -> None:
             assert rms(block) < 1.5 * LARGEST_ERROR[format]
 
 
+@FORMATS
+def test_any_part_of_tiles_and_pages_can_be_read(format) -> None:
+    cache = make_cache(format)
+    sequence = filled(cache, 70)
+    whole = contents(cache, sequence)
+    for start, end in [(0, 1), (1, 16), (5, 40), (15, 17), (16, 64), (47, 70), (69, 70)]:
+        part = [torch.empty(1, KV_HEADS, end - start, whole[0].shape[3]) for _ in range(2)]
+        cache.dequantize(0, sequence, *part, start=start)
+        assert same((part[0], part[1]), (whole[0][:, :, start:end], whole[1][:, :, start:end]))
+
+
 def test_more_bits_are_nearer() -> None:
     errors = []
     for format in ("int8", *SEALED):

@@ -136,14 +136,17 @@ def assert_equal(logits: list[torch.Tensor], others: list[torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("format", ["int4", "int2"])
-@pytest.mark.parametrize("name", ONE_LAYER)
-def test_fused_attention_is_the_model_s_own_on_the_same_tiles(name, format):
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [*((name, "eager") for name in ONE_LAYER), *((name, "sdpa") for name in ("llama", "mistral", "glm4"))],
+)
+def test_fused_attention_is_the_model_s_own_on_the_same_tiles(name, own, format):
     """The model's own attention knows no padding until the tokens are stored."""
     model = one_layer(name.split()[0], **ONE_LAYER[name])
     calibration = calibrated(model)
     fused, dense = (kvarn_cache(model, format, calibration=calibration) for _ in range(2))
     logits = logits_of(model, fused, [50, 50])
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(own)
     with pytest.warns(DenseFallbackWarning):
         assert_equal(logits, logits_of(model, dense, [50, 50]))
     assert (fused.stats()["dense_fallbacks"], dense.stats()["fused_calls"]) == (0, 0)
