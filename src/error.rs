@@ -46,12 +46,12 @@ pub enum Error {
         /// The id as given.
         id: u64,
     },
-    /// A block id that the backend has no memory for.
-    #[error("unknown block {id}: there is memory for {num_blocks} blocks")]
+    /// The id of a block, or of a page, that the backend has no memory for.
+    #[error("unknown block or page {id}: there is memory for {num_blocks}")]
     UnknownBlock {
         /// The id as given.
         id: u32,
-        /// Blocks that there is memory for.
+        /// Blocks, or pages, that there is memory for.
         num_blocks: usize,
     },
     /// A truncation to a length that the sequence does not have, or whose tokens were released.

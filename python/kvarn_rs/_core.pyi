@@ -52,8 +52,8 @@ class Calibration:
 
     It belongs to one model and holds, per layer and key/value head, how rounding errors of K are passed on so that they
     cancel where the queries look, and the mean and deviation of the K channels. Layers are numbered as in the model. A
-    layer is calibrated when its first block is about to seal, from at least `FIRST_TOKENS` tokens; once more at
-    `QUERY_TOKENS`; and is then frozen: nothing changes it any more. Copies, deep ones too, are the calibration itself.
+    layer is calibrated when its first block is about to seal, from at least `FIRST_TOKENS` tokens; again when the tokens
+    that it has seen have doubled; and is frozen at `QUERY_TOKENS`: nothing changes it any more. Copies, deep ones too, are the calibration itself.
     """
 
     def __new__(cls) -> Self: ...
@@ -125,7 +125,7 @@ class PagedKvCache:
         block_size: tokens of a block: 16, 32, 64 or 128.
         num_blocks: blocks of the pool, refused at once if they cannot be had; `None` grows as needed.
         num_open_pages: pages for blocks that are not sealed, in formats that seal: two for each sequence that may
-            decode at once, four for one whose prompt comes in several steps; `None` grows as needed.
+            decode a token at a time, four for one that takes more in a step; `None` grows as needed.
         dtype: element type of `raw` pages: `float32`, `float16` or `bfloat16`. Other formats take any.
         window: tokens that a query sees, itself included; blocks wholly outside are released as steps begin.
         calibration: what sealing knows of the model. The cache goes on with it, from the queries that `append` is
@@ -347,7 +347,8 @@ class Step:
 
         Sequences of different lengths are packed: `[1, num_kv_heads, num_rows, head_dim]`. `raw` pages take their own
         dtype only. Blocks that are due are sealed. A calibration that is not frozen learns from the step's queries `q`,
-        `[B, num_q_heads, T, head_dim]` (after rotary embedding, as attention gets them); without them from nothing.
+        `[B, num_q_heads, T, head_dim]` (after rotary embedding, as attention gets them); without them from nothing. It
+        keeps what it learned of a step that is aborted.
 
         Raises:
             NonFiniteError: naming row, head and channel; nothing was written.

@@ -150,12 +150,6 @@ impl Tensor<'_> {
         self.shape
     }
 
-    /// Bytes of all elements.
-    #[must_use]
-    pub fn num_bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// Reads the bytes from `offset` on.
     pub fn read_at(&self, offset: usize, out: &mut [u8]) -> Result<()> {
         if offset.checked_add(out.len()).is_none_or(|end| end > self.bytes) {

@@ -49,6 +49,12 @@ pub trait Backend {
     /// Copies whole pages in every layer, in order, as `(source, destination)`.
     fn copy_pages(&mut self, copies: &[(PageId, PageId)]);
 
+    /// What [`append`](Self::append) would say of the step's keys and values. Changes nothing.
+    ///
+    /// # Errors
+    /// Those of [`append`](Self::append).
+    fn check_append(&self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()>;
+
     /// Writes the step's keys and values, `[B, num_kv_heads, T, head_dim]`, into the pages of `layer`, and seals what the
     /// plan says. `heads` are what the model's calibration knows of the layer's kv heads, or empty.
     ///

@@ -36,40 +36,47 @@ impl PagedKvCache {
     /// Uses a model's calibration, and goes on with it until it is frozen; `layers[i]` is the model's number of layer `i`.
     ///
     /// # Errors
-    /// [`Error::Config`] for another number of layers than the cache has.
+    /// [`Error::Config`] for another number of layers than the cache has, or the same layer twice;
+    /// [`Error::Calibration`] when it knows one of them by another shape.
     pub fn set_calibration(&mut self, shared: Arc<Calibration>, layers: Vec<usize>) -> Result<()> {
-        if layers.len() != self.config.num_layers {
-            let (given, own) = (layers.len(), self.config.num_layers);
-            return Err(Error::Config(format!("{given} layer numbers for a cache of {own} layers")));
+        let &CacheConfig { num_layers, num_kv_heads, head_dim, .. } = &self.config;
+        if layers.len() != num_layers {
+            let given = layers.len();
+            return Err(Error::Config(format!("{given} layer numbers for a cache of {num_layers} layers")));
+        }
+        for (index, &layer) in layers.iter().enumerate() {
+            if layers[..index].contains(&layer) {
+                return Err(Error::Config(format!("layer {layer} of the model is given for two layers of the cache")));
+            }
+            let of_another = |error: Error| Error::Calibration(error.to_string());
+            shared.check(layer, num_kv_heads, head_dim).map_err(of_another)?;
         }
         self.calibration = Some(ModelCalibration { shared, layers });
         Ok(())
     }
 
-    /// Shows the calibration the step's first rows, as many as it wants.
-    pub(super) fn observe(&self, plan: &StepPlan, layer: usize, k: TensorView<'_>, q: TensorView<'_>) -> Result<()> {
-        let Some(ModelCalibration { shared, layers }) = &self.calibration else { return Ok(()) };
+    /// The rows of the step that the calibration still wants, after a look at the queries.
+    pub(super) fn wanted_rows(&self, plan: &StepPlan, layer: usize, q: TensorView<'_>) -> Result<Vec<usize>> {
         let &CacheConfig { num_kv_heads, head_dim, .. } = &self.config;
-        let (num_rows, num_q_heads) = (plan.num_rows(), q.shape()[1]);
+        let num_q_heads = q.shape()[1];
         if num_q_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
             let expected = format!("a multiple of {num_kv_heads} heads in dimension 1");
             return Err(Error::Shape { name: "q", expected, got: q.shape().to_vec() });
         }
-        q.check("q", num_q_heads, num_rows, head_dim)?;
-        k.check("k", num_kv_heads, num_rows, head_dim)?;
-        let rows: Vec<usize> = plan
-            .slot_mapping()
-            .iter()
-            .enumerate()
-            .filter_map(|(row, &slot)| (slot >= 0).then_some(row))
-            .take(shared.wanted(layers[layer]))
-            .collect();
-        if rows.is_empty() {
-            return Ok(());
-        }
+        q.check("q", num_q_heads, plan.num_rows(), head_dim)?;
+        let wanted = self.calibration.as_ref().map_or(0, |model| model.shared.wanted(model.layers[layer]));
+        let rows = plan.slot_mapping().iter().enumerate().filter(|(_, slot)| **slot >= 0).map(|(row, _)| row);
+        Ok(rows.take(wanted).collect())
+    }
+
+    /// Shows the calibration these rows of the step.
+    pub(super) fn observe(&self, rows: &[usize], layer: usize, k: TensorView<'_>, q: TensorView<'_>) -> Result<()> {
+        let Some(ModelCalibration { shared, layers }) = &self.calibration else { return Ok(()) };
+        let &CacheConfig { num_kv_heads, head_dim, .. } = &self.config;
+        let num_q_heads = q.shape()[1];
         let gather = |view: TensorView<'_>, heads: usize| {
             let mut values = vec![0f32; rows.len() * heads * head_dim];
-            for (out, &row) in values.chunks_exact_mut(heads * head_dim).zip(&rows) {
+            for (out, &row) in values.chunks_exact_mut(heads * head_dim).zip(rows) {
                 for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
                     view.read_row(row, head, out);
                 }

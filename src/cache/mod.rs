@@ -171,11 +171,12 @@ impl PagedKvCache {
 
     /// Writes a layer's keys and values of the step, and seals the blocks that are due. A layer may be written again: the
     /// last write counts. The calibration, if there is one that is not frozen, learns from the queries `q`,
-    /// `[B, num_q_heads, T, head_dim]`; without them it learns nothing.
+    /// `[B, num_q_heads, T, head_dim]`; without them it learns nothing. It keeps what it learned of a step that is aborted.
     ///
     /// # Errors
     /// [`Error::StaleStep`], [`Error::Config`] for a layer that does not exist or a calibration of another shape,
-    /// [`Error::Dtype`] for `raw` pages of another dtype, and what [`Backend::append`] refuses.
+    /// [`Error::Dtype`] for `raw` pages of another dtype, [`Error::Shape`] for other queries, and what
+    /// [`Backend::append`] refuses.
     pub fn append(&mut self, step: &Step, layer: usize, fresh: Fresh<'_>, q: Option<TensorView<'_>>) -> Result<()> {
         self.check_layer(layer)?;
         let appended = self.open_step(step)?.appended[layer];
@@ -183,8 +184,13 @@ impl PagedKvCache {
             fresh.k.check_dtype("k", self.config.dtype)?;
             fresh.v.check_dtype("v", self.config.dtype)?;
         }
-        if let Some(q) = q.filter(|_| !appended) {
-            self.observe(&step.plan, layer, fresh.k, q)?;
+        if let Some(q) = q {
+            let rows = self.wanted_rows(&step.plan, layer, q)?;
+            if !appended && !rows.is_empty() {
+                // What is refused teaches nothing.
+                self.backend.check_append(layer, &step.plan, fresh)?;
+                self.observe(&rows, layer, fresh.k, q)?;
+            }
         }
         let calibrated = self.calibrated_for(&step.plan, layer)?;
         self.backend.append(layer, &step.plan, fresh, heads(calibrated.as_deref()))?;
@@ -324,10 +330,12 @@ impl PagedKvCache {
         }
     }
 
-    /// Forgets every sequence, step and prefix; keeps the memory.
+    /// Forgets every sequence, step and prefix, and what was counted; keeps the memory and the calibration.
     pub fn reset(&mut self) {
         self.steps.clear();
         self.paging.clear();
+        self.backend.forget_health();
+        (self.sealed, self.unsealed) = (0, 0);
     }
 
     /// The blocks of a sequence; entries before the first token held are [`BlockId::RELEASED`].

@@ -44,7 +44,7 @@ pub struct CacheStats {
     pub layers: Vec<LayerStats>,
 }
 
-/// How well the statistics and grids of a layer fit what was written to it.
+/// How well the statistics and grids of a layer fit what was appended to it, in steps that were aborted too.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerStats {
     /// Share of the K codes of tiles that the ends of their grid cut off; `None` before there are any.

@@ -12,7 +12,7 @@
 //! | [`State::File`] | what a file says |
 //!
 //! The last two never change: no later traffic can change a byte of a tile. A layer's lock is held while it factors, so
-//! two caches of a model never see two answers of one state.
+//! two caches of a model that seal at the same time use the same.
 
 mod file;
 mod layer;
@@ -41,7 +41,7 @@ pub const FIRST_TOKENS: usize = 128;
 pub enum State {
     /// Nothing is factored.
     No,
-    /// Factored from what came before the first seal; it will be factored once more.
+    /// Factored from what came before a seal; it will be factored again.
     OwnPrompt,
     /// Frozen after [`QUERY_TOKENS`] tokens, or by [`Calibration::freeze`].
     Frozen,

@@ -23,8 +23,8 @@ pub struct CacheConfig {
     pub block_size: usize,
     /// Blocks of the pool; `None` grows as needed.
     pub num_blocks: Option<usize>,
-    /// Pages of the pool for open blocks, in formats that seal: two for each sequence that may decode at once, four for
-    /// one whose prompt comes in several steps. `None` grows as needed.
+    /// Pages of the pool for open blocks, in formats that seal: two for each sequence that may decode a token at a
+    /// time, four for one that takes more in a step. `None` grows as needed. Other formats do not ask for it.
     pub num_open_pages: Option<usize>,
     /// Sliding window in tokens, the query itself included; `None` sees everything.
     pub window: Option<usize>,

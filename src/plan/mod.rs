@@ -18,8 +18,8 @@ mod seal;
 mod split;
 
 pub use open::{PageOpen, Statistics};
-use seal::Sealing;
 pub use seal::{Seal, SealSource, sealed_to};
+use seal::{Sealing, check_pages};
 pub use split::{SPLIT_TOKENS, Split, splits};
 
 use crate::error::{Error, Result};
@@ -305,35 +305,23 @@ impl StepPlan {
         })
     }
 
-    /// Each written block is written through one sequence: what lets backends write blocks in parallel.
+    /// Each written block is written through one sequence, and each written page is of one block: what lets backends
+    /// write blocks in parallel.
     fn check_written_blocks(&self) -> Result<()> {
         let mut written: Vec<BlockId> =
             self.written_blocks().map(|(s, block)| self.sequences[s].block_table[block]).collect();
         written.sort_unstable();
-        match written.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(Error::Config(format!("block {} would be written through two sequences", pair[0]))),
+        if let Some(pair) = written.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(Error::Config(format!("block {} would be written through two sequences", pair[0])));
+        }
+        let page_of = |(sequence, block): (usize, usize)| self.sequences[sequence].page(block);
+        let mut pages: Vec<PageId> = self.written_blocks().filter_map(page_of).collect();
+        pages.sort_unstable();
+        match pages.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(Error::Config(format!("page {} would be written for two blocks", pair[0].0))),
             None => Ok(()),
         }
     }
-}
-
-/// Every new block has a page but those that the step seals itself, and so has the block that is written further.
-fn check_pages(block_size: usize, input: &SequenceInput<'_>, pages: &[PageId], seq_len: usize) -> Result<()> {
-    let (context_len, num_new) = (input.context_len, input.rows.num_tokens());
-    if pages.len() != input.block_table.len() {
-        let (pages, blocks) = (pages.len(), input.block_table.len());
-        return Err(Error::Config(format!("{pages} pages for a block table of {blocks} blocks")));
-    }
-    let first = if num_new == 0 { seq_len.div_ceil(block_size) } else { context_len / block_size };
-    let (new, sealed) = (context_len.div_ceil(block_size), sealed_to(block_size, context_len, num_new));
-    for block in first..seq_len.div_ceil(block_size) {
-        let is_sealed = pages[block] == PageId::SEALED;
-        if is_sealed != (new..sealed).contains(&block) {
-            let what = if is_sealed { "is written and has no page" } else { "is sealed by the step and has a page" };
-            return Err(Error::Config(format!("block {block} of a sequence of {seq_len} tokens {what}")));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -376,6 +364,24 @@ mod tests {
         let input =
             SequenceInput { block_table: &table, pages: None, context_len: 0, first_held: 0, rows: Rows::All(1) };
         assert!(matches!(StepPlan::new(16, &[input, input]), Err(Error::Config(_))));
+    }
+
+    #[test]
+    fn two_blocks_cannot_write_one_page() {
+        let (first, second) = (ids(&[0]), ids(&[1]));
+        let pages = [PageId(0)];
+        let input = |block_table, pages| SequenceInput {
+            block_table,
+            pages: Some(pages),
+            context_len: 0,
+            first_held: 0,
+            rows: Rows::All(1),
+        };
+        let inputs = [input(&first[..], &pages[..]), input(&second[..], &pages[..])];
+        assert!(matches!(StepPlan::new(16, &inputs), Err(Error::Config(_))));
+        let (table, pages) = (ids(&[0, 1]), [PageId(0), PageId(0)]);
+        let one = SequenceInput { rows: Rows::All(17), context_len: 15, ..input(&table, &pages) };
+        assert!(matches!(StepPlan::new(16, &[one]), Err(Error::Config(_))));
     }
 
     #[test]

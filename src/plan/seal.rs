@@ -8,7 +8,8 @@
 //! The last full block of a prefill stays a page, so that tokens which turn out to be rejected drafts can be rolled
 //! back. What the first rule seals was committed before; what the second seals is dropped with the step.
 
-use super::{DECODE_TOKENS, SequencePlan, StepPlan};
+use super::{DECODE_TOKENS, SequenceInput, SequencePlan, StepPlan};
+use crate::error::{Error, Result};
 use crate::paging::{BlockId, PageId};
 use std::collections::HashSet;
 
@@ -69,6 +70,30 @@ pub(super) fn plan_seals(
     }
     let end = sealed_to(block_size, sequence.context_len, sequence.num_new());
     seals.extend((new..end).map(|block| Seal { sequence: index, block, source: SealSource::Fresh }));
+}
+
+/// Every new block has a page but those that the step seals itself, and so has the block that is written further.
+pub(super) fn check_pages(
+    block_size: usize,
+    input: &SequenceInput<'_>,
+    pages: &[PageId],
+    seq_len: usize,
+) -> Result<()> {
+    let (context_len, num_new) = (input.context_len, input.rows.num_tokens());
+    if pages.len() != input.block_table.len() {
+        let (pages, blocks) = (pages.len(), input.block_table.len());
+        return Err(Error::Config(format!("{pages} pages for a block table of {blocks} blocks")));
+    }
+    let first = if num_new == 0 { seq_len.div_ceil(block_size) } else { context_len / block_size };
+    let (new, sealed) = (context_len.div_ceil(block_size), sealed_to(block_size, context_len, num_new));
+    for block in first..seq_len.div_ceil(block_size) {
+        let is_sealed = pages[block] == PageId::SEALED;
+        if is_sealed != (new..sealed).contains(&block) {
+            let what = if is_sealed { "is written and has no page" } else { "is sealed by the step and has a page" };
+            return Err(Error::Config(format!("block {block} of a sequence of {seq_len} tokens {what}")));
+        }
+    }
+    Ok(())
 }
 
 impl StepPlan {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvarn_rs import Calibration, NonFiniteError, PagedKvCache
+from kvarn_rs import Calibration, ConfigError, NonFiniteError, PagedKvCache, ShapeError
 from kvarn_rs._core import QUERY_TOKENS
 from paged_reference import attention, contents, extend, make_cache, normal, same, settle
 
@@ -189,6 +189,27 @@ def test_numbers_that_are_not_finite_never_enter(tmp_path: Path) -> None:
     step = cache.begin_step([cache.new_sequence()], 600)
     with pytest.raises(NonFiniteError):
         step.append(0, k, v, q)
+    with pytest.raises(ShapeError):
+        step.append(0, text(600, 0)[1], v[:, :, :5], q)
+    assert calibration.wanted(0) == QUERY_TOKENS, "what is refused teaches nothing"
+
+
+def test_queries_of_another_shape_are_refused_with_and_without_a_calibration() -> None:
+    q, k, v = text(20, 0)
+    for calibration in (None, Calibration()):
+        cache = cache_of("int4", calibration)
+        step = cache.begin_step([cache.new_sequence()], 20)
+        with pytest.raises(ShapeError, match="q"):
+            step.append(0, k, v, q[:, :, :7])
+        step.append(0, k, v, q)
+        with pytest.raises(ShapeError, match="q"):
+            step.append(0, k, v, q[..., :16])
+        step.commit()
+
+
+def test_a_layer_of_the_model_is_one_layer_of_the_cache() -> None:
+    with pytest.raises(ConfigError, match="layer 3"):
+        PagedKvCache(num_layers=2, num_kv_heads=2, head_dim=16, calibration=Calibration(), layers=[3, 3])
 
 
 # A change of domain

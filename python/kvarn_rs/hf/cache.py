@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvarn_rs import Calibration
-from kvarn_rs.errors import ConfigError, DeviceError, DtypeError, RollbackError, ShapeError, UnsupportedError
+from kvarn_rs.errors import (
+    CalibrationError,
+    ConfigError,
+    DeviceError,
+    DtypeError,
+    RollbackError,
+    ShapeError,
+    UnsupportedError,
+)
 
 from . import file
 from .calibration import resolve
@@ -45,7 +53,7 @@ class KvarnCache(Cache):
         block_size: positions per block: 16, 32, 64 or 128.
         num_blocks: blocks of each layer group; None: as many as needed.
         num_open_pages: pages of each layer group for blocks that are not sealed: two for each batch row, four where
-            prompts come in several forwards; None: as many as needed.
+            a forward brings several tokens; None: as many as needed.
         calibration: what sealing knows of the model: a `kvarn_rs.Calibration`, or the path of a file of
             `kvarn calibrate`. None: the model's file in the user's cache folder, else one that all caches of this model
             share and that learns from the first 2,048 tokens.
@@ -74,9 +82,9 @@ class KvarnCache(Cache):
     ) -> None:
         decoder = Decoder(model_or_config)
         check_pages(format, block_size, num_blocks, num_open_pages, codec)
+        self.calibration = resolve(decoder.model, calibration)
         if decoder.model is not None:
             decoder.use_kvarn_attention(strict)
-        self.calibration = resolve(decoder.model, calibration)
         plans = plan_layers(decoder.config)
         groups = [
             LayerGroup(
@@ -351,6 +359,8 @@ def _why_not_paged(group: LayerGroup, k: torch.Tensor, v: torch.Tensor) -> str |
         return f"K and V have different shapes, {list(k.shape)} and {list(v.shape)}"
     try:
         group.create_core(k)
+    except CalibrationError:
+        raise  # of another model: not the shape's fault
     except (ConfigError, DtypeError, UnsupportedError) as error:
         return str(error)
     return None

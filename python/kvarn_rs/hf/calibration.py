@@ -2,7 +2,7 @@
 
 A calibration is shared by all caches of a model object. Without a file it learns from the model's first tokens; a file
 made ahead makes results the same from the first token on. Files are named by the model's *fingerprint*: another model,
-or the same after training, finds none.
+or the same loaded again after training, finds none. A model object keeps the calibration that its caches began with.
 """
 
 from __future__ import annotations

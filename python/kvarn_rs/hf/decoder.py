@@ -46,6 +46,7 @@ class Decoder:
     def use_kvarn_attention(self, strict: bool) -> None:
         """Sets the model's attention; warns, or raises UnsupportedError if `strict`, where it has its own."""
         register()
+        before = self.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION_NAME)
         if self.config._attn_implementation == ATTENTION_NAME:
             return
@@ -54,6 +55,7 @@ class Decoder:
             "kvarn attention: every step will dequantize its K and V"
         )
         if strict:
+            self.model.set_attn_implementation(before)
             raise UnsupportedError(message)
         warnings.warn(message, DenseFallbackWarning, stacklevel=3)
 

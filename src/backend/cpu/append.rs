@@ -19,20 +19,15 @@ impl Cpu {
         heads: &[HeadCalibration],
     ) -> Result<()> {
         let (num_kv_heads, head_dim) = (self.num_kv_heads, self.head_dim);
-        fresh.k.check("k", num_kv_heads, plan.num_rows, head_dim)?;
-        fresh.v.check("v", num_kv_heads, plan.num_rows, head_dim)?;
-        let num_tokens: usize = plan.sequences.iter().map(SequencePlan::num_new).sum();
-        let parallel = num_tokens * num_kv_heads * head_dim >= PARALLEL_VALUES;
-        self.check_finite("k", plan, fresh.k, parallel)?;
-        self.check_finite("v", plan, fresh.v, parallel)?;
+        self.check_fresh(plan, fresh)?;
+        let parallel = self.is_worth_threads(plan);
         if !plan.seals.is_empty() && self.tile.is_none() {
             return Err(Error::Config(format!("a plan that seals {} blocks, pages that never do", plan.seals.len())));
         }
-        let fits = |head: &HeadCalibration| head.channels.mean.len() == head_dim;
-        if !heads.is_empty() && (heads.len() != num_kv_heads || !heads.iter().all(fits)) {
+        if !heads.is_empty() && (heads.len() != num_kv_heads || !heads.iter().all(|head| head.fits(head_dim))) {
+            let (own, channels) = (heads.len(), heads[0].channels.mean.len());
             return Err(Error::Config(format!(
-                "a calibration of {} heads for a layer of {num_kv_heads} heads of {head_dim} channels",
-                heads.len()
+                "a calibration of {own} heads of {channels} channels for a layer of {num_kv_heads} heads of {head_dim}"
             )));
         }
 
@@ -54,6 +49,20 @@ impl Cpu {
         }
         self.seal(layer, plan, Some(fresh), heads);
         Ok(())
+    }
+
+    fn is_worth_threads(&self, plan: &StepPlan) -> bool {
+        let num_tokens: usize = plan.sequences.iter().map(SequencePlan::num_new).sum();
+        num_tokens * self.num_kv_heads * self.head_dim >= PARALLEL_VALUES
+    }
+
+    /// Are these the step's keys and values, all of them finite?
+    pub(super) fn check_fresh(&self, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()> {
+        fresh.k.check("k", self.num_kv_heads, plan.num_rows, self.head_dim)?;
+        fresh.v.check("v", self.num_kv_heads, plan.num_rows, self.head_dim)?;
+        let parallel = self.is_worth_threads(plan);
+        self.check_finite("k", plan, fresh.k, parallel)?;
+        self.check_finite("v", plan, fresh.v, parallel)
     }
 
     fn check_finite(&self, name: &'static str, plan: &StepPlan, view: TensorView<'_>, parallel: bool) -> Result<()> {
@@ -141,7 +150,7 @@ impl Cpu {
     ) -> (usize, f64) {
         let sequence = &plan.sequences[index];
         let page = sequence.pages[block];
-        // SAFETY: `append_step` holds the arena exclusively, and the plan writes each block through one sequence
+        // SAFETY: `append_step` holds the arena exclusively, and the plan writes each page for one block
         // (`StepPlan::check_written_blocks`), so each record is asked for by one job.
         let record = unsafe { self.layers[layer].pages.record_mut(page.0, head) };
         let opened = plan.opens.binary_search_by_key(&(index, block), |open| (open.sequence, open.block));

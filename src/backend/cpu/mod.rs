@@ -149,6 +149,11 @@ impl Cpu {
         self.codec
     }
 
+    /// Begins [`Self::health`] anew in every layer.
+    pub fn forget_health(&mut self) {
+        self.layers.iter_mut().for_each(|layer| layer.health = LayerHealth::default());
+    }
+
     /// Is V kept rotated? Where K may be.
     fn rotates_v(&self) -> bool {
         matches!(self.tile, Some(RecordLayout::Tile(_)))
@@ -227,6 +232,11 @@ impl Backend for Cpu {
         for layer in &mut self.layers {
             copies.iter().for_each(|&(source, destination)| layer.pages.copy(source.0, destination.0));
         }
+    }
+
+    fn check_append(&self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()> {
+        self.check_plan(layer, plan)?;
+        self.check_fresh(plan, fresh)
     }
 
     fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>, heads: &[HeadCalibration]) -> Result<()> {

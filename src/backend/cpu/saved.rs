@@ -146,7 +146,11 @@ fn check_page(page: TokenPage, record: &[u8]) -> Result<(), Refusal> {
     ] {
         check_elements(record, Dtype::F16, field)?;
     }
-    Ok(())
+    let scale = |d: usize| read_f16(record, page.k_channel_scale(), d).to_f32();
+    match (0..head_dim).find(|&d| scale(d) <= 0.0) {
+        Some(d) => Err(format!("k_channel_scale: {} at channel {d}", scale(d))),
+        None => Ok(()),
+    }
 }
 
 fn check_tile(layout: SealedTile, record: &[u8]) -> Result<(), Refusal> {

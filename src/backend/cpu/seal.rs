@@ -93,8 +93,8 @@ impl Cpu {
                 sealed.num_clamped
             }
             Some(RecordLayout::Raw(page)) => {
-                // The schemes that code blocks keep the first one as it is.
-                if let Some(codec) = self.codec.filter(|_| seal.block > 0) {
+                // The schemes that code blocks keep the first 128 tokens as they are.
+                if let Some(codec) = self.codec.filter(|_| seal.block * self.block_size >= 128) {
                     codec.apply_block(&mut k, &mut v, self.head_dim);
                 }
                 write_raw_block(page, record, &k, &v);

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf.families import BLOCK_SIZE, decode, forward, generate, kvarn_cache, left_padded, make_model, prompt
-from kvarn_rs import Calibration, ConfigError, OutOfBlocksError, OutOfOpenPagesError, RollbackError
+from kvarn_rs import Calibration, CalibrationError, ConfigError, OutOfBlocksError, OutOfOpenPagesError, RollbackError
 from kvarn_rs.hf import DenseFallbackWarning, KvarnCache, calibrate
 
 ROOT = Path(__file__).parents[3]
@@ -248,12 +248,31 @@ def test_caches_of_a_model_learn_together_until_it_is_frozen():
     assert other.stats()["calibrated"] == "no"
 
 
-def test_padding_and_a_forward_that_was_dropped_teach_nothing_twice():
+def test_padding_teaches_nothing():
     model = make_model("llama")
     cache = cache_of(model)
     batch = left_padded([50, 33, 7])
     forward(model, cache, batch["input_ids"], batch["attention_mask"])
     assert [layer["query_tokens"] for layer in cache.calibration.layers()] == [90] * 3
+
+
+def test_a_calibration_of_another_shape_is_refused_and_unpages_nothing():
+    other = Calibration()
+    wide = make_model("llama", head_dim=32)
+    forward(wide, cache_of(wide, calibration=other), prompt(1, 40))
+    model = make_model("llama")
+    cache = cache_of(model, calibration=other)
+    with pytest.raises(CalibrationError, match="head_dim 16.*head_dim 32"):
+        forward(model, cache, prompt(1, 40))
+    assert cache.stats()["unpaged_layers"] == 0
+
+
+def test_a_calibration_that_is_not_there_leaves_the_model_as_it_was():
+    model = make_model("llama")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(CalibrationError):
+        KvarnCache(model, calibration="/nowhere/it.safetensors")
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_calibration_from_a_file_makes_the_same_tokens_every_time(tmp_path):
