@@ -52,8 +52,9 @@ class Calibration:
 
     It belongs to one model and holds, per layer and key/value head, how rounding errors of K are passed on so that they
     cancel where the queries look, and the mean and deviation of the K channels. Layers are numbered as in the model. A
-    layer is calibrated when its first block is about to seal, from at least `FIRST_TOKENS` tokens; again when the tokens
-    that it has seen have doubled; and is frozen at `QUERY_TOKENS`: nothing changes it any more. Copies, deep ones too, are the calibration itself.
+    layer is calibrated when its first block is about to seal, from at least `FIRST_TOKENS` tokens; again when the
+    tokens that it has seen have doubled; and is frozen at `QUERY_TOKENS`: nothing changes it any more. Copies, deep
+    ones too, are the calibration itself.
     """
 
     def __new__(cls) -> Self: ...

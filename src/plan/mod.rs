@@ -311,17 +311,22 @@ impl StepPlan {
         let mut written: Vec<BlockId> =
             self.written_blocks().map(|(s, block)| self.sequences[s].block_table[block]).collect();
         written.sort_unstable();
-        if let Some(pair) = written.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(Error::Config(format!("block {} would be written through two sequences", pair[0])));
+        if let Some(block) = repeated(&written) {
+            return Err(Error::Config(format!("block {block} would be written through two sequences")));
         }
         let page_of = |(sequence, block): (usize, usize)| self.sequences[sequence].page(block);
         let mut pages: Vec<PageId> = self.written_blocks().filter_map(page_of).collect();
         pages.sort_unstable();
-        match pages.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(Error::Config(format!("page {} would be written for two blocks", pair[0].0))),
+        match repeated(&pages) {
+            Some(PageId(page)) => Err(Error::Config(format!("page {page} would be written for two blocks"))),
             None => Ok(()),
         }
     }
+}
+
+/// The first that is there twice, of those in order.
+fn repeated<T: PartialEq>(sorted: &[T]) -> Option<&T> {
+    sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| &pair[0])
 }
 
 #[cfg(test)]

@@ -15,8 +15,7 @@ from kvarn_rs.hf import KvarnCache
 
 PROMPT = Path(__file__).parents[3] / "examples/prompt.txt"
 TOKENS, FIRST, CHUNK = 896, 256, 16
-# The mean KL divergence that each format may have. Seen here: 1.6e-4, 1.1e-3, 5.5e-3, 3.4e-2; of the reference codec
-# 1.4e-3, of plain INT4 over 1e-1.
+# The mean KL divergence that each format may have. Seen here: 1.9e-4, 1.3e-3, 5.3e-3, 3.5e-2.
 BARS = {"int8": 4e-4, "int4": 2.5e-3, "int3": 1.1e-2, "int2": 8e-2}
 
 
@@ -43,4 +42,3 @@ def test_a_real_text_fed_16_tokens_at_a_time_stays_within_each_format_s_bar():
     found = {format: torch.cat(seen).mean().item() for format, seen in divergences.items()}
     assert all(found[format] <= bar for format, bar in BARS.items()), found
     assert sorted(found.values()) == list(found.values()), "fewer bits, more error"
-    print(found)

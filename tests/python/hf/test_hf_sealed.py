@@ -262,7 +262,7 @@ def test_a_calibration_of_another_shape_is_refused_and_unpages_nothing():
     forward(wide, cache_of(wide, calibration=other), prompt(1, 40))
     model = make_model("llama")
     cache = cache_of(model, calibration=other)
-    with pytest.raises(CalibrationError, match="head_dim 16.*head_dim 32"):
+    with pytest.raises(CalibrationError, match=r"head_dim 16.*head_dim 32"):
         forward(model, cache, prompt(1, 40))
     assert cache.stats()["unpaged_layers"] == 0
 
