@@ -33,7 +33,7 @@ pub enum Error {
         free: usize,
     },
     /// The pool has fewer free pages for open blocks than the operation needs.
-    #[error("out of open pages: needed {needed}, free {free}")]
+    #[error("out of open pages: needed {needed}, free {free} (num_open_pages bounds them)")]
     OutOfOpenPages {
         /// Pages the operation would have taken.
         needed: usize,

@@ -117,12 +117,16 @@ mod tests {
 
     const OPEN: PageId = PageId(9);
 
+    fn page_of_new(block: u32) -> PageId {
+        PageId(100 + block)
+    }
+
     fn plan(context_len: usize, pages: &[PageId], num_new: usize) -> StepPlan {
         let block_table: Vec<BlockId> = (0..100).map(BlockId).collect();
         let mut pages = pages.to_vec();
         let sealed = sealed_to(16, context_len, num_new).max(pages.len());
         pages.resize(sealed, PageId::SEALED);
-        pages.resize(100, OPEN);
+        pages.extend((sealed as u32..100).map(page_of_new));
         let input = SequenceInput {
             block_table: &block_table,
             pages: Some(&pages),
@@ -143,7 +147,7 @@ mod tests {
         assert_eq!(sealed(&plan(15, &[OPEN], 1)), []);
         let next = plan(16, &[OPEN], 1);
         assert_eq!(sealed(&next), [(0, page)]);
-        assert_eq!(next.sequences[0].pages[..2], [PageId::SEALED, OPEN]);
+        assert_eq!(next.sequences[0].pages[..2], [PageId::SEALED, page_of_new(1)]);
         assert_eq!(sealed(&plan(33, &[PageId::SEALED, OPEN, OPEN], 1)), [(1, page)]);
     }
 

@@ -35,7 +35,7 @@ def load_folder(folder: Path) -> tuple[Any, Any]:
     """
     require("torch", "transformers")
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder: --model takes the folder of a model, or demo")
+        raise ConfigError(f"{folder} is not a folder: give the folder of a model, or demo")
     read_config(folder)
     quiet_transformers()
     import transformers
