@@ -56,7 +56,7 @@ class KvarnCache(Cache):
             a forward brings several tokens; None: as many as needed.
         calibration: what sealing knows of the model: a `kvarn_rs.Calibration`, or the path of a file of
             `kvarn calibrate`. None: the model's file in the user's cache folder, else one that all caches of this model
-            share and that learns from the first 2,048 tokens.
+            object share and that learns from the first 2,048 tokens; for a config, one of this cache alone.
         codec: with "raw", a scheme of `kvarn_rs.CODECS` that quantizes the pages in place, to compare formats by.
         strict: raise UnsupportedError where attention would leave the pages, instead of counting and warning.
 
