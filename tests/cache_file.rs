@@ -6,7 +6,7 @@ mod golden;
 #[path = "cache_file/refused.rs"]
 mod refused;
 
-use common::Random;
+use common::{Random, folder};
 use kvarn::backend::cpu::Level;
 use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
 use kvarn::cache::file;
@@ -286,14 +286,6 @@ fn an_empty_cache_comes_back() {
         assert_eq!(read.new_sequence(), SequenceId(2));
         step(&mut read, kept, 17, 1);
     }
-}
-
-/// A folder of this test's own, empty.
-fn folder(name: &str) -> PathBuf {
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let _ = fs::remove_dir_all(&folder);
-    fs::create_dir_all(&folder).expect("a folder");
-    folder
 }
 
 #[test]

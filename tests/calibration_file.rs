@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::Random;
+use common::{Random, folder};
 use kvarn::Error;
 use kvarn::calibration::{Calibration, HeadShape, Origin, State};
 use proptest::prelude::*;
@@ -258,14 +258,6 @@ proptest! {
     fn a_file_cut_short_is_refused(len in 0..valid().len()) {
         prop_assert!(matches!(Calibration::from_bytes(&valid()[..len], None), Err(Error::Calibration(_))));
     }
-}
-
-/// A folder of this test's own, empty.
-fn folder(name: &str) -> PathBuf {
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let _ = fs::remove_dir_all(&folder);
-    fs::create_dir_all(&folder).expect("a folder");
-    folder
 }
 
 #[test]

@@ -124,6 +124,20 @@ impl<'a> TensorView<'a> {
         self.raw.check(name, heads, num_rows, head_dim)
     }
 
+    /// Checks queries of a layer of `num_kv_heads`; gives their own number of heads, a multiple of it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming both.
+    pub fn check_queries(&self, num_kv_heads: usize, num_rows: usize, head_dim: usize) -> Result<usize> {
+        let num_q_heads = self.shape()[1];
+        if num_q_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
+            let expected = format!("a multiple of {num_kv_heads} heads in dimension 1");
+            return Err(Error::Shape { name: "q", expected, got: self.shape().to_vec() });
+        }
+        self.check("q", num_q_heads, num_rows, head_dim)?;
+        Ok(num_q_heads)
+    }
+
     /// Checks the element type.
     ///
     /// # Errors

@@ -58,12 +58,7 @@ impl PagedKvCache {
     /// The rows of the step that the calibration still wants, after a look at the queries.
     pub(super) fn wanted_rows(&self, plan: &StepPlan, layer: usize, q: TensorView<'_>) -> Result<Vec<usize>> {
         let &CacheConfig { num_kv_heads, head_dim, .. } = &self.config;
-        let num_q_heads = q.shape()[1];
-        if num_q_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
-            let expected = format!("a multiple of {num_kv_heads} heads in dimension 1");
-            return Err(Error::Shape { name: "q", expected, got: q.shape().to_vec() });
-        }
-        q.check("q", num_q_heads, plan.num_rows(), head_dim)?;
+        q.check_queries(num_kv_heads, plan.num_rows(), head_dim)?;
         let wanted = self.calibration.as_ref().map_or(0, |model| model.shared.wanted(model.layers[layer]));
         let rows = plan.slot_mapping().iter().enumerate().filter(|(_, slot)| **slot >= 0).map(|(row, _)| row);
         Ok(rows.take(wanted).collect())

@@ -22,7 +22,8 @@ impl PagedKvCache {
     /// keep the error that sealing made.
     ///
     /// # Errors
-    /// [`crate::Error::RollbackTooFar`]; [`crate::Error::OutOfBlocks`] or [`crate::Error::OutOfOpenPages`] when there is no room for the page.
+    /// [`crate::Error::RollbackTooFar`]; [`crate::Error::OutOfBlocks`] or [`crate::Error::OutOfOpenPages`] when there is
+    /// no room for the page.
     pub fn truncate_unsealing(&mut self, sequence: SequenceId, len: usize) -> Result<()> {
         match self.paging.sealed_within(sequence, len)? {
             Some(tile) => self.unseal(sequence, len, tile),

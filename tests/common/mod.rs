@@ -67,3 +67,11 @@ impl Reference<'_> {
         out
     }
 }
+
+/// A folder of this test's own, empty.
+pub fn folder(name: &str) -> std::path::PathBuf {
+    let folder = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).expect("a folder");
+    folder
+}

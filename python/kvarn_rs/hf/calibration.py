@@ -61,7 +61,8 @@ def fingerprint(model: Any) -> str:
     """Identifies a decoder by its text config and a sample of its weights, in a fraction of a second.
 
     The same for the same weights in another dtype that holds them exactly (float32 from bfloat16 files), with or
-    without a language model head, and under any attention implementation.
+    without a language model head, and under any attention implementation. A weight that cannot be read as numbers
+    (on no device, or packed by another library) takes part by its name and shape alone.
 
     Returns:
         64 hexadecimal digits of a sha256.

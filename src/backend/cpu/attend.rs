@@ -76,12 +76,7 @@ impl Cpu {
         options: AttendOptions<'a>,
         out: &'a TensorViewMut<'a>,
     ) -> Result<Attention<'a>> {
-        let num_q_heads = q.shape()[1];
-        if num_q_heads == 0 || !num_q_heads.is_multiple_of(self.num_kv_heads) {
-            let expected = format!("a multiple of {} heads in dimension 1", self.num_kv_heads);
-            return Err(Error::Shape { name: "q", expected, got: q.shape().to_vec() });
-        }
-        q.check("q", num_q_heads, plan.num_rows, self.head_dim)?;
+        let num_q_heads = q.check_queries(self.num_kv_heads, plan.num_rows, self.head_dim)?;
         out.check("out", num_q_heads, plan.num_rows, self.head_dim)?;
         if let Some(fresh) = fresh {
             fresh.k.check("k", self.num_kv_heads, plan.num_rows, self.head_dim)?;

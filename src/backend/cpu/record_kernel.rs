@@ -127,6 +127,60 @@ unsafe impl<S: Simd, E: Element> RecordKernel<S> for RawKernel<E> {
     }
 }
 
+/// Scales query rows by channel: gives `q . offset` of each, and `q * scale` in `scaled`.
+///
+/// # Safety
+/// That of [`RecordKernel`]; `scale` and `offset` are `[head_dim]` f16.
+#[inline(always)]
+pub unsafe fn scale_queries<S: Simd, const R: usize>(
+    head_dim: usize,
+    q: *const f32,
+    scale: *const u16,
+    offset: *const u16,
+    scaled: *mut f32,
+) -> [f32; R] {
+    // SAFETY: passed on.
+    unsafe {
+        let mut sums = [S::splat(0.0); R];
+        for d in (0..head_dim).step_by(LANES) {
+            let (scale, offset) = (S::load_f16(scale.add(d)), S::load_f16(offset.add(d)));
+            for r in 0..R {
+                let q = S::load(q.add(r * head_dim + d));
+                sums[r] = S::mul_add(q, offset, sums[r]);
+                S::store(scaled.add(r * MAX_HEAD_DIM + d), S::mul(q, scale));
+            }
+        }
+        sums.map(|sum| S::sum(sum))
+    }
+}
+
+/// Scales weights by token, over the panels `first..end`: gives `weights . zero_point` of each row.
+///
+/// # Safety
+/// That of [`RecordKernel`]; `scale` and `zero_point` are f16, one a token.
+#[inline(always)]
+pub unsafe fn scale_weights<S: Simd, const R: usize>(
+    first: usize,
+    end: usize,
+    scale: *const u16,
+    zero_point: *const u16,
+    weights: *mut f32,
+) -> [f32; R] {
+    // SAFETY: passed on.
+    unsafe {
+        let mut sums = [S::splat(0.0); R];
+        for t in (first * LANES..end * LANES).step_by(LANES) {
+            let (scale, zero_point) = (S::load_f16(scale.add(t)), S::load_f16(zero_point.add(t)));
+            for r in 0..R {
+                let weight = S::load(weights.add(r * BLOCK_TOKENS + t));
+                sums[r] = S::mul_add(weight, zero_point, sums[r]);
+                S::store(weights.add(r * BLOCK_TOKENS + t), S::mul(weight, scale));
+            }
+        }
+        sums.map(|sum| S::sum(sum))
+    }
+}
+
 /// An INT8 page: codes in [`crate::format::CodeOrder::Cpu`].
 ///
 /// ```text
@@ -155,22 +209,7 @@ unsafe impl<S: Simd> RecordKernel<S> for Int8Kernel<'_> {
         let mean = self.halves(self.page.k_channel_mean());
         let scale = self.halves(self.page.k_channel_scale());
         // SAFETY: see the trait.
-        unsafe {
-            let mut sums = [S::splat(0.0); R];
-            for d in (0..head_dim).step_by(LANES) {
-                let (mean, scale) = (S::load_f16(mean.add(d)), S::load_f16(scale.add(d)));
-                for r in 0..R {
-                    let q = S::load(q.add(r * head_dim + d));
-                    sums[r] = S::mul_add(q, mean, sums[r]);
-                    S::store(scaled.add(r * MAX_HEAD_DIM + d), S::mul(q, scale));
-                }
-            }
-            let mut common = [0.0; R];
-            for r in 0..R {
-                common[r] = S::sum(sums[r]);
-            }
-            common
-        }
+        unsafe { scale_queries::<S, R>(head_dim, q, scale, mean, scaled) }
     }
 
     #[inline(always)]
@@ -203,20 +242,7 @@ unsafe impl<S: Simd> RecordKernel<S> for Int8Kernel<'_> {
         let zero_point = self.halves(self.page.v_token_zero_point());
         // SAFETY: see the trait.
         unsafe {
-            let mut zeros = [S::splat(0.0); R];
-            for panel in first..end {
-                let t = panel * LANES;
-                let (scale, zero_point) = (S::load_f16(scale.add(t)), S::load_f16(zero_point.add(t)));
-                for r in 0..R {
-                    let weight = S::load(weights.add(r * BLOCK_TOKENS + t));
-                    zeros[r] = S::mul_add(weight, zero_point, zeros[r]);
-                    S::store(weights.add(r * BLOCK_TOKENS + t), S::mul(weight, scale));
-                }
-            }
-            let mut common = [0.0; R];
-            for r in 0..R {
-                common[r] = S::sum(zeros[r]);
-            }
+            let common = scale_weights::<S, R>(first, end, scale, zero_point, weights);
             let codes = self.record.as_ptr().add(self.page.v_codes());
             for channel in (0..head_dim).step_by(LANES) {
                 let mut sums = [S::splat(0.0); R];

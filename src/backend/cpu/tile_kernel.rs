@@ -7,7 +7,7 @@
 //!
 //! with `q` in the frame of K, V in its own, and row `f` the sequence's first token, whose other parameters are 0.
 
-use super::record_kernel::{BLOCK_TOKENS, RecordKernel};
+use super::record_kernel::{BLOCK_TOKENS, RecordKernel, scale_queries, scale_weights};
 use super::simd::Simd;
 use super::tile::first_row;
 use crate::format::order::{DEPTH, LANES};
@@ -136,22 +136,7 @@ unsafe impl<S: Simd, const BITS: u32> RecordKernel<S> for TileKernel<'_, BITS> {
         let scale = self.halves(self.layout.k_channel_scale());
         let zero_point = self.halves(self.layout.k_channel_zero_point());
         // SAFETY: see the trait.
-        unsafe {
-            let mut sums = [S::splat(0.0); R];
-            for d in (0..head_dim).step_by(LANES) {
-                let (scale, zero_point) = (S::load_f16(scale.add(d)), S::load_f16(zero_point.add(d)));
-                for r in 0..R {
-                    let q = S::load(q.add(r * head_dim + d));
-                    sums[r] = S::mul_add(q, zero_point, sums[r]);
-                    S::store(scaled.add(r * MAX_HEAD_DIM + d), S::mul(q, scale));
-                }
-            }
-            let mut common = [0.0; R];
-            for r in 0..R {
-                common[r] = S::sum(sums[r]);
-            }
-            common
-        }
+        unsafe { scale_queries::<S, R>(head_dim, q, scale, zero_point, scaled) }
     }
 
     #[inline(always)]
@@ -196,20 +181,7 @@ unsafe impl<S: Simd, const BITS: u32> RecordKernel<S> for TileKernel<'_, BITS> {
                     first_weight[r] = *weights.add(r * BLOCK_TOKENS + row);
                 }
             }
-            let mut zeros = [S::splat(0.0); R];
-            for panel in first..end {
-                let t = panel * LANES;
-                let (scale, zero_point) = (S::load_f16(scale.add(t)), S::load_f16(zero_point.add(t)));
-                for r in 0..R {
-                    let weight = S::load(weights.add(r * BLOCK_TOKENS + t));
-                    zeros[r] = S::mul_add(weight, zero_point, zeros[r]);
-                    S::store(weights.add(r * BLOCK_TOKENS + t), S::mul(weight, scale));
-                }
-            }
-            let mut common = [0.0; R];
-            for r in 0..R {
-                common[r] = S::sum(zeros[r]);
-            }
+            let common = scale_weights::<S, R>(first, end, scale, zero_point, weights);
             for channel in (0..head_dim).step_by(LANES) {
                 let mut sums = [S::splat(0.0); R];
                 for r in 0..R {
