@@ -1,6 +1,8 @@
 //! A cache that is saved is had again: the same sequences in the same blocks, to the bit.
 
 mod common;
+#[path = "cache_file/damaged.rs"]
+mod damaged;
 #[path = "cache_file/golden.rs"]
 mod golden;
 #[path = "cache_file/refused.rs"]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Random, folder};
+use common::{Random, assert_damage_is_refused, folder, seal_file};
 use kvarn::Error;
 use kvarn::calibration::{Calibration, HeadShape, Origin, State};
 use proptest::prelude::*;
@@ -48,9 +48,12 @@ impl Parts {
         Self { header, data: valid()[8 + length..].to_vec() }
     }
 
+    /// The file, under a checksum of its own.
     fn bytes(&self) -> Vec<u8> {
         let header = self.header.to_string();
-        [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &self.data].concat()
+        let mut bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &self.data].concat();
+        seal_file(&mut bytes);
+        bytes
     }
 
     fn refusal(&self) -> String {
@@ -106,7 +109,8 @@ fn the_same_layers_make_the_same_bytes() {
 #[test]
 fn other_programs_read_it_as_safetensors() {
     let tensors = safetensors::SafeTensors::deserialize(valid()).expect("safetensors");
-    assert_eq!(tensors.len(), LAYERS.len() * 6);
+    assert_eq!(tensors.len(), LAYERS.len() * 6 + 1);
+    assert_eq!(tensors.tensor("checksum").expect("the last").data(), &valid()[valid().len() - 4..]);
     let feedback = tensors.tensor("layers.7.feedback").expect("a tensor");
     assert_eq!(feedback.shape(), [HEADS, 2, CHANNELS, CHANNELS]);
     let calibration = frozen().layer(7).expect("a layer");
@@ -117,7 +121,7 @@ fn other_programs_read_it_as_safetensors() {
     assert!((valid().len() - data.len()).is_multiple_of(8), "tensors are aligned");
     assert_eq!(
         header["__metadata__"],
-        json!({"kind": "kvarn calibration", "version": "1", "fingerprint": "abc123", "query_tokens": "200",
+        json!({"kind": "kvarn calibration", "version": "2", "fingerprint": "abc123", "query_tokens": "200",
                "format_version": kvarn::format::FORMAT_VERSION.to_string(), "model": "a \"tiny\" model, ünïcode"})
     );
 }
@@ -154,7 +158,7 @@ fn what_is_no_calibration_is_refused() {
     let altered: [(Alter, &str); 9] = [
         (|metadata| metadata["kind"] = json!("kvarn cache"), "of kind \"kvarn cache\", not \"kvarn calibration\""),
         (|metadata| *metadata = json!({"format": "pt"}), "but no \"kvarn calibration\""),
-        (|metadata| metadata["version"] = json!("2"), "version 2, this release reads version 1"),
+        (|metadata| metadata["version"] = json!("1"), "a kvarn calibration of version 1, this release reads version 2"),
         (|metadata| metadata["version"] = json!("one"), "version is \"one\", not a number"),
         (|metadata| metadata["format_version"] = json!(""), "format_version is \"\""),
         (|metadata| metadata["query_tokens"] = json!("127"), "query_tokens is 127"),
@@ -168,8 +172,9 @@ fn what_is_no_calibration_is_refused() {
         assert_refused(&parts.bytes(), expected);
     }
     let mut empty = Parts::new();
-    empty.header = json!({"__metadata__": empty.header["__metadata__"]});
-    empty.data.clear();
+    let sum = json!({"dtype": "U8", "shape": [4], "data_offsets": [0, 4]});
+    empty.header = json!({"__metadata__": empty.header["__metadata__"], "checksum": sum});
+    empty.data.truncate(4);
     assert!(empty.refusal().contains("it holds no layer"));
 }
 
@@ -236,11 +241,34 @@ fn values_that_no_calibration_has_are_refused() {
     }
 }
 
+#[test]
+fn no_bit_of_a_file_changes_unnoticed() {
+    assert_damage_is_refused(valid(), |bytes| {
+        matches!(Calibration::from_bytes(bytes, None), Err(Error::Calibration(_)))
+    });
+}
+
+#[test]
+fn layers_that_changed_places_are_refused_though_each_is_valid() {
+    let mut parts = Parts::new();
+    let [first, second] = LAYERS.map(|layer| parts.start(&format!("layers.{layer}.feedback")));
+    for at in 0..second - first {
+        parts.data.swap(first + at, second + at);
+    }
+    let mut bytes = parts.bytes();
+    let exchanged = Calibration::from_bytes(&bytes, None).expect("layers of a calibration");
+    assert_eq!(exchanged.layer(LAYERS[0]), frozen().layer(LAYERS[1]));
+    let sum = bytes.len() - 4;
+    bytes[sum..].copy_from_slice(&valid()[valid().len() - 4..]);
+    assert_refused(&bytes, "damaged: the checksum of its bytes is");
+}
+
 proptest! {
     #[test]
     fn no_byte_changed_makes_a_panic(at in 0..valid().len(), by in 1u8..=255) {
         let mut bytes = valid().to_vec();
         bytes[at] ^= by;
+        seal_file(&mut bytes);
         if let Ok(read) = Calibration::from_bytes(&bytes, None) {
             let again = read.to_bytes("f", "m").expect("loaded layers are frozen");
             prop_assert!(Calibration::from_bytes(&again, None).is_ok(), "what is accepted can be written and read");
@@ -251,6 +279,7 @@ proptest! {
     fn no_header_byte_changed_makes_a_panic(at in 0..1200usize, by in 1u8..=255) {
         let mut bytes = valid().to_vec();
         bytes[at] ^= by;
+        seal_file(&mut bytes);
         let _ = Calibration::from_bytes(&bytes, None);
     }
 

@@ -1,15 +1,18 @@
 //! What is in a file that kvarn wrote, and is it what it says it is?
 //!
 //! A file is safetensors: the length of its header, the header (JSON), the bytes of its tensors one after the other. Its
-//! metadata names the [`Kind`] and the version of that kind. Everything else in it is its owner's.
+//! metadata names the [`Kind`] and the version of that kind, and its last tensor is the [`checksum`] of all before it.
+//! Everything else in it is its owner's.
 //!
 //! ```text
 //! written   the same header and the same tensors make the same bytes; on disk whole or not at all, and tensors are
 //!           passed on as they are made: what is saved is never held twice
-//! read      tensors lie one after the other, fill the file, and have the bytes of their shape; they are read where
-//!           they are asked for, and memory is taken for what the file holds, never for what it says
+//! read      tensors lie one after the other, fill the file, and have the bytes of their shape; every byte is summed, a
+//!           piece at a time, before any is used; tensors are read where they are asked for, and memory is taken for
+//!           what the file holds, never for what it says
 //! ```
 
+mod checksum;
 mod disk;
 mod read;
 mod write;

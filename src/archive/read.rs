@@ -1,6 +1,6 @@
 //! Reading a file: its header first, each tensor when it is asked for.
 
-use super::{Element, Kind, LENGTH_BYTES};
+use super::{Element, Kind, LENGTH_BYTES, checksum};
 use crate::error::Result;
 use safetensors::tensor::Metadata;
 use std::fs::File;
@@ -44,7 +44,7 @@ impl Source for File {
     }
 }
 
-/// A well-formed file of a kind: its tensors lie one after the other and fill it.
+/// A well-formed file of a kind: its tensors lie one after the other and fill it, and its bytes are those written.
 pub struct Archive<'a> {
     kind: &'static Kind,
     header: Metadata,
@@ -54,10 +54,10 @@ pub struct Archive<'a> {
 }
 
 impl<'a> Archive<'a> {
-    /// Reads the header.
+    /// Reads the header, and sums the file.
     ///
     /// # Errors
-    /// The kind's: no safetensors, another kind, or another version.
+    /// The kind's: no safetensors, another kind, another version, or damaged.
     pub fn read(source: &'a dyn Source, kind: &'static Kind) -> Result<Self> {
         let (header, data) = read_header(source).map_err(kind.error)?;
         let archive = Self { kind, header, source, data };
@@ -71,7 +71,17 @@ impl<'a> Archive<'a> {
             let (name, own) = (kind.name, kind.version);
             return archive.refuse(format!("a {name} of version {version}, this release reads version {own}"));
         }
+        archive.check_sum()?;
         Ok(archive)
+    }
+
+    fn check_sum(&self) -> Result<()> {
+        let tensor = self.shaped(checksum::NAME, checksum::ELEMENT, &[checksum::BYTES])?;
+        if tensor.start + tensor.bytes != self.header.data_len() {
+            return self.refuse(format!("{} is not the last tensor", checksum::NAME));
+        }
+        let num_bytes = self.data + self.header.data_len() as u64;
+        checksum::check(self.source, num_bytes).map_err(self.kind.error)
     }
 
     /// The kind's error.
@@ -99,10 +109,10 @@ impl<'a> Archive<'a> {
         value.parse().or_else(|_| self.refuse(format!("the metadata's {key} is {value:?}, not a number")))
     }
 
-    /// The names of the tensors, in order.
+    /// The names of the tensors, in order; not the checksum's.
     #[must_use]
     pub fn names(&self) -> Vec<String> {
-        self.header.offset_keys()
+        self.header.offset_keys().into_iter().filter(|name| name != checksum::NAME).collect()
     }
 
     /// A tensor of elements of this type.

@@ -1,6 +1,7 @@
 //! The bytes of a file. Written here and not by the crate that reads headers: that one keeps the metadata in the order of
 //! a hash.
 
+use super::checksum::{self, Summed};
 use super::{Element, Kind};
 use crate::error::{Error, Result};
 use std::fmt::{Display, Write as _};
@@ -40,34 +41,36 @@ impl Header {
     pub fn tensor(&mut self, name: &str, element: Element, shape: &[usize]) {
         let start = self.data_bytes;
         self.data_bytes += shape.iter().product::<usize>() * element.bytes();
-        // As above.
-        let _ = write!(
-            self.tensors,
-            ",{}:{{\"dtype\":\"{}\",\"shape\":{shape:?},\"data_offsets\":[{start},{}]}}",
-            quoted(name),
-            element.name(),
-            self.data_bytes
-        );
+        self.tensors += &described(name, element, shape, [start, self.data_bytes]);
     }
 
-    /// Writes the length, the header, and what `fill` writes: the tensors' bytes in order.
+    /// Writes the length, the header, what `fill` writes (the tensors' bytes in order), and the checksum of it all.
     pub(super) fn write(&self, out: &mut dyn Write, fill: impl FnOnce(&mut dyn Write) -> IoResult<()>) -> IoResult<()> {
         let text = self.text();
-        out.write_all(&(text.len() as u64).to_le_bytes())?;
-        out.write_all(text.as_bytes())?;
-        let mut counted = Counted { out, bytes: 0 };
-        fill(&mut counted)?;
-        debug_assert_eq!(counted.bytes, self.data_bytes, "the tensors' bytes are those of their shapes");
-        Ok(())
+        let mut summed = Summed::new(out);
+        summed.write_all(&(text.len() as u64).to_le_bytes())?;
+        summed.write_all(text.as_bytes())?;
+        let start = summed.bytes;
+        fill(&mut summed)?;
+        debug_assert_eq!(summed.bytes - start, self.data_bytes, "the tensors' bytes are those of their shapes");
+        summed.finish()
     }
 
     fn text(&self) -> String {
-        let mut text = format!("{{\"__metadata__\":{{{}}}{}}}", self.metadata, self.tensors);
+        let place = [self.data_bytes, self.data_bytes + checksum::BYTES];
+        let last = described(checksum::NAME, checksum::ELEMENT, &[checksum::BYTES], place);
+        let mut text = format!("{{\"__metadata__\":{{{}}}{}{last}}}", self.metadata, self.tensors);
         while !text.len().is_multiple_of(HEADER_ALIGNMENT) {
             text.push(' ');
         }
         text
     }
+}
+
+/// What the header says of a tensor whose bytes lie from `start` to `end`, and the comma before it.
+fn described(name: &str, element: Element, shape: &[usize], [start, end]: [usize; 2]) -> String {
+    let (name, dtype) = (quoted(name), element.name());
+    format!(",{name}:{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{start},{end}]}}")
 }
 
 /// The bytes of a file; `fill` writes the tensors' in order.
@@ -76,7 +79,7 @@ impl Header {
 /// [`Error::OutOfMemory`]; what `fill` says.
 pub fn to_bytes(header: &Header, fill: impl FnOnce(&mut dyn Write) -> IoResult<()>) -> Result<Vec<u8>> {
     let mut out = Vec::new();
-    let bytes = super::LENGTH_BYTES + header.text().len() + header.data_bytes;
+    let bytes = super::LENGTH_BYTES + header.text().len() + header.data_bytes + checksum::BYTES;
     let refused = Error::OutOfMemory { bytes, what: "a file in memory" };
     if out.try_reserve_exact(bytes).is_err() {
         return Err(refused);
@@ -84,24 +87,6 @@ pub fn to_bytes(header: &Header, fill: impl FnOnce(&mut dyn Write) -> IoResult<(
     match header.write(&mut out, fill) {
         Ok(()) => Ok(out),
         Err(_) => Err(refused), // a vector takes every byte that there is memory for
-    }
-}
-
-/// Passes on what is written, and counts it.
-struct Counted<'a> {
-    out: &'a mut dyn Write,
-    bytes: usize,
-}
-
-impl Write for Counted<'_> {
-    fn write(&mut self, bytes: &[u8]) -> IoResult<usize> {
-        let count = self.out.write(bytes)?;
-        self.bytes += count;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> IoResult<()> {
-        self.out.flush()
     }
 }
 

@@ -13,7 +13,7 @@ use crate::quant::{ChannelStatistics, Feedback, HeadCalibration, HeadFeedback, t
 use std::collections::BTreeSet;
 
 /// Such a file.
-pub const KIND: Kind = Kind { name: "kvarn calibration", version: 1, error: Error::Calibration };
+pub const KIND: Kind = Kind { name: "kvarn calibration", version: 2, error: Error::Calibration };
 
 /// The tensors of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -19,7 +19,7 @@ pub use order::CodeOrder;
 pub use tile::SealedTile;
 
 /// Version of everything in this module; a change of any byte raises it.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Tokens of the calibration window: how far a new page looks back for its channel statistics.
 pub const CALIBRATION_WINDOW_TOKENS: usize = 512;

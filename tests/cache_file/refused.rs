@@ -1,6 +1,7 @@
 //! What is not such a file is refused, typed, whatever its bytes; and what is not refused is a cache.
 
 use super::{Format, KV_HEADS, LAYERS, PagedKvCache, config, contents, filled, step, to_bytes};
+use crate::common::seal_file;
 use kvarn::format::{Dtype, SealedTile, TokenPage};
 use kvarn::{CacheConfig, Error};
 use proptest::prelude::*;
@@ -10,7 +11,7 @@ use std::sync::OnceLock;
 const CHANNELS: usize = 16;
 const BLOCK: usize = 16;
 
-fn valid(format: Format) -> &'static [u8] {
+pub fn valid(format: Format) -> &'static [u8] {
     static FILES: [OnceLock<Vec<u8>>; 5] = [const { OnceLock::new() }; 5];
     let index = Format::ALL.into_iter().position(|known| known == format).expect("a format");
     FILES[index].get_or_init(|| {
@@ -20,22 +21,30 @@ fn valid(format: Format) -> &'static [u8] {
 }
 
 /// A file taken apart: its header as JSON, its data as bytes.
-struct Parts {
-    header: Value,
-    data: Vec<u8>,
+pub struct Parts {
+    pub header: Value,
+    pub data: Vec<u8>,
 }
 
 impl Parts {
-    fn new(format: Format) -> Self {
+    pub fn new(format: Format) -> Self {
         let valid = valid(format);
         let length = usize::try_from(u64::from_le_bytes(valid[..8].try_into().expect("8 bytes"))).expect("small");
         let header = serde_json::from_slice(&valid[8..8 + length]).expect("JSON");
         Self { header, data: valid[8 + length..].to_vec() }
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    /// The file, under the checksum that was written.
+    pub fn unsealed(&self) -> Vec<u8> {
         let header = self.header.to_string();
         [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &self.data].concat()
+    }
+
+    /// The file, under a checksum of its own.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = self.unsealed();
+        seal_file(&mut bytes);
+        bytes
     }
 
     fn refusal(&self) -> String {
@@ -43,7 +52,7 @@ impl Parts {
     }
 
     /// The bytes of a tensor of the cache.
-    fn tensor(&mut self, name: &str) -> &mut [u8] {
+    pub fn tensor(&mut self, name: &str) -> &mut [u8] {
         let [start, end] = [0, 1].map(|i| {
             let offset = &self.header[format!("caches.0.{name}")]["data_offsets"][i];
             usize::try_from(offset.as_u64().expect("an offset")).expect("small")
@@ -52,14 +61,14 @@ impl Parts {
     }
 }
 
-fn refusal(bytes: &[u8]) -> String {
+pub fn refusal(bytes: &[u8]) -> String {
     match PagedKvCache::from_bytes(bytes).expect_err("not a cache") {
         Error::CacheFile(message) => message,
         other => panic!("{other:?}"),
     }
 }
 
-fn assert_says(message: &str, expected: &str) {
+pub fn assert_says(message: &str, expected: &str) {
     assert!(message.contains(expected), "{message:?} does not say {expected:?}");
 }
 
@@ -89,7 +98,7 @@ fn metadata_that_no_cache_has_is_refused() {
     let altered: [(Alter, &str); 26] = [
         (|m| m["kind"] = json!("kvarn calibration"), "a file of kind \"kvarn calibration\", not \"kvarn cache\""),
         (|m| *m = json!({"format": "pt"}), "but no \"kvarn cache\""),
-        (|m| m["version"] = json!("2"), "version 2, this release reads version 1"),
+        (|m| m["version"] = json!("3"), "version 3, this release reads version 2"),
         (|m| m["format_version"] = json!("99"), "format version 99, this release reads"),
         (|m| m["format_version"] = json!(""), "format_version is \"\""),
         (|m| remove(m, "note"), "no \"note\""),
@@ -264,6 +273,7 @@ proptest! {
         let mut bytes = valid(format).to_vec();
         let len = bytes.len();
         bytes[at % len] ^= by;
+        seal_file(&mut bytes);
         match PagedKvCache::from_bytes(&bytes) {
             Ok(cache) => assert_is_a_cache(cache),
             Err(error) => prop_assert!(matches!(error, Error::CacheFile(_)), "{error:?}"),
@@ -276,6 +286,7 @@ proptest! {
     ) {
         let mut bytes = valid(format).to_vec();
         bytes[at] ^= by;
+        seal_file(&mut bytes);
         match PagedKvCache::from_bytes(&bytes) {
             Ok(cache) => assert_is_a_cache(cache),
             Err(error) => prop_assert!(matches!(error, Error::CacheFile(_)), "{error:?}"),

@@ -75,3 +75,39 @@ pub fn folder(name: &str) -> std::path::PathBuf {
     std::fs::create_dir_all(&folder).expect("a folder");
     folder
 }
+
+/// Makes the last bytes of a file of kvarn's, its checksum, those of the others.
+pub fn seal_file(bytes: &mut [u8]) {
+    let (rest, sum) = bytes.split_at_mut(bytes.len() - 4);
+    sum.copy_from_slice(&crc32fast::hash(rest).to_le_bytes());
+}
+
+/// Loads a file with every bit of it flipped, one at a time, cut at every length, longer, with sectors of it zero or
+/// exchanged. `refuses` loads, and says whether that was refused as it should be.
+pub fn assert_damage_is_refused(valid: &[u8], refuses: impl Fn(&[u8]) -> bool) {
+    const SECTOR: usize = 512;
+    let mut bytes = valid.to_vec();
+    for bit in 0..valid.len() * 8 {
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        assert!(refuses(&bytes), "bit {} of byte {} of {}", bit % 8, bit / 8, valid.len());
+        bytes[bit / 8] ^= 1 << (bit % 8);
+    }
+    for len in 0..valid.len() {
+        assert!(refuses(&valid[..len]), "{len} bytes of {}", valid.len());
+    }
+    for more in 1..=16 {
+        assert!(refuses(&[valid, &vec![0; more]].concat()), "{more} bytes of zero after it");
+        assert!(refuses(&[valid, &valid[valid.len() - more..]].concat()), "its last {more} bytes twice");
+    }
+    for (index, sector) in valid.chunks(SECTOR).enumerate() {
+        bytes[index * SECTOR..][..sector.len()].fill(0);
+        assert!(refuses(&bytes) || bytes == valid, "sector {index} zero");
+        bytes.copy_from_slice(valid);
+        for other in index + 1..valid.len() / SECTOR {
+            (0..SECTOR).for_each(|at| bytes.swap(index * SECTOR + at, other * SECTOR + at));
+            assert!(refuses(&bytes) || bytes == valid, "sectors {index} and {other} exchanged");
+            bytes.copy_from_slice(valid);
+        }
+    }
+    assert!(!refuses(valid), "as it was");
+}

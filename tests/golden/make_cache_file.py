@@ -1,4 +1,4 @@
-"""A golden cache file, written from the description in `src/cache/file/mod.rs` and `src/format` alone.
+"""A golden cache file, written from the descriptions in `src/archive`, `src/cache/file/mod.rs` and `src/format` alone.
 
 An int4 cache of 1 layer, 2 key/value heads h, 32 channels d, blocks of 16 tokens t. Sequence 1 has 20 tokens in blocks
 0 and 1, sequence 4 has 18 in blocks 0 and 2; block 0 is sealed, the others are open, their rows after the last token
@@ -10,6 +10,7 @@ Writes cache_file.safetensors and prints its sha256. Run: python tests/golden/ma
 import hashlib
 import json
 import struct
+import zlib
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -56,7 +57,7 @@ def page(block, h, used):
 
 def main():
     prefix = "caches.0."
-    metadata = {"kind": "kvarn cache", "version": "1", "format_version": "1", "caches": "1", "note": 'a "golden" note'}
+    metadata = {"kind": "kvarn cache", "version": "2", "format_version": "2", "caches": "1", "note": 'a "golden" note'}
     settings = {"format": "int4", "dtype": "float32", "num_layers": 1, "num_kv_heads": HEADS, "head_dim": CHANNELS}
     settings |= {"block_size": TOKENS, "num_blocks": 64, "window": 4096, "next_sequence": 5}
     metadata |= {prefix + key: str(value) for key, value in settings.items()}
@@ -73,9 +74,11 @@ def main():
     for name, dtype, shape, content in tensors:
         start, data = len(data), data + content
         header += f',"{prefix}{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{start},{len(data)}]}}'
+    header += f',"checksum":{{"dtype":"U8","shape":[4],"data_offsets":[{len(data)},{len(data) + 4}]}}'
     text = (header + "}").encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     file = struct.pack("<Q", len(text)) + text + data
+    file += struct.pack("<I", zlib.crc32(file))
     (HERE / "cache_file.safetensors").write_bytes(file)
     print(len(file), hashlib.sha256(file).hexdigest())
 

@@ -39,7 +39,7 @@ use crate::paging::Table;
 use std::path::Path;
 
 /// Such a file.
-pub const KIND: Kind = Kind { name: "kvarn cache", version: 1, error: Error::CacheFile };
+pub const KIND: Kind = Kind { name: "kvarn cache", version: 2, error: Error::CacheFile };
 
 /// The name of what belongs to a cache of a file.
 fn name_of(cache: usize, what: &str) -> String {

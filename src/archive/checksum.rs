@@ -1,0 +1,76 @@
+//! Are the bytes of a file those that were written?
+//!
+//! The last tensor of a file is the checksum of every byte before it: the length of the header, the header with its
+//! padding, and the other tensors. It is the CRC-32 of zlib and PNG (polynomial 0x04C11DB7, reflected), which misses no
+//! single bit and no run of up to 32 bits, and one in 2^32 of all other damage; most languages have it in their library.
+
+use super::{Element, Source};
+use std::io::{Error as IoError, Result as IoResult, Write};
+
+/// The tensor's name. Bytes, so that it is aligned wherever the tensors before it end.
+pub const NAME: &str = "checksum";
+/// Its type.
+pub const ELEMENT: Element = Element::U8;
+/// Its bytes: the sum, little-endian.
+pub const BYTES: usize = size_of::<u32>();
+
+/// How much of a file is held at once to sum it: a piece that stays in the processor's cache.
+const PIECE_BYTES: usize = 1 << 18;
+
+/// Passes on what is written, and sums it.
+pub struct Summed<'a> {
+    out: &'a mut dyn Write,
+    sum: crc32fast::Hasher,
+    /// How many bytes were written.
+    pub bytes: usize,
+}
+
+impl<'a> Summed<'a> {
+    /// Of what is written to `out` from now on.
+    pub fn new(out: &'a mut dyn Write) -> Self {
+        Self { out, sum: crc32fast::Hasher::new(), bytes: 0 }
+    }
+
+    /// Writes the checksum of all that was written.
+    pub fn finish(self) -> IoResult<()> {
+        self.out.write_all(&self.sum.finalize().to_le_bytes())
+    }
+}
+
+impl Write for Summed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> IoResult<usize> {
+        let count = self.out.write(bytes)?;
+        self.sum.update(&bytes[..count]);
+        self.bytes += count;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> IoResult<()> {
+        self.out.flush()
+    }
+}
+
+/// Does a file of `num_bytes`, at least [`BYTES`], end with the checksum of all before it?
+///
+/// # Errors
+/// Why not.
+pub fn check(source: &dyn Source, num_bytes: u64) -> Result<(), String> {
+    let unreadable = |error: IoError| format!("cannot be read: {error}");
+    let end = num_bytes - BYTES as u64;
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut sum = crc32fast::Hasher::new();
+    let mut offset = 0;
+    while offset < end {
+        let piece = &mut piece[..(end - offset).min(PIECE_BYTES as u64) as usize];
+        source.read_at(offset, piece).map_err(unreadable)?;
+        sum.update(piece);
+        offset += piece.len() as u64;
+    }
+    let mut stored = [0; BYTES];
+    source.read_at(end, &mut stored).map_err(unreadable)?;
+    let (stored, actual) = (u32::from_le_bytes(stored), sum.finalize());
+    if stored == actual {
+        return Ok(());
+    }
+    Err(format!("damaged: the checksum of its bytes is {actual:08x}, the one written with them {stored:08x}"))
+}
