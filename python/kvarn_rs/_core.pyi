@@ -63,7 +63,7 @@ class Calibration:
         """The calibration in a file that `save` wrote.
 
         Args:
-            path: a safetensors file. Everything in it is checked.
+            path: a safetensors file. Every byte of it is checked, by its checksum and by what it means.
             fingerprint: that of the model it is for; `None` takes any.
 
         Raises:
@@ -292,7 +292,7 @@ class PagedKvCache:
     def load(
         path: str | PathLike[str], *, calibration: Calibration | None = None, layers: Sequence[int] | None = None
     ) -> PagedKvCache:
-        """The cache in a file that `save` wrote. Every byte of it is checked.
+        """The cache in a file that `save` wrote. Every byte of it is checked, by its checksum and by what it means.
 
         A bounded pool takes the memory of its unused blocks when a step first needs it.
 

@@ -1,8 +1,8 @@
 //! What is a calibration file, and what is not?
 //!
 //! An [`Archive`] of the kind [`KIND`] with the metadata `format_version` (of the crate that wrote it), `fingerprint`,
-//! `model`, `query_tokens`, and the tensors of [`Field`] for each layer. Frames are plain, rotated. Everything is checked:
-//! what comes out is what [`super::Calibration`] could have made.
+//! `model`, `query_tokens`, and the tensors of [`Field`] for each layer. Frames are plain, rotated. Everything is checked,
+//! beyond the checksum: what comes out is what [`super::Calibration`] could have made.
 
 use super::layer::Layer;
 use super::{FIRST_TOKENS, LayerCalibration, Origin, QUERY_TOKENS};

@@ -284,7 +284,7 @@ class KvarnCache(Cache):
         file in the user's cache folder, or one that learns anew: call `load` where the model's own is wanted.
 
         Args:
-            path: the file. Every byte of it is checked.
+            path: the file. Every byte of it is checked, by its checksum and by what it means.
             model_or_config: as for the constructor.
             calibration: as for the constructor.
             strict: as for the constructor.

@@ -23,7 +23,8 @@
 //!
 //! Records are those of [`mod@crate::format`] with codes in canonical order; rows that no sequence holds are zero. Blocks
 //! are numbered in the order in which the tables name them first, so the same tokens written alike make the same bytes.
-//! What is read is checked, every byte of it: what comes out is what a cache could have held.
+//! What is read is checked, every byte of it: that it is what was written, by the checksum, and that it is what a cache
+//! could have held.
 //!
 //! Not kept: free blocks, the prefix index, figures of how well things fit, and the calibration, which is the model's.
 
