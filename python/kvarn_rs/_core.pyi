@@ -271,7 +271,10 @@ class PagedKvCache:
         `num_sequences`, `cow_copies`, `sealed`, `unsealed` (blocks, so far), `calibrated` (`no`, `own prompt`, `frozen`
         or `file`: the least of the layers), and lists with an entry a layer: `saturation`, the share of the K codes of
         tiles that were clamped to the ends of their grid, and `drift`, the deviation of K over the one that its pages
-        were opened with, over the latest 128 or so tokens (1 where it fits). `None` before there is anything to tell.
+        were opened with, over the latest 128 or so tokens (1 where it fits), both `None` before there is anything to
+        tell; `out_of_range_tokens`, how many tokens are stored wrong because float16 does not hold the scale or zero
+        point of their K or V (V beyond 65,504 or all within some 1e-4 of each other, K as large in a tile), counted
+        where they are written to a page and again where their block is sealed.
         """
     def save(self, path: str | PathLike[str]) -> None:
         """Writes every sequence, to the bit, into a file, whole or not at all; `load` has them again.

@@ -52,10 +52,14 @@ pub struct LayerStats {
     /// Actual over frozen deviation of the K channels, over the latest 128 or so tokens written to pages: 1 where they
     /// fit, more after a change of domain, until pages are opened that know it. `None` before there are any.
     pub drift: Option<f64>,
+    /// Tokens whose K or V is stored wrong because f16 does not hold its scale or zero point (see
+    /// [`crate::quant::range`]); counted where they are written to a page and where they are sealed.
+    pub out_of_range_tokens: u64,
 }
 
 impl From<LayerHealth> for LayerStats {
     fn from(health: LayerHealth) -> Self {
-        Self { saturation: health.saturation(), drift: health.drift() }
+        let out_of_range_tokens = health.out_of_range_tokens();
+        Self { saturation: health.saturation(), drift: health.drift(), out_of_range_tokens }
     }
 }

@@ -252,6 +252,8 @@ impl PagedKvCache {
         out.set_item("calibrated", stats.calibrated.name())?;
         out.set_item("saturation", stats.layers.iter().map(|layer| layer.saturation).collect::<Vec<_>>())?;
         out.set_item("drift", stats.layers.iter().map(|layer| layer.drift).collect::<Vec<_>>())?;
+        let out_of_range: Vec<u64> = stats.layers.iter().map(|layer| layer.out_of_range_tokens).collect();
+        out.set_item("out_of_range_tokens", out_of_range)?;
         Ok(out)
     }
 

@@ -19,7 +19,7 @@
 //! [`codec`] has the schemes to compare with, [`mod@reference`] the one that this one comes from.
 //!
 //! Parameters are computed in f32 and stored as f16; codes are `rint_even` of the value under the *stored* parameters,
-//! clamped. A scale that underflows f16 gives code 0; one that overflows is 65504.
+//! clamped. A scale that underflows f16 gives code 0; one that overflows is 65504 ([`range`] says of which tokens).
 
 pub mod calibrated;
 pub mod codec;
@@ -28,6 +28,7 @@ pub mod feedback;
 pub mod hadamard;
 mod lanes;
 pub mod planes;
+pub mod range;
 pub mod reference;
 pub mod round;
 pub mod tile;

@@ -311,7 +311,9 @@ class KvarnCache(Cache):
             open_pages: pages of blocks that are not sealed; sealed, unsealed: blocks sealed, and decoded again by
             `crop`; calibrated: "no", "own prompt", "frozen" or "file"; saturation: by model layer, the share of K codes
             of tiles that were clamped; drift: by model layer, actual over frozen deviation of K, 1 where the pages'
-            statistics fit (both None before there is anything to tell).
+            statistics fit (both None before there is anything to tell); out_of_range_tokens: by model layer, how many
+            tokens are stored wrong because float16 does not hold the scale or zero point of their K or V, 0 unless a
+            model's values are beyond 65,504 or next to nothing.
         """
         store = self._store
         paged = [(group, group.core.stats()) for group in store.groups if group.core is not None]
@@ -320,7 +322,7 @@ class KvarnCache(Cache):
             name: dict(
                 sorted((layer, x) for group, core in paged for layer, x in zip(group.layers, core[name], strict=True))
             )
-            for name in ("saturation", "drift")
+            for name in ("saturation", "drift", "out_of_range_tokens")
         }
         states = [core["calibrated"] for core in cores]
         return {

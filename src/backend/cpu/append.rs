@@ -7,8 +7,17 @@ use crate::backend::{Fresh, TensorView};
 use crate::error::{Error, Result};
 use crate::format::MAX_HEAD_DIM;
 use crate::plan::{PageOpen, SequencePlan, Statistics, StepPlan};
+use crate::quant::range::TokenSet;
 use crate::quant::{self, ChannelStatistics, HeadCalibration};
 use rayon::prelude::*;
+
+/// What was written of one block and head.
+struct Written {
+    rows: usize,
+    /// The sum of [`record::write_int8`].
+    squares: f64,
+    out_of_range: TokenSet,
+}
 
 impl Cpu {
     pub(super) fn append_step(
@@ -43,12 +52,16 @@ impl Cpu {
             let ((sequence, block), head) = (blocks[job / num_kv_heads], job % num_kv_heads);
             self.write_block(layer, plan, fresh, sequence, block, head, &statistics)
         };
-        let written: Vec<(usize, f64)> =
+        let written: Vec<Written> =
             if parallel { (0..jobs).into_par_iter().map(write).collect() } else { (0..jobs).map(write).collect() };
         if matches!(self.page, RecordLayout::Int8(_)) && !written.is_empty() {
-            let rows: usize = written.iter().map(|job| job.0).sum();
-            let squares: f64 = written.iter().map(|job| job.1).sum();
-            self.layers[layer].health.wrote(rows / num_kv_heads, squares / (rows * head_dim) as f64);
+            let rows: usize = written.iter().map(|job| job.rows).sum();
+            let squares: f64 = written.iter().map(|job| job.squares).sum();
+            let health = &mut self.layers[layer].health;
+            health.wrote(rows / num_kv_heads, squares / (rows * head_dim) as f64);
+            for heads in written.chunks_exact(num_kv_heads) {
+                health.out_of_range(heads.iter().map(|job| job.out_of_range));
+            }
         }
         self.seal(layer, plan, Some(fresh), heads);
         Ok(())
@@ -139,7 +152,7 @@ impl Cpu {
         ChannelStatistics::of_rows(&rows, head_dim)
     }
 
-    /// Writes the tokens of one block and head; gives how many, and the sum of [`record::write_int8`].
+    /// Writes the tokens of one block and head.
     #[allow(clippy::too_many_arguments)] // the coordinates of one record in one step
     fn write_block(
         &self,
@@ -150,7 +163,7 @@ impl Cpu {
         block: usize,
         head: usize,
         statistics: &[ChannelStatistics],
-    ) -> (usize, f64) {
+    ) -> Written {
         let sequence = &plan.sequences[index];
         let page = sequence.pages[block];
         // SAFETY: `append_step` holds the arena exclusively, and the plan writes each page for one block
@@ -170,7 +183,7 @@ impl Cpu {
         let (k, v) = (&mut k[..self.head_dim], &mut v[..self.head_dim]);
         let start = sequence.context_len.max(block * plan.block_size);
         let end = sequence.seq_len().min((block + 1) * plan.block_size);
-        let mut squares = 0.0;
+        let mut written = Written { rows: end - start, squares: 0.0, out_of_range: 0 };
         for position in start..end {
             let row = sequence.token_rows[position - sequence.context_len] as usize;
             fresh.k.read_row(row, head, k);
@@ -181,7 +194,9 @@ impl Cpu {
                     if self.rotates_v() {
                         quant::rotate_v(v);
                     }
-                    squares += record::write_int8(page, record, token, frozen, k, v);
+                    let (squares, out_of_range) = record::write_int8(page, record, token, frozen, k, v);
+                    written.squares += squares;
+                    written.out_of_range |= TokenSet::from(out_of_range) << token;
                 }
                 (RecordLayout::Raw(page), _) => {
                     if let Some(codec) = self.codec.filter(|codec| codec.is_per_token()) {
@@ -192,6 +207,6 @@ impl Cpu {
                 _ => unreachable!("a page is raw, or INT8 with statistics"),
             }
         }
-        (end - start, squares)
+        written
     }
 }

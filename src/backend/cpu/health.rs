@@ -1,5 +1,7 @@
 //! How well do the stored statistics and grids of a layer fit what is written to it?
 
+use crate::quant::range::TokenSet;
+
 /// Tokens over which the drift forgets.
 const MEMORY_TOKENS: f64 = 128.0;
 
@@ -12,6 +14,8 @@ pub struct LayerHealth {
     num_codes: u64,
     /// Those of them that the grid clamped.
     num_clamped: u64,
+    /// Tokens whose K or V f16 does not hold.
+    num_out_of_range: u64,
 }
 
 impl LayerHealth {
@@ -22,7 +26,12 @@ impl LayerHealth {
         self.squares = Some(before + (squares - before) * weight);
     }
 
-    /// Takes in a tile.
+    /// Takes in the tokens of a block that are out of range, of each of its heads.
+    pub(super) fn out_of_range(&mut self, heads: impl Iterator<Item = TokenSet>) {
+        self.num_out_of_range += u64::from(heads.fold(0, |all, head| all | head).count_ones());
+    }
+
+    /// Takes in tiles.
     pub(super) fn sealed(&mut self, num_codes: usize, num_clamped: usize) {
         self.num_codes += num_codes as u64;
         self.num_clamped += num_clamped as u64;
@@ -33,6 +42,12 @@ impl LayerHealth {
     #[must_use]
     pub fn drift(&self) -> Option<f64> {
         self.squares.map(f64::sqrt)
+    }
+
+    /// Tokens out of range, where they were written to a page and where they were sealed. See [`crate::quant::range`].
+    #[must_use]
+    pub fn out_of_range_tokens(&self) -> u64 {
+        self.num_out_of_range
     }
 
     /// Share of the K codes of tiles that the ends of their grid cut off. `None` before there are any.

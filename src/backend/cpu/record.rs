@@ -2,6 +2,7 @@
 
 use super::tile;
 use crate::format::{CodeOrder, Dtype, Format, RawPage, SealedTile, TokenPage};
+use crate::quant::range::{k_is_out_of_range, v_is_out_of_range};
 use crate::quant::{self, ChannelStatistics};
 use half::{bf16, f16};
 
@@ -100,7 +101,7 @@ pub fn write_raw(page: RawPage, record: &mut [u8], token: usize, k: &[f32], v: &
 }
 
 /// Encodes one token into an INT8 page opened with `statistics`. Gives the sum of its squared K in units of the frozen
-/// deviations: `head_dim` where they fit.
+/// deviations (`head_dim` where they fit), and whether K or V is out of range.
 pub fn write_int8(
     page: TokenPage,
     record: &mut [u8],
@@ -108,7 +109,7 @@ pub fn write_int8(
     statistics: &ChannelStatistics,
     k: &[f32],
     v: &[f32],
-) -> f64 {
+) -> (f64, bool) {
     let shape = [page.block_size, page.head_dim];
     let mut k_codes = [0i8; crate::format::MAX_HEAD_DIM];
     let mut v_codes = [0u8; crate::format::MAX_HEAD_DIM];
@@ -123,7 +124,8 @@ pub fn write_int8(
     write_f16(record, page.k_token_scale(), token, k_token_scale);
     write_f16(record, page.v_token_scale(), token, v_token_scale);
     write_f16(record, page.v_token_zero_point(), token, v_token_zero_point);
-    f64::from(squares) * k_token_scale.to_f64().powi(2)
+    let out_of_range = k_is_out_of_range(k_token_scale) || v_is_out_of_range(v, v_token_scale, v_token_zero_point);
+    (f64::from(squares) * k_token_scale.to_f64().powi(2), out_of_range)
 }
 
 /// Decodes the K of a record's tokens, `[block_size, head_dim]`.

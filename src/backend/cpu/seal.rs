@@ -5,6 +5,7 @@ use super::{Cpu, tile};
 use crate::backend::Fresh;
 use crate::format::RawPage;
 use crate::plan::{Seal, SealSource, StepPlan};
+use crate::quant::range::{TokenSet, out_of_range_tokens};
 use crate::quant::{self, HeadCalibration, HeadFeedback};
 use rayon::prelude::*;
 
@@ -19,7 +20,7 @@ impl Cpu {
         }
         let jobs = seals.len() * self.num_kv_heads;
         let none = heads.is_empty().then(|| HeadFeedback::none(self.head_dim));
-        let clamped: Vec<usize> = (0..jobs)
+        let sealed: Vec<(usize, TokenSet)> = (0..jobs)
             .into_par_iter()
             .map(|job| {
                 let (seal, head) = (seals[job / self.num_kv_heads], job % self.num_kv_heads);
@@ -29,7 +30,11 @@ impl Cpu {
             })
             .collect();
         let num_codes = jobs * self.block_size * self.head_dim;
-        self.layers[layer].health.sealed(num_codes, clamped.iter().sum());
+        let health = &mut self.layers[layer].health;
+        health.sealed(num_codes, sealed.iter().map(|job| job.0).sum());
+        for heads in sealed.chunks_exact(self.num_kv_heads) {
+            health.out_of_range(heads.iter().map(|job| job.1));
+        }
     }
 
     /// K and V of a block of the seal, `[block_size, head_dim]` each, V rotated where it is kept so.
@@ -67,6 +72,7 @@ impl Cpu {
         (k, v)
     }
 
+    /// Writes one tile; gives how many of its K codes were clamped, and which of its tokens are out of range.
     #[allow(clippy::too_many_arguments)] // the coordinates of one record, and what goes into it
     fn write_tile(
         &self,
@@ -77,7 +83,7 @@ impl Cpu {
         feedback: &HeadFeedback,
         mut k: Vec<f32>,
         mut v: Vec<f32>,
-    ) -> usize {
+    ) -> (usize, TokenSet) {
         let block = plan.sequences[seal.sequence].block_table[seal.block];
         // SAFETY: `append_step` holds the arena exclusively, and a plan seals a block once, so each record is asked for
         // by one job.
@@ -90,7 +96,7 @@ impl Cpu {
                 // SAFETY: the kernels' level is available.
                 let sealed = unsafe { encode(&k, &v, self.head_dim, layout.bits, feedback, first_row) };
                 tile::write(layout, record::ORDER, record, &sealed);
-                sealed.num_clamped
+                (sealed.num_clamped, out_of_range_tokens(&sealed, &k, &v))
             }
             Some(RecordLayout::Raw(page)) => {
                 // The schemes that code blocks keep the first 128 tokens as they are.
@@ -98,7 +104,7 @@ impl Cpu {
                     codec.apply_block(&mut k, &mut v, self.head_dim);
                 }
                 write_raw_block(page, record, &k, &v);
-                0
+                (0, 0)
             }
             _ => unreachable!("a plan that seals is made for blocks that do"),
         }
