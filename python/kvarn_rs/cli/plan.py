@@ -36,7 +36,9 @@ def add_parser(commands: Any) -> None:
         description="How many tokens and sequences fit in a memory, by cache format. Reads a config.json only.",
     )
     parser.add_argument("model", metavar="CONFIG", type=Path, help="a config.json, or the folder that holds it")
-    parser.add_argument("--memory", type=parse_bytes, required=True, help="memory of one GPU, for example 80GiB")
+    parser.add_argument(
+        "--memory", type=parse_bytes, required=True, help="memory of one GPU, for example 80GiB (bytes without a unit)"
+    )
     parser.add_argument("--weights", type=parse_bytes, default=0, help="what weights and workspace take of it")
     parser.add_argument(
         "--format",
@@ -74,6 +76,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         notes += dense_layers
     if not formats:
         raise UnsupportedError("; ".join(f"{entry['format']}: {entry['reason']}" for entry in unsupported))
+    if not any(row["tokens"] for row in formats):
+        least = min(formats, key=lambda row: row["bytes_per_token"])
+        raise ConfigError(
+            f"{format_bytes(arguments.memory - arguments.weights)} for the cache hold no block: {arguments.block_size} "
+            f"tokens take about {format_bytes(least['bytes_per_token'] * arguments.block_size)} in {least['format']}. "
+            "A size without a unit is in bytes: write for example --memory 80GiB"
+        )
     report = {
         "model_type": shape.model_type,
         "context": context,

@@ -325,5 +325,17 @@ def test_settings_that_cannot_work_are_refused(
     kvarn("plan", config_file(**LLAMA_3_8B), *arguments).refused()
 
 
+@pytest.mark.parametrize("memory", ["80", "80KiB", "1MiB"])
+def test_a_memory_that_holds_no_block_is_refused_with_the_size_of_one(
+    memory: str, kvarn: Callable[..., Any], config_file: Callable[..., Path]
+) -> None:
+    said = kvarn("plan", config_file(**LLAMA_3_8B), "--memory", memory).refused()
+    assert "hold no block: 128 tokens take about" in said
+    assert "in int2" in said
+    assert "without a unit is in bytes" in said
+    enough = kvarn("plan", config_file(**LLAMA_3_8B), "--memory", str(80 << 30), "--json").json
+    assert enough["memory_bytes"] == 80 << 30, "a number of bytes is one"
+
+
 def test_a_configuration_that_is_not_there_is_refused(kvarn: Callable[..., Any], tmp_path: Path) -> None:
     assert "config.json" in kvarn("plan", tmp_path, "--memory", "1GiB").refused()
