@@ -1,7 +1,7 @@
 //! What is in a file that kvarn wrote, and is it what it says it is?
 //!
 //! A file is safetensors: the length of its header, the header (JSON), the bytes of its tensors one after the other. Its
-//! metadata names the [`Kind`] and the version of that kind, and its last tensor is the [`checksum`] of all before it.
+//! metadata names the [`Kind`] and the version of that kind, and its last tensor is the `checksum` of all before it.
 //! Everything else in it is its owner's.
 //!
 //! ```text
