@@ -51,7 +51,8 @@ class KvHandle(torch.Tensor):
     @staticmethod
     def __new__(cls, store: PageStore, pending: Pending, is_value: bool, size: tuple[int, ...]) -> KvHandle:
         """A handle of shape `size` for the K, or the V, that is pending."""
-        handle = torch.Tensor._make_wrapper_subclass(cls, size, dtype=pending.k.dtype)
+        dtype = (pending.v if is_value else pending.k).dtype
+        handle = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype)
         handle._store = store
         handle.pending = pending
         handle._is_value = is_value
