@@ -35,8 +35,8 @@ class KvarnCache(Cache):
     window when the next forward begins. CPU only. Prompts beyond the model's `max_position_embeddings` are
     transformers' business: `generate` warns.
     Models may leave layers out: `get_seq_length(i)` is what layer i has, and a layer that lacks positions is refused
-    when it comes later. Reading (lengths, `keys`, `stats`) within a forward changes nothing; changing the cache there is
-    an error.
+    when it comes later. Reading (lengths, `keys`, `stats`) within a forward changes nothing; changing the cache there
+    is an error.
     A forward that raises leaves the cache as before it, and can be repeated; where a model also has layers that are not
     paged (linear or chunked attention), call `reset` after that. Hooks on the model tell how a call ends. A cache made
     from a config puts them there when the first K and V come: if that very forward raises, the next one is refused.
@@ -277,7 +277,7 @@ class KvarnCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KvarnCache:
         """An independent cache of the same tokens, its pages copied. OpenStepError in the middle of a forward."""
-        self._store.settle()
+        self._store.settle_for_copy()
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -349,7 +349,12 @@ class KvarnCache(Cache):
         cores = [core for _, core in paged]
         by_layer = {
             name: dict(
-                sorted((layer, x) for group, core in paged for layer, x in zip(group.layers, core[name], strict=True))
+                sorted(
+                    (layer, x)
+                    for group, core in paged
+                    for layer, x in zip(group.layers, core[name], strict=True)
+                    if store.behind.get(layer) != 0  # never came
+                )
             )
             for name in ("saturation", "drift")
         }

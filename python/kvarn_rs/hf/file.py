@@ -253,7 +253,7 @@ def _numbers(found: dict[str, Any], name: str, *allowed: Any) -> list[Any]:
 
 
 def _behind(found: dict[str, Any], groups: list[dict[str, Any]]) -> dict[int, int]:
-    entries = [_numbers({"behind": entry}, "behind", int) for entry in _field(found, "behind", list)]
+    entries: list[Any] = [_numbers({"behind": entry}, "behind", int) for entry in _field(found, "behind", list)]
     paged = {layer_idx for group in groups for layer_idx in group["layers"]}
     if any(len(entry) != 2 or entry[0] not in paged for entry in entries):
         _refuse(f"behind is {entries}: not of layers and positions")

@@ -51,7 +51,7 @@ class LayerGroup:
         self.codec = codec
         self.core: Any = None  # PagedKvCache, once the shape of K is known
         self.page_dtype = torch.float32  # that the core was made for: of the elements of raw pages
-        self.dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of the last K and V that came
+        self.dtypes = (torch.float32, torch.float32)  # of the last K and V that came
         self.sequences: list[int] = []
         self.length = 0
         self.padding: torch.Tensor | None = None  # bool [B, P], True = padding; its last column has some

@@ -77,7 +77,7 @@ class KvarnLayer(CacheLayerMixin):
     @property
     def dtype(self) -> torch.dtype | None:
         """dtype of the last K that came; None before the first."""
-        return self.group.dtypes[0] if self.group.dtypes else None
+        return None if self.group.core is None else self.group.dtypes[0]
 
     def get_seq_length(self) -> int:
         """Positions seen, padding and what left the window included; those of a forward from the layer's update on."""

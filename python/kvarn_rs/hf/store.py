@@ -148,8 +148,8 @@ class PageStore:
             held = self.behind[layer_idx]
             raise RollbackError(
                 f"layer {layer_idx} has {held} of {self.length} positions: a forward left it out, or raised before it. "
-                f"If it raised, {f'crop({held})' if held else 'reset()'} takes back what other layers got, and it can be "
-                "repeated; for a model that leaves layers out at times, use an unquantized cache"
+                f"If it raised, {f'crop({held})' if held else 'reset()'} takes back what other layers got, and it can "
+                "be repeated; for a model that leaves layers out at times, use an unquantized cache"
             )
         return forward
 
@@ -232,8 +232,8 @@ class PageStore:
             return
         if forward.is_running:
             raise OpenStepError(
-                f"the model is in the middle of a forward, layers {list(forward.arrived)} have come: change or copy the "
-                "cache once the forward is over"
+                f"the model is in the middle of a forward, layers {list(forward.arrived)} have come: change or copy "
+                "the cache once the forward is over"
             )
         try:
             for pending in list(forward.arrived.values()):
@@ -254,6 +254,13 @@ class PageStore:
                     self.behind.setdefault(layer_idx, group.length)
             if group.step is not None:
                 group.commit()
+
+    def settle_for_copy(self) -> None:
+        """Settles, unless the forward can be copied as it is: by hand, and nothing of it is in the pages."""
+        forward = self.forward
+        is_open = any(group.step is not None for group in self.groups)
+        if forward is None or forward.calls or is_open:
+            self.settle()
 
     def _drop_if_raised(self) -> None:
         forward = self.forward
@@ -338,7 +345,7 @@ class PageStore:
         end = self.lengths_of(group)[layer_idx]
         first = group.first_visible_after(end)
         fresh = None if pending is None else (pending.k, pending.v)
-        k, v = group.dequantize(ordinal, first, end, group.dtypes or (torch.float32,) * 2, fresh, is_appended=False)
+        k, v = group.dequantize(ordinal, first, end, group.dtypes, fresh, is_appended=False)
         asked = self.need_gradients if forward is None else self.need_gradients | forward.need_gradients
         lost = lost_source() if layer_idx in asked else None
         return refusing(lambda: k, lost), refusing(lambda: v, lost)
