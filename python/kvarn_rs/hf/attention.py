@@ -65,7 +65,10 @@ def kvarn_attention(
         needs_gradients = any(x is not None and x.requires_grad for x in (query, key, value, s_aux))
         if dropout or (module.training and needs_gradients and torch.is_grad_enabled()):
             store.abort()
-            raise UnsupportedError("attention on pages has neither dropout nor gradients; call model.eval()")
+            raise UnsupportedError(
+                "attention on pages has neither dropout nor gradients: call model.eval(), or train with an unquantized "
+                "cache"
+            )
         # A model may give a window to layers that its cache has as full ones.
         sliding_window = pending.group.window or sliding_window
         reason = _reason_against_pages(store, pending, attention_mask, sliding_window, causal, position_bias)

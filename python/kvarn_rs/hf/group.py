@@ -282,6 +282,8 @@ class LayerGroup:
         the core's attention; all rows do if they are not appended.
         """
         all_tokens = self._all_tokens()
+        if all_tokens is not None and all_tokens.shape[1] < end:  # no mask has told yet which new rows are padding
+            all_tokens = torch.nn.functional.pad(all_tokens, (0, end - all_tokens.shape[1]), value=True)
         size = (len(self.sequences), self.core.num_kv_heads, end - first, self.core.head_dim)
         k, v = torch.zeros(size, dtype=dtypes[0]), torch.zeros(size, dtype=dtypes[1])
         for row, sequence in enumerate(self.sequences):
