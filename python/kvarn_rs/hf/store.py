@@ -142,7 +142,10 @@ class PageStore:
         if num_new != forward.num_new:
             came = list(forward.arrived)
             self.abort()
-            raise ShapeError(f"layer {layer_idx} has {num_new} new positions, layers {came} had {forward.num_new}")
+            raise ShapeError(
+                f"layer {layer_idx} has {num_new} new positions, layers {came} had {forward.num_new}; for K and V of "
+                "something else than the tokens (cross-attention), use an unquantized cache"
+            )
         if layer_idx in self.behind:
             self.abort()
             held = self.behind[layer_idx]

@@ -170,18 +170,6 @@ def test_a_cache_cannot_be_changed_or_copied_within_a_forward(name, knows_its_mo
     assert torch.equal(torch.cat(tokens, 1), expected)
 
 
-def test_reset_within_a_forward_drops_it():
-    model = make_model("llama")
-    cache = kvarn_cache(model)
-    forward(model, cache, prompt(1, 20))
-    hook = model.model.layers[2].self_attn.register_forward_hook(lambda *_: cache.reset())
-    forward(model, cache, prompt(1, 3))
-    hook.remove()
-    assert cache.get_seq_length() == 0
-    expected = decode(model, kvarn_cache(model), prompt(1, 20), 5)
-    assert torch.equal(decode(model, cache, prompt(1, 20), 5), expected)
-
-
 def test_a_strict_cache_refuses_to_be_read_and_stays_as_it_was():
     model = make_model("llama")
     expected = decode(model, kvarn_cache(model), prompt(1, 20), 10)
