@@ -15,7 +15,7 @@ import torch
 from kvarn_rs import Calibration
 from kvarn_rs.errors import ConfigError, RollbackError, ShapeError
 
-from . import calls, file
+from . import calls, file, stats
 from .calibration import resolve
 from .compat import Cache, dense_layer, plan_layers
 from .decoder import Decoder, Origin, check_pages, group_layers
@@ -344,44 +344,4 @@ class KvarnCache(Cache):
             of tiles that were clamped; drift: by model layer, actual over frozen deviation of K, 1 where the pages'
             statistics fit (both None before there is anything to tell).
         """
-        store = self._store
-        paged = [(group, group.core.stats()) for group in store.groups if group.core is not None]
-        cores = [core for _, core in paged]
-        by_layer = {
-            name: dict(
-                sorted(
-                    (layer, x)
-                    for group, core in paged
-                    for layer, x in zip(group.layers, core[name], strict=True)
-                    if store.behind.get(layer) != 0  # never came
-                )
-            )
-            for name in ("saturation", "drift")
-        }
-        states = [core["calibrated"] for core in cores]
-        return {
-            "fused_calls": store.fused_calls,
-            "dense_fallbacks": store.fallbacks.total(),
-            "fallback_reasons": dict(store.fallbacks),
-            "dropped_forwards": store.dropped_forwards,
-            "paged_layers": store.num_layers,
-            "unpaged_layers": len(self.layers) - store.num_layers,
-            **{
-                name: sum(core[name] for core in cores)
-                for name in (
-                    "blocks_in_use",
-                    "peak_blocks",
-                    "bytes_in_use",
-                    "peak_bytes",
-                    "bytes_per_token",
-                    "open_pages",
-                    "sealed",
-                    "unsealed",
-                )
-            },
-            "calibrated": next((state for state in _CALIBRATED if state in states), self.calibration.state),
-            **by_layer,
-        }
-
-
-_CALIBRATED = ("no", "own prompt", "frozen", "file")  # the least first
+        return stats.told(self)

@@ -95,9 +95,12 @@ def innermost() -> Call | None:
 
 
 def _begin(module: torch.nn.Module, args: Any) -> None:
-    for call in _calls.open:
-        if call.is_of(module):
+    earlier = [call for call in _calls.open if call.is_of(module)]
+    if earlier:  # this one is within them, or an exception ended them
+        num_outer = sum(other is module for other in _modules_on_stack(threading.get_ident())) - 1
+        for call in earlier[num_outer:]:
             call.leave()
+            _calls.open.remove(call)
     _calls.open.append(Call(module, is_watched=True))
 
 

@@ -24,7 +24,7 @@ from kvarn_rs.errors import KvarnError, OpenStepError, RollbackError, ShapeError
 from . import calls
 from .gradients import REFUSAL, is_in_backward, lost_source, needs_gradient, refusing
 from .group import LayerGroup
-from .handle import KvHandle, Pending
+from .handle import Forward, KvHandle, Pending
 
 
 class DenseFallbackWarning(UserWarning):
@@ -54,33 +54,6 @@ FALLBACKS = {
     "position_bias": ("attention adds a position bias", "use an unquantized cache for this model"),
     "unsupported_shape": ("{detail}", "use an unquantized cache for this model"),
 }
-
-
-class Forward:
-    """The layers that came in one forward; a layer's `Pending` until its K and V are appended, then None.
-
-    Attributes:
-        calls: the model's calls that brought them, without repetition; none where the cache is filled by hand.
-        need_gradients: the layers whose K or V needed gradients.
-    """
-
-    __slots__ = ("arrived", "calls", "need_gradients", "num_new")
-
-    def __init__(self, num_new: int) -> None:
-        self.num_new = num_new
-        self.arrived: dict[int, Pending | None] = {}
-        self.calls: list[calls.Call] = []
-        self.need_gradients: set[int] = set()
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the model still computes."""
-        return any(call.is_running for call in self.calls)
-
-    @property
-    def has_raised(self) -> bool:
-        """Whether the model gave up."""
-        return any(call.has_raised for call in self.calls)
 
 
 class PageStore:

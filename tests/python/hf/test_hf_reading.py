@@ -39,17 +39,17 @@ def after_each_attention(model: Any, read: Callable[[int], Any]) -> Iterator[lis
 
 def all_that_can_be_read(cache: Any) -> dict[str, Any]:
     """Numbers and tensors; not what a KvarnCache counts."""
-    repr(cache), len(cache), list(cache.layers)
+    assert len(list(cache.layers)) == len(cache)
+    assert repr(cache)
     stats = cache.stats() if isinstance(cache, KvarnCache) else None
     assert stats is None or stats["dropped_forwards"] == 0
-    layers = range(len(cache))
+    indices, layers = range(len(cache)), list[Any](cache.layers)
     return {
-        "lengths": [cache.get_seq_length(), *(cache.get_seq_length(layer_idx) for layer_idx in layers)],
-        "mask_sizes": [cache.get_mask_sizes(query_length, idx) for idx in layers for query_length in (1, 3, 50)],
-        "is_initialized": [layer.is_initialized for layer in cache.layers],
-        "keys": [None if layer.keys is None else layer.keys.clone() for layer in cache.layers],
-        "values": [None if layer.values is None else layer.values.clone() for layer in cache.layers],
-        "batch_size": [getattr(layer, "batch_size", None) for layer in cache.layers if layer.is_initialized],
+        "lengths": [cache.get_seq_length(), *(cache.get_seq_length(layer_idx) for layer_idx in indices)],
+        "mask_sizes": [cache.get_mask_sizes(query_length, idx) for idx in indices for query_length in (1, 3, 50)],
+        "is_initialized": [layer.is_initialized for layer in layers],
+        "keys": [None if layer.keys is None else layer.keys.clone() for layer in layers],
+        "values": [None if layer.values is None else layer.values.clone() for layer in layers],
     }
 
 
@@ -201,3 +201,23 @@ def test_another_thread_may_look_at_a_forward():
         assert torch.equal(decode(model, cache, prompt(1, 20), 10), expected)
     assert told == [length for length in range(20, 30) for _ in range(3)]
     assert cache.stats()["dropped_forwards"] == 0
+
+
+@pytest.mark.parametrize("knows_its_model", [True, False])
+def test_a_model_may_be_run_within_a_forward_of_itself(knows_its_model):
+    model = make_model("llama")
+    register()
+    expected = decode(model, kvarn_cache(model), prompt(1, 20), 10)
+    cache = kvarn_cache(model) if knows_its_model else KvarnCache(make_model("llama").config, "raw", block_size=16)
+    others, lengths = [kvarn_cache(model), kvarn_cache(model)], []
+
+    def run(_: Any, args: Any, output: Any) -> None:
+        if others:
+            forward(model, others.pop(), prompt(1, 7))
+            lengths.append([cache.get_seq_length(layer_idx) for layer_idx in range(3)])
+
+    hook = model.model.layers[1].self_attn.register_forward_hook(run)
+    actual = decode(model, cache, prompt(1, 20), 10)
+    hook.remove()
+    assert torch.equal(actual, expected)
+    assert lengths == [[20, 20, 0]] * 2  # the second within the first
