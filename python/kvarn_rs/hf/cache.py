@@ -39,7 +39,7 @@ class KvarnCache(Cache):
     is an error.
     A forward that raises leaves the cache as before it, and can be repeated; where a model also has layers that are not
     paged (linear or chunked attention), call `reset` after that. Hooks on the model tell how a call ends. A cache made
-    from a config puts them there when the first K and V come: if that very forward raises, the next one is refused.
+    from a config puts them there when the first K and V come, and does not see that very forward raise: call `reset`.
 
     Args:
         model_or_config: a model, whose attention implementation is set to "kvarn" (`register` included); or its
