@@ -60,7 +60,10 @@ class UnknownSequenceError(KvarnError, KeyError):
 
 
 class RollbackError(KvarnError, ValueError):
-    """A truncation to more tokens than there are, to ones that left the window, or to within a sealed block."""
+    """A truncation to more tokens than there are, to ones that left the window, or to within a sealed block.
+
+    Also K and V of a layer that lacks earlier positions, and of one that cannot undo a forward which raised.
+    """
 
 
 class StaleStepError(KvarnError, RuntimeError):
@@ -68,7 +71,7 @@ class StaleStepError(KvarnError, RuntimeError):
 
 
 class OpenStepError(KvarnError, RuntimeError):
-    """The operation needs a sequence without an open step, or a step whose layers are all appended."""
+    """The operation needs a sequence without an open step, a step whose layers are all appended, or no open forward."""
 
 
 class ShapeError(KvarnError, ValueError):

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvarn_rs.errors import KvarnError, UnsupportedError
 
 from .compat import AttentionInterface, AttentionMaskInterface
+from .gradients import refusing
 from .handle import KvHandle, Pending
 from .masks import causal_window, is_padding_row, kvarn_mask
 from .store import PageStore
@@ -52,7 +53,8 @@ def kvarn_attention(
         [B, T, num_q_heads, head_dim], contiguous, and None: attention weights are not available.
 
     Raises:
-        UnsupportedError: dropout with pages, gradients in training; in eval mode, a later backward.
+        UnsupportedError: dropout with pages, gradients in training; in eval mode, a later backward that would need
+            gradients of what came out of pages.
         ConfigError: a mask that shows padding which was not stored.
         StaleStepError: handles of an earlier forward.
         NonFiniteError, OutOfBlocksError: from the pages; the cache is as before the forward.
@@ -60,15 +62,21 @@ def kvarn_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if type(key) is KvHandle and type(value) is KvHandle and key.pending is value.pending:
         store, pending = key.store, key.pending
-        if dropout or (module.training and query.requires_grad):
+        needs_gradients = any(x is not None and x.requires_grad for x in (query, key, value, s_aux))
+        if dropout or (module.training and needs_gradients and torch.is_grad_enabled()):
             store.abort()
-            raise UnsupportedError("attention on pages has neither dropout nor gradients; call model.eval()")
+            raise UnsupportedError(
+                "attention on pages has neither dropout nor gradients: call model.eval(), or train with an unquantized "
+                "cache"
+            )
         # A model may give a window to layers that its cache has as full ones.
         sliding_window = pending.group.window or sliding_window
         reason = _reason_against_pages(store, pending, attention_mask, sliding_window, causal, position_bias)
         if reason is None:
-            return _paged_attention(store, pending, query, scaling, sliding_window, softcap, s_aux), None
-        key, value = store.dense(pending, reason)
+            out = _paged_attention(store, pending, query, scaling, sliding_window, softcap, s_aux)
+            return refusing(lambda: out, query, key, value, s_aux), None
+        dense_key, dense_value = (x.to(query.dtype) for x in store.dense(pending, reason))
+        key, value = refusing(lambda: dense_key, key), refusing(lambda: dense_value, value)
     elif sliding_window is None:
         sliding_window = getattr(module, "sliding_window", None)  # some models leave it to the mask
     return (
@@ -118,9 +126,7 @@ def _paged_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    asked = query if query.requires_grad and torch.is_grad_enabled() else None
-    if query.requires_grad:
-        query = query.detach()
+    query = query.detach()
     num_new = pending.forward.num_new
     num_queries = query.shape[2]
     if num_queries != num_new:  # models that share K and V between layers may ask for the last positions only
@@ -146,21 +152,7 @@ def _paged_attention(
         store.abort()
         raise
     store.fused_calls += 1
-    if num_queries != num_new:
-        out = out[:, num_new - num_queries :].contiguous()
-    return out if asked is None else _Undifferentiable.apply(out, asked)
-
-
-class _Undifferentiable(torch.autograd.Function):
-    """Output of pages under enabled gradients: a forward is fine, a backward must not silently lose a path."""
-
-    @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise UnsupportedError("attention on pages has no gradients; train with an unquantized cache, or with none")
+    return out if num_queries == num_new else out[:, num_new - num_queries :].contiguous()
 
 
 def dense_attention(

@@ -13,17 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvarn_rs import Calibration
-from kvarn_rs.errors import (
-    CalibrationError,
-    ConfigError,
-    DeviceError,
-    DtypeError,
-    RollbackError,
-    ShapeError,
-    UnsupportedError,
-)
+from kvarn_rs.errors import ConfigError, RollbackError, ShapeError
 
-from . import file
+from . import calls, file, stats
 from .calibration import resolve
 from .compat import Cache, dense_layer, plan_layers
 from .decoder import Decoder, Origin, check_pages, group_layers
@@ -42,8 +34,12 @@ class KvarnCache(Cache):
     beams, `num_return_sequences` and copies share blocks (copy-on-write); sliding layers release what leaves their
     window when the next forward begins. CPU only. Prompts beyond the model's `max_position_embeddings` are
     transformers' business: `generate` warns.
-    A forward that raises leaves the cache as before it; where a model also has layers that are not paged (linear or
-    chunked attention), call `reset` after that.
+    Models may leave layers out: `get_seq_length(i)` is what layer i has, and a layer that lacks positions is refused
+    when it comes later. Reading (lengths, `keys`, `stats`) within a forward changes nothing; changing the cache there
+    is an error.
+    A forward that raises leaves the cache as before it, and can be repeated; where a model also has layers that are not
+    paged (linear or chunked attention), call `reset` after that. Hooks on the model tell how a call ends. A cache made
+    from a config puts them there when the first K and V come, and does not see that very forward raise: call `reset`.
 
     Args:
         model_or_config: a model, whose attention implementation is set to "kvarn" (`register` included); or its
@@ -102,6 +98,8 @@ class KvarnCache(Cache):
         ]
         own_layers = {layer_idx: plan.own_layer for layer_idx, plan in enumerate(plans) if not plan.paged}
         self._take(groups, own_layers, Origin(decoder.config.model_type, decoder.model), strict)
+        if decoder.model is not None:
+            calls.watch(decoder.model)
 
     def _take(self, groups: list[LayerGroup], own_layers: dict[int, Any], origin: Origin, strict: bool) -> None:
         """Makes the layers of all groups, and those that stay transformers' own, the cache's."""
@@ -109,6 +107,7 @@ class KvarnCache(Cache):
         self._store = PageStore(groups, strict)
         self._unpaged: dict[int, str] = {}  # layers that were to be paged, and why they are not
         self._dropped_forwards = 0
+        self._last_call: calls.Call | None = None  # that changed a layer which is not paged
         paged = {
             layer_idx: KvarnLayer(self._store, group, ordinal, layer_idx)
             for group in groups
@@ -129,8 +128,11 @@ class KvarnCache(Cache):
             forward begins.
 
         Raises:
-            ShapeError: another batch size than the cache holds.
+            ShapeError: another batch size than the cache holds, or another number of positions than other layers got.
             ConfigError: a layer that the config does not have.
+            DtypeError: a dtype that `raw` pages in use cannot hold without loss.
+            RollbackError: a layer that was left out of an earlier forward.
+            UnsupportedError: a layer that comes twice in one call of the model, or within a backward.
             DeviceError: tensors that are not on the CPU.
         """
         if layer_idx >= len(self.layers):
@@ -139,9 +141,7 @@ class KvarnCache(Cache):
         if type(layer) is not KvarnLayer:
             return self._update_other(layer_idx, key_states, value_states, *args, **kwargs)
         if layer.group.core is None:
-            if key_states.device.type != "cpu":
-                raise DeviceError(f"K and V on {key_states.device}; this release keeps them on the CPU only")
-            reason = _why_not_paged(layer.group, key_states, value_states)
+            reason = layer.why_not_paged(key_states, value_states)
             if reason is not None:
                 self._unpage(layer.group, reason)
                 return self._update_other(layer_idx, key_states, value_states, *args, **kwargs)
@@ -150,13 +150,32 @@ class KvarnCache(Cache):
     def _update_other(
         self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check_not_paged()
+        if layer_idx in self._unpaged:
+            self._store.count_fallback("unsupported_shape", self._unpaged[layer_idx])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for linear attention; RollbackError after a forward that raised."""
+        self._check_not_paged()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for linear attention; RollbackError after a forward that raised."""
+        self._check_not_paged()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def _check_not_paged(self) -> None:
+        """RollbackError if layers that are not paged have seen a forward which the paged ones have not."""
+        last = self._last_call
+        if last is None or not calls.is_innermost(last):
+            self._last_call = calls.innermost()
+            if last is not None and last.has_raised:
+                self._dropped_forwards = -1  # until reset
         if self._dropped_forwards != self._store.dropped_forwards:
             raise RollbackError(
                 "a forward stopped half-way, and layers that are not paged cannot undo their part of it; call reset()"
             )
-        if layer_idx in self._unpaged:
-            self._store.count_fallback("unsupported_shape", self._unpaged[layer_idx])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _unpage(self, group: LayerGroup, reason: str) -> None:
         """Gives the layers of a group that pages cannot hold back to transformers."""
@@ -165,6 +184,17 @@ class KvarnCache(Cache):
                 self.layers[layer_idx] = dense_layer(group.window)
                 self._unpaged[layer_idx] = reason
         self._store.remove(group)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that a layer has seen, padding included; within a forward, the new ones once its K and V came.
+
+        By default of the whole cache: of the first layer, or of those that the model runs if it leaves that one out.
+        """
+        length = super().get_seq_length(layer_idx)
+        if length or layer_idx or self._store.is_in_call:
+            return length
+        lengths = (max(self._store.lengths_of(group).values()) for group in self._store.groups)
+        return max(lengths, default=0)
 
     # Between forwards --------------------------------------------------------------------------------------------
 
@@ -180,6 +210,7 @@ class KvarnCache(Cache):
         Raises:
             RollbackError: more than the cache holds, or past what a sliding window holds; nothing was changed.
             OutOfBlocksError: no room for a page of a sealed block that the end is within; nothing was changed.
+            OpenStepError: in the middle of a forward, as for all that changes the cache; nothing was changed.
         """
         store = self._store
         store.settle()
@@ -192,8 +223,7 @@ class KvarnCache(Cache):
             group.check_crop(target)
         for layer in self._other_layers():
             layer.crop(target - length)
-        for group in store.groups:
-            group.crop(target)
+        store.crop(target)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Batch row i becomes what row beam_idx[i] was. beam_idx: integers [B]. Blocks are shared, not copied."""
@@ -219,7 +249,7 @@ class KvarnCache(Cache):
             layer.batch_select_indices(indices)
 
     def _batch_size(self) -> int:
-        return next((len(group.sequences) for group in self._store.groups), 0)
+        return max((len(group.sequences) for group in self._store.groups), default=0)
 
     def _select(self, rows: list[int]) -> None:
         self._store.settle()
@@ -237,6 +267,7 @@ class KvarnCache(Cache):
         """Empties the cache; its memory goes back to the pool. A forward in progress is dropped."""
         self._store.reset()
         self._dropped_forwards = self._store.dropped_forwards
+        self._last_call = None
         for layer in self._other_layers():
             layer.reset()
 
@@ -245,8 +276,8 @@ class KvarnCache(Cache):
         return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KvarnCache:
-        """An independent cache of the same tokens, its pages copied."""
-        self._store.settle()
+        """An independent cache of the same tokens, its pages copied. OpenStepError in the middle of a forward."""
+        self._store.settle_for_copy()
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -315,54 +346,4 @@ class KvarnCache(Cache):
             tokens are stored wrong because float16 does not hold the scale or zero point of their K or V, 0 unless a
             model's values are beyond 65,504 or next to nothing.
         """
-        store = self._store
-        paged = [(group, group.core.stats()) for group in store.groups if group.core is not None]
-        cores = [core for _, core in paged]
-        by_layer = {
-            name: dict(
-                sorted((layer, x) for group, core in paged for layer, x in zip(group.layers, core[name], strict=True))
-            )
-            for name in ("saturation", "drift", "out_of_range_tokens")
-        }
-        states = [core["calibrated"] for core in cores]
-        return {
-            "fused_calls": store.fused_calls,
-            "dense_fallbacks": store.fallbacks.total(),
-            "fallback_reasons": dict(store.fallbacks),
-            "dropped_forwards": store.dropped_forwards,
-            "paged_layers": store.num_layers,
-            "unpaged_layers": len(self.layers) - store.num_layers,
-            **{
-                name: sum(core[name] for core in cores)
-                for name in (
-                    "blocks_in_use",
-                    "peak_blocks",
-                    "bytes_in_use",
-                    "peak_bytes",
-                    "bytes_per_token",
-                    "open_pages",
-                    "sealed",
-                    "unsealed",
-                )
-            },
-            "calibrated": next((state for state in _CALIBRATED if state in states), self.calibration.state),
-            **by_layer,
-        }
-
-
-_CALIBRATED = ("no", "own prompt", "frozen", "file")  # the least first
-
-
-def _why_not_paged(group: LayerGroup, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Creates a group's core cache from the first K and V of its layers; or tells why that cannot be."""
-    if k.dtype != v.dtype:
-        return f"K and V have different dtypes, {k.dtype} and {v.dtype}"
-    if k.shape != v.shape:
-        return f"K and V have different shapes, {list(k.shape)} and {list(v.shape)}"
-    try:
-        group.create_core(k)
-    except CalibrationError:
-        raise  # of another model: not the shape's fault
-    except (ConfigError, DtypeError, UnsupportedError) as error:
-        return str(error)
-    return None
+        return stats.told(self)

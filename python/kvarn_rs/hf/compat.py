@@ -25,7 +25,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
     sliding_window_overlay,
 )
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 __all__ = [
     "AttentionInterface",
@@ -33,6 +33,7 @@ __all__ = [
     "Cache",
     "CacheLayerMixin",
     "LayerPlan",
+    "PreTrainedModel",
     "dense_layer",
     "is_plain_causal",
     "keeps_nothing",

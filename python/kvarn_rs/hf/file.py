@@ -6,6 +6,7 @@ not know, as JSON::
     {"writer": "kvarn_rs.hf", "version": 1, "model_type", "fingerprint" (of the model, or null),
      "format", "block_size", "num_blocks", "num_open_pages",
      "empty_layers": [int] (which use the K and V of others),
+     "behind": [[layer, positions that it has]] (the layers that forwards left out, see `store`),
      "groups": [{"layers": [int], "window", "shape": [num_kv_heads, head_dim] (as the config says),
                  "cache": index or null before the first forward, "length", "sequences": [id of each batch row],
                  "padding": ["1" for padding, "0" for a token, by position; of each batch row] or null,
@@ -89,6 +90,7 @@ def _contents(cache: KvarnCache) -> tuple[list[Any], str]:
         "fingerprint": cache._origin.fingerprint,
         **{name: getattr(first, name) for name in _SETTINGS},
         "empty_layers": list(own_layers),
+        "behind": sorted(cache._store.behind.items()),
         "groups": groups,
     }
     return cores, json.dumps(note)
@@ -110,6 +112,7 @@ def load(
         note.check_decoder(decoder)
         cache = cls(model_or_config, **note.settings, calibration=calibration, strict=strict)
         note.fill(cache._store.groups, cores)
+        cache._store.behind = note.behind
     except CacheFileError as error:
         raise CacheFileError(f"{os.fspath(path)}: {error}") from None
     if decoder.model is None:
@@ -136,6 +139,7 @@ def restored(cls: type[AnyCache], data: bytes, own_layers: dict[int, Any], stric
     ]
     note.fill(groups, cores)
     cache._take(groups, own_layers, Origin(note.model_type, known=note.fingerprint), strict)
+    cache._store.behind = note.behind
     return cache
 
 
@@ -147,6 +151,7 @@ class Note:
         fingerprint: of the model, or None.
         settings: keyword arguments of `KvarnCache`.
         groups: fields by name, see the module.
+        behind: layers that lack positions, and how many they have.
 
     Raises:
         CacheFileError: naming what is odd.
@@ -180,6 +185,7 @@ class Note:
         layers = sorted(layers + _numbers(found, "empty_layers", int))
         if not layers or layers != list(range(len(layers))) or any(not group["layers"] for group in self.groups):
             _refuse(f"groups of the layers {layers}: not one after the other from 0 on")
+        self.behind: dict[int, int] = _behind(found, self.groups)
 
     def check_decoder(self, decoder: Decoder) -> None:
         """CacheFileError if the file is not of this model, as far as both are known."""
@@ -209,15 +215,21 @@ class Note:
                 _check_core(group, core)
                 core.set_calibration(group.calibration, group.layers)
                 group.core = core
-                group.dtype = getattr(torch, core.dtype)
+                group.page_dtype = getattr(torch, core.dtype)
+                group.dtypes = (group.page_dtype, group.page_dtype)
             group.padding = _padding(saved, core)
             group.sequences = saved["sequences"]
             group.length = saved["length"]
             group.record_past = saved["record_past"]
             group.grew = saved["grew"]
-        sizes = {(group.length, len(group.sequences)) for group in groups}
-        if len(sizes) > 1:
-            _refuse(f"groups of different (positions, rows): {sorted(sizes)}")
+        length = max(group.length for group in groups)
+        sizes = sorted({(group.length, len(group.sequences)) for group in groups})
+        num_rows = max(rows for _, rows in sizes)
+        for group in groups:
+            # One whose layers were all left out has fewer positions, and no rows if they never came.
+            held = max(self.behind.get(layer_idx, length) for layer_idx in group.layers)
+            if group.length != held or len(group.sequences) not in ({num_rows} if held else {0, num_rows}):
+                _refuse(f"groups of different (positions, rows): {sizes}, of which layers {group.layers} have {held}")
 
 
 def _refuse(why: str) -> NoReturn:
@@ -238,6 +250,14 @@ def _field(found: dict[str, Any], name: str, *allowed: Any) -> Any:
 def _numbers(found: dict[str, Any], name: str, *allowed: Any) -> list[Any]:
     entries = _field(found, name, list)
     return [_field({name: entry}, name, *allowed) for entry in entries]
+
+
+def _behind(found: dict[str, Any], groups: list[dict[str, Any]]) -> dict[int, int]:
+    entries: list[Any] = [_numbers({"behind": entry}, "behind", int) for entry in _field(found, "behind", list)]
+    paged = {layer_idx for group in groups for layer_idx in group["layers"]}
+    if any(len(entry) != 2 or entry[0] not in paged for entry in entries):
+        _refuse(f"behind is {entries}: not of layers and positions")
+    return dict(entries)
 
 
 def _group(found: Any) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import torch
 
 from kvarn_rs import Calibration, PagedKvCache
 from kvarn_rs._core import DECODE_TOKENS
-from kvarn_rs.errors import ConfigError, RollbackError, ShapeError
+from kvarn_rs.errors import ConfigError, DtypeError, RollbackError, ShapeError
 
 from .masks import attended_columns, is_padding_row
 
 _UNCHECKED = object()  # not None: None is a mask
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LayerGroup:
@@ -49,7 +50,8 @@ class LayerGroup:
         self.calibration = calibration
         self.codec = codec
         self.core: Any = None  # PagedKvCache, once the shape of K is known
-        self.dtype: torch.dtype | None = None
+        self.page_dtype = torch.float32  # that the core was made for: of the elements of raw pages
+        self.dtypes = (torch.float32, torch.float32)  # of the last K and V that came
         self.sequences: list[int] = []
         self.length = 0
         self.padding: torch.Tensor | None = None  # bool [B, P], True = padding; its last column has some
@@ -66,12 +68,29 @@ class LayerGroup:
         """Layers of the group."""
         return len(self.layers)
 
-    def create_core(self, k: torch.Tensor) -> None:
-        """Makes the core cache for K like k [B, num_kv_heads, T, head_dim].
+    def prepare(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Makes pages for K and V like these, [B, num_kv_heads, any, head_dim], unless there are some that hold them.
 
         Raises:
-            ConfigError, UnsupportedError: a shape, dtype, format or block size that the core does not do.
+            ConfigError, UnsupportedError: a shape, format or block size that the core does not do.
+            DtypeError: a dtype that the core does not do, or that the elements of `raw` pages in use cannot hold.
         """
+        dtype = torch.promote_types(k.dtype, v.dtype)
+        is_raw = self.format == "raw"
+        if self.core is None:
+            self._create_core(k, dtype)
+        elif dtype not in _DTYPES or (is_raw and torch.promote_types(dtype, self.page_dtype) != self.page_dtype):
+            if dtype not in _DTYPES or self.length or self.step is not None:
+                raise DtypeError(
+                    f"K and V of {_name(dtype)} came to {self.format} pages that hold {self.length} positions of "
+                    f"{_name(self.page_dtype)}. Go on in that dtype"
+                    + (", call reset(), or use a quantized format" if is_raw and dtype in _DTYPES else "")
+                )
+            self._create_core(k, dtype)
+            self.sequences = []
+        self.dtypes = (k.dtype, v.dtype)
+
+    def _create_core(self, k: torch.Tensor, dtype: torch.dtype) -> None:
         self.core = PagedKvCache(
             num_layers=self.num_layers,
             num_kv_heads=k.shape[1],
@@ -80,13 +99,13 @@ class LayerGroup:
             block_size=self.block_size,
             num_blocks=self.num_blocks,
             num_open_pages=self.num_open_pages,
-            dtype=str(k.dtype).removeprefix("torch."),
+            dtype=_name(dtype),
             window=self.window,
             calibration=self.calibration,
             layers=self.layers,
             codec=self.codec,
         )
-        self.dtype = k.dtype
+        self.page_dtype = dtype
 
     def set_batch(self, batch_size: int) -> None:
         """Gives every batch row a sequence; ShapeError if tokens of another batch are held."""
@@ -104,7 +123,11 @@ class LayerGroup:
     @property
     def first_visible(self) -> int:
         """The first position that the next query, or the first one of the open step, sees."""
-        return 0 if self.window is None else max(self.length - self.window + 1, 0)
+        return self.first_visible_after(self.length)
+
+    def first_visible_after(self, length: int) -> int:
+        """The first position that a query at position `length` sees."""
+        return 0 if self.window is None else max(length - self.window + 1, 0)
 
     # One forward: begin, (append, attend)*, commit or abort ------------------------------------------------------
 
@@ -223,42 +246,73 @@ class LayerGroup:
         self.step_tokens = None
         self.checked_mask = _UNCHECKED
 
-    def dequantize(
-        self, layer: int, fresh: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The visible K and V of one layer, [B, num_kv_heads, kv_len, head_dim], contiguous; zero where padding is.
+    def append(
+        self, layer: int, num_new: int, k: torch.Tensor, v: torch.Tensor, query: torch.Tensor | None = None
+    ) -> None:
+        """Writes the K and V of a layer to the pages, with the mask that the step has (or none).
 
-        fresh: the open step's K and V. Rows with a prefill show them as they came, like the core's attention.
+        query: the queries of the same positions, which the calibration learns from.
         """
-        first = self.first_visible
-        num_new = self.num_new if self.step is not None else 0
-        kv_len = self.length - first + num_new
-        tokens = self.visible_tokens()
-        size = (len(self.sequences), self.core.num_kv_heads, kv_len, self.core.head_dim)
-        k, v = torch.zeros(size, dtype=self.dtype), torch.zeros(size, dtype=self.dtype)
+        step = self.begin(num_new, None) if self.step is None else self.step
+        if self.format == "raw":  # wide enough for both
+            k, v = k.to(self.page_dtype), v.to(self.page_dtype)
+        step.append(layer, k, v, query)
+
+    def append_nothing(self, layer: int) -> None:
+        """Gives a layer without K and V zeros for the open step: the layers of a group share their block tables."""
+        zeros = torch.zeros(
+            len(self.sequences), self.core.num_kv_heads, self.num_new, self.core.head_dim, dtype=self.page_dtype
+        )
+        self.step.append(layer, zeros, zeros)
+
+    def dequantize(
+        self,
+        layer: int,
+        first: int,
+        end: int,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        is_appended: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the positions first..end of one layer, [B, num_kv_heads, end - first, head_dim], contiguous; zero
+        where padding is.
+
+        fresh: K and V of the open forward, which `end` is the end of. Rows with a prefill show them as they came, like
+        the core's attention; all rows do if they are not appended.
+        """
+        all_tokens = self._all_tokens()
+        if all_tokens is not None and all_tokens.shape[1] < end:  # no mask has told yet which new rows are padding
+            all_tokens = torch.nn.functional.pad(all_tokens, (0, end - all_tokens.shape[1]), value=True)
+        size = (len(self.sequences), self.core.num_kv_heads, end - first, self.core.head_dim)
+        k, v = torch.zeros(size, dtype=dtypes[0]), torch.zeros(size, dtype=dtypes[1])
         for row, sequence in enumerate(self.sequences):
-            rows = slice(row, row + 1)
-            start = self._num_tokens(row, first)
-            own = None if self.step_tokens is None else self.step_tokens[row]
-            is_prefill = (num_new if own is None else int(own.sum())) > DECODE_TOKENS
-            num_paged = kv_len - num_new if is_prefill and fresh is not None else kv_len
-            if fresh is not None and num_paged < kv_len:
+            tokens = None if all_tokens is None else all_tokens[row]
+            from_fresh = fresh is not None and (not is_appended or self._is_prefill(row))
+            num_paged = max(self.length, first) - first if from_fresh else end - first
+            if fresh is not None and num_paged < end - first:
                 for dense, given in zip((k, v), fresh, strict=True):
-                    dense[row, :, num_paged:] = given[row]
-                    if own is not None:
-                        dense[row, :, num_paged:].masked_fill_(~own[None, :, None], 0)
+                    dense[row, :, num_paged:] = given[row, :, first + num_paged - end :]
+                    if tokens is not None:
+                        dense[row, :, num_paged:].masked_fill_(~tokens[first + num_paged : end, None], 0)
             if tokens is None:
                 if num_paged:
-                    self.core.dequantize(layer, sequence, k[rows, :, :num_paged], v[rows, :, :num_paged], start=start)
+                    rows = slice(row, row + 1)
+                    self.core.dequantize(layer, sequence, k[rows, :, :num_paged], v[rows, :, :num_paged], start=first)
                 continue
-            columns = tokens[row, :num_paged].nonzero()[:, 0]
+            columns = tokens[first : first + num_paged].nonzero()[:, 0]
             if len(columns):
                 row_k = k.new_empty(1, size[1], len(columns), size[3])
-                row_v = torch.empty_like(row_k)
-                self.core.dequantize(layer, sequence, row_k, row_v, start=start)
+                row_v = v.new_empty(row_k.shape)
+                self.core.dequantize(layer, sequence, row_k, row_v, start=int(tokens[:first].sum()))
                 k[row, :, columns] = row_k[0]
                 v[row, :, columns] = row_v[0]
         return k, v
+
+    def _is_prefill(self, row: int) -> bool:
+        """Whether the open step brings a row more tokens than a decode step does."""
+        num_tokens = self.num_new if self.step_tokens is None else int(self.step_tokens[row].sum())
+        return num_tokens > DECODE_TOKENS
 
     # Between forwards -------------------------------------------------------------------------------------------
 
@@ -287,7 +341,7 @@ class LayerGroup:
             RollbackError: the window no longer holds what a query at position `length` would see.
             OutOfBlocksError: no block, or page, for the sealed blocks that the end is within.
         """
-        if length == self.length or self.core is None:
+        if length >= self.length or self.core is None:
             return
         for row, sequence in enumerate(self.sequences):
             needed = 0 if self.window is None else max(self._num_tokens(row, length) - self.window + 1, 0)
@@ -318,6 +372,10 @@ class LayerGroup:
         self.length = 0
         self.padding = None
         self.grew = False
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _trim(padding: torch.Tensor) -> torch.Tensor | None:

@@ -12,8 +12,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
+    from .calls import Call
     from .group import LayerGroup
-    from .store import Forward, PageStore
+    from .store import PageStore
 
 
 class Pending:
@@ -38,6 +39,33 @@ class Pending:
         self.other_half: tuple[bool, torch.Tensor] | None = None
 
 
+class Forward:
+    """The layers that came in one forward; a layer's `Pending` until its K and V are appended, then None.
+
+    Attributes:
+        calls: the model's calls that brought them, without repetition; none where the cache is filled by hand.
+        need_gradients: the layers whose K or V needed gradients.
+    """
+
+    __slots__ = ("arrived", "calls", "need_gradients", "num_new")
+
+    def __init__(self, num_new: int) -> None:
+        self.num_new = num_new
+        self.arrived: dict[int, Pending | None] = {}
+        self.calls: list[Call] = []
+        self.need_gradients: set[int] = set()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the model still computes."""
+        return any(call.is_running for call in self.calls)
+
+    @property
+    def has_raised(self) -> bool:
+        """Whether the model gave up."""
+        return any(call.has_raised for call in self.calls)
+
+
 class KvHandle(torch.Tensor):
     """K or V of all visible positions of a layer, [B, num_kv_heads, kv_len, head_dim], contiguous, without storage.
 
@@ -51,7 +79,8 @@ class KvHandle(torch.Tensor):
     @staticmethod
     def __new__(cls, store: PageStore, pending: Pending, is_value: bool, size: tuple[int, ...]) -> KvHandle:
         """A handle of shape `size` for the K, or the V, that is pending."""
-        handle = torch.Tensor._make_wrapper_subclass(cls, size, dtype=pending.k.dtype)
+        dtype = (pending.v if is_value else pending.k).dtype
+        handle = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype)
         handle._store = store
         handle.pending = pending
         handle._is_value = is_value

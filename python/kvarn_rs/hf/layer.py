@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from kvarn_rs.errors import UnsupportedError
+from kvarn_rs.errors import CalibrationError, ConfigError, DeviceError, DtypeError, UnsupportedError
 
 from .compat import CacheLayerMixin
 from .group import LayerGroup
@@ -33,9 +33,28 @@ class KvarnLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Creates the pages for K and V like [B, num_kv_heads, any, head_dim]."""
-        if self.group.core is None:
-            self.group.create_core(key_states)
+        self.group.prepare(key_states, value_states)
         self.group.set_batch(key_states.shape[0])
+
+    def why_not_paged(self, k: torch.Tensor, v: torch.Tensor) -> str | None:
+        """Makes the group's pages, for its first K and V; or tells why that cannot be.
+
+        Raises:
+            DeviceError: tensors that are not on the CPU.
+            CalibrationError: one of another model.
+        """
+        self.store.enter(self.layer_idx, k.shape[2])
+        if k.device.type != "cpu":
+            raise DeviceError(f"K and V on {k.device}; this release keeps them on the CPU only")
+        if k.shape != v.shape:
+            return f"K and V have different shapes, {list(k.shape)} and {list(v.shape)}"
+        try:
+            self.group.prepare(k, v)
+        except CalibrationError:
+            raise  # not the shape's fault
+        except (ConfigError, DtypeError, UnsupportedError) as error:
+            return str(error)
+        return None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -45,8 +64,8 @@ class KvarnLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether there are batch rows."""
-        return bool(self.group.sequences)
+        """Whether there are batch rows, and K and V of this layer if any came at all: some models leave layers out."""
+        return bool(self.group.sequences) and self.store.has_come(self.group, self.layer_idx)
 
     @property
     def batch_size(self) -> int:
@@ -57,17 +76,19 @@ class KvarnLayer(CacheLayerMixin):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """dtype of the K and V that come and of what attention returns; None before the first."""
-        return self.group.dtype
+        """dtype of the last K that came; None before the first."""
+        return None if self.group.core is None else self.group.dtypes[0]
 
     def get_seq_length(self) -> int:
-        """Positions seen, padding and what left the window included."""
-        return self.group.length + self.store.num_unsettled
+        """Positions seen, padding and what left the window included; those of a forward from the layer's update on."""
+        return self.store.lengths_of(self.group)[self.layer_idx]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number of visible positions with query_length new ones, the first of them)."""
-        length = self.get_seq_length()
-        first = 0 if self.group.window is None else max(length - self.group.window + 1, 0)
+        lengths = self.store.lengths_of(self.group)
+        # Asked for all layers of a kind through the first of them, which the model may leave out.
+        length = lengths[self.layer_idx] if self.store.is_in_call else max(lengths.values())
+        first = self.group.first_visible_after(length)
         return length - first + query_length, first
 
     def get_max_length(self) -> int:
@@ -89,20 +110,22 @@ class KvarnLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """All visible keys dequantized, [B, num_kv_heads, positions, head_dim]: a copy. None when empty."""
+        """All visible keys dequantized, [B, num_kv_heads, positions, head_dim]: a copy. None when empty.
+
+        In the dtype of the last K that came. Within a forward, the new ones are there from the layer's update on.
+        """
         return self._dense(0)
 
     @property
     def values(self) -> torch.Tensor | None:
-        """All visible values dequantized, [B, num_kv_heads, positions, head_dim]: a copy. None when empty."""
+        """All visible values dequantized, like `keys`."""
         return self._dense(1)
 
     def _dense(self, half: int) -> torch.Tensor | None:
-        self.store.settle()
-        if not self.group.sequences:
+        if not self.is_initialized:
             return None
         self.store.count_fallback("keys_values")
-        return self.group.dequantize(self.ordinal, None)[half]
+        return self.store.read(self.group, self.ordinal, self.layer_idx)[half]
 
     def offload(self) -> None:
         """Nothing to move: pages are in host memory."""

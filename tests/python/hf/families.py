@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn import ModuleList
 from transformers import DynamicCache
 
-from kvarn_rs.hf import KvarnCache
+from kvarn_rs.hf import KvarnCache, register
 
 BLOCK_SIZE = 16
 WINDOW = 24  # neither a multiple of the block size nor longer than the prompts
@@ -92,6 +93,11 @@ HYBRID_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size_mlp": 64,
         },
     ),
+}
+# Families with a fourth layer, to leave some out.
+FOUR_LAYERS = {
+    "llama": {"num_hidden_layers": 4},
+    "qwen3_mixed": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 ALL_FAMILIES = {**FAMILIES, **MORE_FAMILIES, **HYBRID_FAMILIES}
 
@@ -178,3 +184,32 @@ def decode(model: Any, cache: Any, ids: torch.Tensor, num_new: int, mask: torch.
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
     return torch.cat(tokens, 1)
+
+
+def pruned(family: str, kept: list[int]) -> Any:
+    """A model of four layers by its config, of which some are kept, in this order."""
+    model = make_model(family, **FOUR_LAYERS[family])
+    keep(model, kept)
+    return model
+
+
+def keep(model: Any, kept: list[int]) -> None:
+    """Leaves a model these of its layers, in this order."""
+    layers = list(model.model.layers)
+    model.model.layers = ModuleList(layers[index] for index in kept)
+
+
+@torch.no_grad()
+def recomputed(model: Any, ids: torch.Tensor, num_new: int) -> torch.Tensor:
+    """Greedy token ids [B, num_new] without a cache."""
+    length = ids.shape[1]
+    for _ in range(num_new):
+        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids[:, length:]
+
+
+def config_only(model: Any, format: str = "raw") -> KvarnCache:
+    """A cache that does not know its model. Sets the model's attention."""
+    register()
+    model.set_attn_implementation("kvarn")
+    return KvarnCache(model.config, format, block_size=BLOCK_SIZE)

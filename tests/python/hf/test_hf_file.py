@@ -165,11 +165,10 @@ def test_a_cache_before_its_first_forward_comes_back(
 def test_a_forward_in_progress_is_settled_first(model_of: Callable[[str], Any], tmp_path: Path) -> None:
     model = model_of("llama")
     cache = kvarn_cache(model, "raw")
-    layer = cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
-    assert layer is not None
-    with pytest.warns(RuntimeWarning, match="dropped a forward"):
-        cache.save(tmp_path / "x")
-    assert KvarnCache.load(tmp_path / "x", model).get_seq_length() == 0
+    cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+    cache.save(tmp_path / "x")
+    loaded = KvarnCache.load(tmp_path / "x", model)
+    assert [loaded.get_seq_length(layer_idx) for layer_idx in range(3)] == [3, 0, 0]
 
 
 def test_a_pickled_cache_of_another_process_goes_on(model_of: Callable[[str], Any], tmp_path: Path) -> None:
@@ -341,6 +340,12 @@ def _set(*keys: Any) -> Callable[[Any], None]:
         (_set("groups", 0, "padding", ["0" * 18, "1" * 17 + "0"]), "padding of 2 rows"),
         (_set("groups", 0, "padding", ["0" * 17, 5]), "padding is 5, not str"),
         (_set("groups", 0, "record_past", 1), "record_past is 1, not bool"),
+        (_set("behind", 7), "behind is 7, not list"),
+        (_set("behind", [[0]]), "not of layers and positions"),
+        (_set("behind", [[3, 0]]), "not of layers and positions"),
+        (_set("behind", [[0, -1]]), "behind is -1, out of range"),
+        (_set("behind", [[0, 51]]), "have 51"),
+        (_set("behind", [[0, 9], [1, 9], [2, 9]]), "have 9"),
     ],
 )
 def test_a_note_that_does_not_fit_is_refused(

@@ -40,14 +40,3 @@ def test_a_shallow_copy_is_a_cache_of_its_own():
     forward(model, cache, prompt(1, 20))
     forward(model, copy.copy(cache), prompt(1, 3))
     assert cache.get_seq_length() == 20
-
-
-@pytest.mark.parametrize("format", ["raw", "int8"])
-def test_k_and_v_of_two_dtypes_stay_with_transformers(format):
-    model = make_model("llama")
-    cache = kvarn_cache(model, format)
-    k, v = torch.randn(2, 1, 2, 5, 16)
-    with pytest.warns(UserWarning, match="different dtypes"):
-        keys, values = cache.update(k, v.bfloat16(), 0)
-    assert torch.equal(keys, k)
-    assert torch.equal(values, v.bfloat16())

@@ -1,0 +1,52 @@
+"""Pages keep no graph: what is computed from them refuses a backward, which would miss a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from kvarn_rs.errors import UnsupportedError
+
+AnyTensor = TypeVar("AnyTensor", bound=torch.Tensor)
+
+REFUSAL = "attention on pages has no gradients; train with an unquantized cache, or with none"
+
+
+class _Refuse(torch.autograd.Function):
+    """A tensor that depends on others in the graph, and whose backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise UnsupportedError(REFUSAL)
+
+
+def refusing(make: Callable[[], AnyTensor], *sources: torch.Tensor | None) -> AnyTensor:
+    """The new tensor that `make` gives. A forward goes on with it; a backward through it to the sources raises.
+
+    sources: what it was computed from, outside of the graph; those that need no gradient, and None, do not count.
+    """
+    if not torch.is_grad_enabled():
+        return make()
+    needed = [source for source in sources if source is not None and source.requires_grad]
+    return _Refuse.apply(make, *needed) if needed else make()  # pyright: ignore[reportReturnType]
+
+
+def lost_source() -> torch.Tensor:
+    """Stands for K and V of earlier forwards that needed gradients, and whose graph is gone."""
+    return torch.empty(0, requires_grad=True)
+
+
+def needs_gradient(x: torch.Tensor) -> bool:
+    """Whether a backward of what comes of x would want to reach it."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def is_in_backward() -> bool:
+    """Whether autograd runs a backward in this thread."""
+    return torch._C._current_graph_task_id() != -1

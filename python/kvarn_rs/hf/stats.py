@@ -1,0 +1,52 @@
+"""What a `KvarnCache` tells of itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import KvarnCache
+
+_CALIBRATED = ("no", "own prompt", "frozen", "file")  # the least first
+
+
+def told(cache: KvarnCache) -> dict[str, Any]:
+    """See `KvarnCache.stats`."""
+    store = cache._store
+    paged = [(group, group.core.stats()) for group in store.groups if group.core is not None]
+    cores = [core for _, core in paged]
+    by_layer = {
+        name: dict(
+            sorted(
+                (layer, x)
+                for group, core in paged
+                for layer, x in zip(group.layers, core[name], strict=True)
+                if store.behind.get(layer) != 0  # never came
+            )
+        )
+        for name in ("saturation", "drift", "out_of_range_tokens")
+    }
+    states = [core["calibrated"] for core in cores]
+    return {
+        "fused_calls": store.fused_calls,
+        "dense_fallbacks": store.fallbacks.total(),
+        "fallback_reasons": dict(store.fallbacks),
+        "dropped_forwards": store.dropped_forwards,
+        "paged_layers": store.num_layers,
+        "unpaged_layers": len(cache.layers) - store.num_layers,
+        **{
+            name: sum(core[name] for core in cores)
+            for name in (
+                "blocks_in_use",
+                "peak_blocks",
+                "bytes_in_use",
+                "peak_bytes",
+                "bytes_per_token",
+                "open_pages",
+                "sealed",
+                "unsealed",
+            )
+        },
+        "calibrated": next((state for state in _CALIBRATED if state in states), cache.calibration.state),
+        **by_layer,
+    }
