@@ -9,7 +9,7 @@ use super::{FIRST_TOKENS, LayerCalibration, Origin, QUERY_TOKENS};
 use crate::archive::{Archive, Element, Kind, Source, Tensor};
 use crate::error::{Error, Result};
 use crate::format::supports_head_dim;
-use crate::quant::{ChannelStatistics, Feedback, HeadCalibration, HeadFeedback, to_f16_clamped};
+use crate::quant::{Feedback, HeadCalibration, HeadFeedback, ModelChannels};
 use std::collections::BTreeSet;
 
 /// Such a file.
@@ -23,12 +23,20 @@ pub(super) enum Field {
     ErrorScale,
     LossScale,
     KChannelMean,
-    KChannelScale,
+    KChannelDeviation,
+    QueryRms,
 }
 
 impl Field {
-    pub(super) const ALL: [Self; 6] =
-        [Self::Feedback, Self::Order, Self::ErrorScale, Self::LossScale, Self::KChannelMean, Self::KChannelScale];
+    pub(super) const ALL: [Self; 7] = [
+        Self::Feedback,
+        Self::Order,
+        Self::ErrorScale,
+        Self::LossScale,
+        Self::KChannelMean,
+        Self::KChannelDeviation,
+        Self::QueryRms,
+    ];
 
     const fn name(self) -> &'static str {
         match self {
@@ -37,7 +45,8 @@ impl Field {
             Self::ErrorScale => "error_scale",
             Self::LossScale => "loss_scale",
             Self::KChannelMean => "k_channel_mean",
-            Self::KChannelScale => "k_channel_scale",
+            Self::KChannelDeviation => "k_channel_deviation",
+            Self::QueryRms => "query_rms",
         }
     }
 
@@ -61,7 +70,7 @@ impl Field {
             Self::Feedback => vec![heads, 2, head_dim, head_dim],
             Self::Order | Self::ErrorScale => vec![heads, 2, head_dim],
             Self::LossScale => vec![heads, 2],
-            Self::KChannelMean | Self::KChannelScale => vec![heads, head_dim],
+            Self::KChannelMean | Self::KChannelDeviation | Self::QueryRms => vec![heads, head_dim],
         }
     }
 }
@@ -177,8 +186,9 @@ impl File<'_> {
         let orders = self.orders(layer, shape)?;
         let error_scales = floats(Field::ErrorScale, POSITIVE)?;
         let loss_scales = floats(Field::LossScale, POSITIVE)?;
-        let means = floats(Field::KChannelMean, F16)?;
-        let scales = floats(Field::KChannelScale, POSITIVE_F16)?;
+        let means = floats(Field::KChannelMean, FINITE)?;
+        let deviations = floats(Field::KChannelDeviation, POSITIVE)?;
+        let query_rms = floats(Field::QueryRms, POSITIVE)?;
         let head_dim = shape[1];
         check_triangles(&Field::Feedback.tensor_name(layer), &matrices, head_dim)?;
         let frame = |row: usize| Feedback {
@@ -189,9 +199,10 @@ impl File<'_> {
         };
         let head = |head: usize| HeadCalibration {
             feedback: HeadFeedback { plain: frame(2 * head), rotated: frame(2 * head + 1) },
-            channels: ChannelStatistics {
+            channels: ModelChannels {
                 mean: means[head * head_dim..][..head_dim].to_vec(),
-                scale: scales[head * head_dim..][..head_dim].to_vec(),
+                deviation: deviations[head * head_dim..][..head_dim].to_vec(),
+                query_rms: query_rms[head * head_dim..][..head_dim].to_vec(),
             },
         };
         let heads = (0..shape[0]).map(head).collect();
@@ -202,12 +213,6 @@ impl File<'_> {
 type Check = (&'static str, fn(f32) -> bool);
 const FINITE: Check = ("finite", f32::is_finite);
 const POSITIVE: Check = ("finite and positive", |x| x.is_finite() && x > 0.0);
-const F16: Check = ("an f16", is_f16);
-const POSITIVE_F16: Check = ("a positive f16", |x| is_f16(x) && x > 0.0);
-
-fn is_f16(x: f32) -> bool {
-    to_f16_clamped(x).to_f32() == x
-}
 
 /// Row d of a matrix passes the error of position d on to later positions only.
 fn check_triangles(name: &str, matrices: &[f32], head_dim: usize) -> Result<()> {

@@ -3,8 +3,8 @@
 
 use super::HeadShape;
 use super::parallel::for_each;
-use crate::quant::window::{ABSOLUTE_FLOOR, RELATIVE_FLOOR};
-use crate::quant::{ChannelStatistics, HeadCalibration, HeadFeedback, rotate, to_f16_clamped};
+use crate::quant::feedback::DAMPING;
+use crate::quant::{HeadCalibration, HeadFeedback, ModelChannels, rotate};
 
 /// A row with a larger number is skipped like one that is not finite: 256 of them, added up by a rotation, stay an f32.
 const LARGEST: f32 = 1e36;
@@ -125,8 +125,18 @@ impl HeadMoments {
         let feedback =
             HeadFeedback::factor(&moment, &self.keys.deviations(num_tokens), &self.rotated_keys.deviations(num_tokens))
                 .unwrap_or_else(|_| HeadFeedback::none(head_dim));
-        HeadCalibration { feedback, channels: self.keys.statistics(num_tokens) }
+        let mean = self.keys.mean.iter().map(|&mean| mean as f32).collect();
+        let deviation = self.keys.deviations(num_tokens).iter().map(|&deviation| positive(deviation)).collect();
+        let squares = || (0..head_dim).map(|d| moment[d * head_dim + d]);
+        let damping = DAMPING * squares().sum::<f64>() / head_dim as f64;
+        let query_rms = squares().map(|square| positive((square + damping).sqrt())).collect();
+        HeadCalibration { feedback, channels: ModelChannels { mean, deviation, query_rms } }
     }
+}
+
+/// In f32, and not 0: what is divided by it is finite.
+fn positive(x: f64) -> f32 {
+    (x as f32).max(f32::MIN_POSITIVE)
 }
 
 /// Adds x x' of `N` rows `[N, head_dim]` to the upper triangle of `products`, row by row: the order of the additions to
@@ -163,18 +173,5 @@ impl ChannelMoments {
     fn deviations(&self, num_rows: usize) -> Vec<f64> {
         let degrees = (num_rows - 1) as f64;
         self.squares.iter().map(|squares| (squares / degrees).sqrt()).collect()
-    }
-
-    /// What [`ChannelStatistics::of_rows`] makes of the same rows: the deviation is about the mean as stored.
-    fn statistics(&self, num_rows: usize) -> ChannelStatistics {
-        let degrees = (num_rows - 1) as f64;
-        let mean: Vec<f32> = self.mean.iter().map(|&mean| to_f16_clamped(mean as f32).to_f32()).collect();
-        let moved = self.mean.iter().zip(&mean).map(|(&mean, &stored)| mean - f64::from(stored));
-        let about_stored = self.squares.iter().zip(moved).map(|(squares, by)| squares + num_rows as f64 * by * by);
-        let deviations: Vec<f32> = about_stored.map(|squares| (squares / degrees).sqrt() as f32).collect();
-        let largest = deviations.iter().copied().fold(0.0, f32::max);
-        let floor = (RELATIVE_FLOOR * largest).max(ABSOLUTE_FLOOR);
-        let scale = deviations.iter().map(|&s| to_f16_clamped(s.max(floor)).to_f32()).collect();
-        ChannelStatistics { mean, scale }
     }
 }

@@ -4,7 +4,7 @@ use super::LayerCalibration;
 use super::file::{Field, KIND};
 use crate::archive::Header;
 use crate::format::FORMAT_VERSION;
-use crate::quant::{ChannelStatistics, Feedback};
+use crate::quant::{Feedback, ModelChannels};
 use std::io::{Result as IoResult, Write};
 use std::sync::Arc;
 
@@ -45,8 +45,9 @@ fn field_bytes(calibration: &LayerCalibration, field: Field) -> Vec<u8> {
         Field::Order => frames.flat_map(|frame| &frame.order).flat_map(|p| p.to_le_bytes()).collect(),
         Field::ErrorScale => floats(frames.flat_map(|frame| &frame.error_scale)),
         Field::LossScale => floats(frames.map(|frame| &frame.loss_scale)),
-        Field::KChannelMean => floats(channels.flat_map(|channels: &ChannelStatistics| &channels.mean)),
-        Field::KChannelScale => floats(channels.flat_map(|channels| &channels.scale)),
+        Field::KChannelMean => floats(channels.flat_map(|channels: &ModelChannels| &channels.mean)),
+        Field::KChannelDeviation => floats(channels.flat_map(|channels| &channels.deviation)),
+        Field::QueryRms => floats(channels.flat_map(|channels| &channels.query_rms)),
     }
 }
 

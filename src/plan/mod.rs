@@ -17,7 +17,7 @@ mod open;
 mod seal;
 mod split;
 
-pub use open::{PageOpen, Statistics};
+pub use open::PageOpen;
 pub use seal::{Seal, SealSource, sealed_to};
 use seal::{Sealing, check_pages};
 pub use split::{SPLIT_TOKENS, Split, splits};

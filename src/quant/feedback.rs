@@ -19,7 +19,7 @@ use super::hadamard::rotate_moment;
 use crate::error::{Error, Result};
 
 /// Added to the diagonal of A, whose mean is 1.
-const DAMPING: f64 = 0.05;
+pub const DAMPING: f64 = 0.05;
 /// Smallest deviation of a channel, as a share of the largest.
 const RELATIVE_FLOOR: f64 = 1e-6;
 

@@ -35,7 +35,7 @@ pub mod tile;
 pub mod token_page;
 pub mod window;
 
-pub use calibrated::HeadCalibration;
+pub use calibrated::{HeadCalibration, ModelChannels};
 pub use codec::Codec;
 pub use dual_scale::{DualScale, DualScaleOptions, dual_scale};
 pub use feedback::{Feedback, HeadFeedback};

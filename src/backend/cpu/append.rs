@@ -6,7 +6,7 @@ use super::{Cpu, PARALLEL_VALUES};
 use crate::backend::{Fresh, TensorView};
 use crate::error::{Error, Result};
 use crate::format::MAX_HEAD_DIM;
-use crate::plan::{PageOpen, SequencePlan, Statistics, StepPlan};
+use crate::plan::{PageOpen, SequencePlan, StepPlan};
 use crate::quant::range::TokenSet;
 use crate::quant::{self, ChannelStatistics, HeadCalibration};
 use rayon::prelude::*;
@@ -33,8 +33,8 @@ impl Cpu {
         if !plan.seals.is_empty() && self.tile.is_none() {
             return Err(Error::Config(format!("a plan that seals {} blocks, pages that never do", plan.seals.len())));
         }
-        // Most steps neither seal nor open a page 0: they do not look at the heads.
-        let used = !plan.seals.is_empty() || plan.opens.iter().any(|open| open.statistics == Statistics::Model);
+        // Most steps neither seal nor open a page: they do not look at the heads.
+        let used = !plan.seals.is_empty() || !plan.opens.is_empty();
         let fit = || heads.len() == num_kv_heads && heads.iter().all(|head| head.fits(head_dim));
         if used && !heads.is_empty() && !fit() {
             let (own, channels) = (heads.len(), heads[0].channels.mean.len());
@@ -129,10 +129,7 @@ impl Cpu {
         open: &PageOpen,
         (head, calibration): (usize, Option<&HeadCalibration>),
     ) -> ChannelStatistics {
-        let Statistics::Positions { start, end } = open.statistics else {
-            let of_model = calibration.map(|head| head.channels.clone());
-            return of_model.unwrap_or_else(|| ChannelStatistics::identity(self.head_dim));
-        };
+        let &PageOpen { start, end, .. } = open;
         let sequence = &plan.sequences[open.sequence];
         let (head_dim, block_size) = (self.head_dim, self.block_size);
         let mut rows = vec![0f32; (end - start) * head_dim];
@@ -149,7 +146,7 @@ impl Cpu {
             let row = sequence.token_rows[position - sequence.context_len] as usize;
             k.read_row(row, head, &mut rows[(position - start) * head_dim..][..head_dim]);
         }
-        ChannelStatistics::of_rows(&rows, head_dim)
+        ChannelStatistics::of_rows(&rows, head_dim, calibration.map(|head| &head.channels))
     }
 
     /// Writes the tokens of one block and head.
