@@ -63,6 +63,10 @@ pub trait Backend {
     /// is written then.
     fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>, heads: &[HeadCalibration]) -> Result<()>;
 
+    /// Takes the statistics of the pages that the plan's [`crate::plan::PageRefit`]s name anew, once the step's tokens
+    /// are committed. `heads` as for [`append`](Self::append).
+    fn refit(&mut self, layer: usize, plan: &StepPlan, heads: &[HeadCalibration]);
+
     /// Attends with `q`, `[B, num_q_heads, T, head_dim]`, to what `layer` holds, causally, and writes `out` of the same
     /// shape; rows of padding become zeros. With `fresh`, a prefill's own tokens attend to each other unquantized.
     fn attend(

@@ -6,10 +6,12 @@
 //! begin_step   blocks are found (all or none), copies made, the plan written
 //!   append     for each layer: keys and values into pages, full pages into tiles
 //!   attend     for each layer, after its append: queries against pages and tiles
-//! commit       the tokens are the sequences' own, what was sealed is a tile         or abort: nothing happened
+//! commit       the tokens are the sequences' own, what was sealed is a tile, first pages of few tokens are refitted
+//!              or abort: nothing happened
 //! ```
 //!
-//! Sequences in an open step cannot be forked, freed, truncated or stepped. Committed tokens change no more.
+//! Sequences in an open step cannot be forked, freed, truncated or stepped. Committed tokens change no more
+//! once their block is full and their sequence has 32; before, their K is rounded anew when a first page is refitted or sealed.
 
 mod build;
 pub mod file;
@@ -249,6 +251,12 @@ impl PagedKvCache {
         let num_sealed = self.paging.commit(&sequences, &sealed)?;
         let at_once = step.plan.seals().iter().filter(|seal| seal.source == SealSource::Fresh).count();
         self.sealed += num_sealed + at_once;
+        if !step.plan.refits().is_empty() {
+            for layer in 0..self.config.num_layers {
+                let calibrated = self.calibrated(layer);
+                self.backend.refit(layer, &step.plan, heads(calibrated.as_deref()));
+            }
+        }
         self.steps.remove(&step.id);
         Ok(())
     }

@@ -24,6 +24,9 @@ pub const FORMAT_VERSION: u32 = 2;
 /// Tokens of the calibration window: how far a new page looks back for its channel statistics.
 pub const CALIBRATION_WINDOW_TOKENS: usize = 512;
 
+/// The statistics of a sequence's first page are taken anew as its tokens double, until they are this many.
+pub const FIRST_PAGE_TOKENS: usize = 32;
+
 /// The accepted numbers of tokens in a block. The GPU takes 128 only; small blocks make small tests.
 pub const BLOCK_SIZES: [usize; 4] = [16, 32, 64, 128];
 

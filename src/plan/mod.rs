@@ -11,13 +11,14 @@
 //! ```
 //!
 //! The same plan serves every layer. Backends execute it and decide nothing: they seal what [`Seal`] names, then write
-//! the tokens, then seal the rest, and read each block where [`SequencePlan::page`] says.
+//! the tokens, then seal the rest, and read each block where [`SequencePlan::page`] says. At commit, they refit what
+//! [`PageRefit`] names.
 
 mod open;
 mod seal;
 mod split;
 
-pub use open::PageOpen;
+pub use open::{PageOpen, PageRefit};
 pub use seal::{Seal, SealSource, sealed_to};
 use seal::{Sealing, check_pages};
 pub use split::{SPLIT_TOKENS, Split, splits};
@@ -158,6 +159,8 @@ pub struct StepPlan {
     pub(crate) sequences: Vec<SequencePlan>,
     /// The pages that this step opens, and where their statistics come from.
     pub(crate) opens: Vec<PageOpen>,
+    /// The first pages whose statistics are taken anew when the step is committed.
+    pub(crate) refits: Vec<PageRefit>,
     /// The blocks that this step seals: those of committed tokens, then those of its own, sequence by sequence.
     pub(crate) seals: Vec<Seal>,
     /// The largest block id that the step reads or writes.
@@ -195,6 +198,7 @@ impl StepPlan {
             slot_mapping: Vec::new(),
             sequences: Vec::with_capacity(inputs.len()),
             opens: Vec::new(),
+            refits: Vec::new(),
             seals: Vec::new(),
             max_block: None,
             max_page: None,
@@ -254,6 +258,12 @@ impl StepPlan {
         &self.opens
     }
 
+    /// The first pages whose statistics are taken anew when the step is committed.
+    #[must_use]
+    pub fn refits(&self) -> &[PageRefit] {
+        &self.refits
+    }
+
     /// The blocks that the step seals.
     #[must_use]
     pub fn seals(&self) -> &[Seal] {
@@ -293,6 +303,7 @@ impl StepPlan {
             seal::plan_seals(self.block_size, index, &mut sequence, sealing, &mut self.seals);
         }
         open::plan_opens(self.block_size, index, &sequence, &mut self.opens);
+        self.refits.extend(open::plan_refit(self.block_size, index, &sequence));
         self.sequences.push(sequence);
     }
 

@@ -7,7 +7,7 @@
 //! written.
 
 use super::SequencePlan;
-use crate::format::CALIBRATION_WINDOW_TOKENS;
+use crate::format::{CALIBRATION_WINDOW_TOKENS, FIRST_PAGE_TOKENS};
 
 /// A page opened by a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +20,26 @@ pub struct PageOpen {
     pub start: usize,
     /// One past the last of them; there is at least one.
     pub end: usize,
+}
+
+/// The first page of a sequence, whose statistics are taken anew when the step is committed: those of so few rows as it
+/// was opened with say little of the rows that follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRefit {
+    /// Index of the sequence in the step; the page is that of its first block.
+    pub sequence: usize,
+    /// Tokens of the page by then: what the statistics are taken over.
+    pub num_tokens: usize,
+}
+
+/// The first page's statistics are taken anew whenever its tokens have doubled, up to [`FIRST_PAGE_TOKENS`]: of what
+/// the committed length was and becomes, and nothing else.
+pub(super) fn plan_refit(block_size: usize, index: usize, sequence: &SequencePlan) -> Option<PageRefit> {
+    let (context_len, num_tokens) = (sequence.context_len, sequence.seq_len().min(block_size));
+    let doubled = (1..FIRST_PAGE_TOKENS).contains(&context_len)
+        && num_tokens.min(FIRST_PAGE_TOKENS).checked_ilog2() > context_len.checked_ilog2();
+    let is_held = sequence.first_held == 0 && sequence.page(0).is_some() && context_len < block_size;
+    (doubled && is_held).then_some(PageRefit { sequence: index, num_tokens })
 }
 
 /// A block that the step seals itself has no page to open.
@@ -40,7 +60,6 @@ pub(super) fn plan_opens(block_size: usize, index: usize, sequence: &SequencePla
 #[cfg(test)]
 mod tests {
     use super::super::{Rows, SequenceInput, StepPlan};
-    use super::*;
     use crate::paging::BlockId;
 
     fn opens(block_size: usize, context_len: usize, first_held: usize, num_new: usize) -> Vec<(usize, (usize, usize))> {
@@ -79,6 +98,23 @@ mod tests {
     fn released_tokens_are_not_read() {
         assert_eq!(opens(16, 64, 48, 1), [(4, (48, 64))]);
         assert_eq!(opens(16, 64, 64, 1), [(4, (64, 65))]);
+    }
+
+    #[test]
+    fn the_first_page_is_refitted_when_its_tokens_have_doubled_until_they_are_32() {
+        let refit = |context_len, num_new| {
+            let block_table: Vec<BlockId> = (0..100).map(BlockId).collect();
+            let rows = Rows::All(num_new);
+            let input = SequenceInput { block_table: &block_table, pages: None, context_len, first_held: 0, rows };
+            StepPlan::new(128, &[input]).unwrap().refits.iter().map(|refit| refit.num_tokens).collect::<Vec<_>>()
+        };
+        let one_by_one: Vec<usize> = (0..200).flat_map(|context_len| refit(context_len, 1)).collect();
+        assert_eq!(one_by_one, [2, 4, 8, 16, 32]);
+        assert!(refit(0, 5).is_empty());
+        assert!(refit(5, 2).is_empty());
+        assert_eq!(refit(31, 300), [128]);
+        assert!(refit(32, 1).is_empty());
+        assert!(refit(5, 0).is_empty());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 """The golden INT8 page, computed with numpy from the format's description alone. Prints its sha256 and first bytes.
 
-One page of 128 tokens and 64 channels that one append writes whole, in canonical order:
+The first page of a sequence, 128 tokens and 64 channels that one append writes whole, in canonical order:
 
     K[t,d] = sin(0.37 t + 1.3 d) * (1 + d % 5) + (d - 32) / 4        V[t,d] = cos(0.11 t * (1 + d % 7)) * (0.5 + t / 64)
 
@@ -18,8 +18,10 @@ v = np.rint(np.cos(0.11 * t * (1 + d % 7)) * (0.5 + t / 64) * 1024) / 1024
 
 mean = k.mean(0).astype(np.float32).astype(np.float16)
 about = k - mean.astype(np.float64)
-deviation = np.sqrt((about**2).sum(0) / (TOKENS - 1)).astype(np.float32)
-scale = np.maximum(deviation, max(1e-6 * deviation.max(), 6e-8)).astype(np.float16)
+squares = (about**2).sum(0)
+weight = 4 / TOKENS  # rows that the deviation of all channels counts as
+deviation = np.sqrt((squares + weight * (squares / (TOKENS - 1)).mean()) / (weight + TOKENS - 1))
+scale = np.maximum(deviation, max(1e-6 * deviation.max(), 6e-8)).astype(np.float32).astype(np.float16)
 
 k, v = k.astype(np.float32), v.astype(np.float32)
 z = (k - mean.astype(np.float32)) / scale.astype(np.float32)

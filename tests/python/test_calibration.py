@@ -157,7 +157,7 @@ def test_its_file_is_safetensors(tmp_path: Path) -> None:
         assert opened.metadata()["query_tokens"] == "200"
         feedback = opened.get_tensor("layers.1.feedback")
         order = opened.get_tensor("layers.1.order")
-        assert opened.get_tensor("layers.1.k_channel_scale").shape == (2, 16)
+        assert opened.get_tensor("layers.1.k_channel_deviation").shape == (2, 16)
     assert feedback.dtype == np.float32
     assert feedback.shape == (2, 2, 16, 16)
     assert np.array_equal(feedback, np.triu(feedback, 1))

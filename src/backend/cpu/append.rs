@@ -146,7 +146,21 @@ impl Cpu {
             let row = sequence.token_rows[position - sequence.context_len] as usize;
             k.read_row(row, head, &mut rows[(position - start) * head_dim..][..head_dim]);
         }
-        ChannelStatistics::of_rows(&rows, head_dim, calibration.map(|head| &head.channels))
+        ChannelStatistics::of_rows(&rows, head_dim, calibration.map(|head| &head.channels), open.block == 0)
+    }
+
+    /// Takes the statistics of first pages anew, over the tokens as they are stored, and rounds their K by them.
+    pub(super) fn refit_pages(&mut self, layer: usize, plan: &StepPlan, heads: &[HeadCalibration]) {
+        let RecordLayout::Int8(page) = self.page else { return };
+        for refit in &plan.refits {
+            let Some(id) = plan.sequences[refit.sequence].page(0) else { continue };
+            for head in 0..self.num_kv_heads {
+                let model = heads.get(head).map(|head| &head.channels);
+                // SAFETY: `&mut self` holds the arena exclusively, and one record at a time is asked for.
+                let record = unsafe { self.layers[layer].pages.record_mut(id.0, head) };
+                record::refit_k(page, record, refit.num_tokens, model);
+            }
+        }
     }
 
     /// Writes the tokens of one block and head.

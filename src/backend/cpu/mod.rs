@@ -244,6 +244,10 @@ impl Backend for Cpu {
         self.append_step(layer, plan, fresh, heads)
     }
 
+    fn refit(&mut self, layer: usize, plan: &StepPlan, heads: &[HeadCalibration]) {
+        self.refit_pages(layer, plan, heads);
+    }
+
     fn attend(
         &self,
         layer: usize,

@@ -3,7 +3,7 @@
 use super::tile;
 use crate::format::{CodeOrder, Dtype, Format, RawPage, SealedTile, TokenPage};
 use crate::quant::range::{k_is_out_of_range, v_is_out_of_range};
-use crate::quant::{self, ChannelStatistics};
+use crate::quant::{self, ChannelStatistics, ModelChannels};
 use half::{bf16, f16};
 
 pub(super) const ORDER: CodeOrder = CodeOrder::Cpu;
@@ -111,21 +111,42 @@ pub fn write_int8(
     v: &[f32],
 ) -> (f64, bool) {
     let shape = [page.block_size, page.head_dim];
-    let mut k_codes = [0i8; crate::format::MAX_HEAD_DIM];
+    let (k_token_scale, squares) = write_k(page, record, token, statistics, k);
     let mut v_codes = [0u8; crate::format::MAX_HEAD_DIM];
-    let k_token_scale = quant::encode_k(k, statistics, &mut k_codes[..page.head_dim]);
     let (v_token_scale, v_token_zero_point) = quant::encode_v(v, &mut v_codes[..page.head_dim]);
-    let mut squares = 0u32;
     for d in 0..page.head_dim {
-        record[page.k_codes() + ORDER.k_code(shape, token, d)] = k_codes[d].cast_unsigned();
         record[page.v_codes() + ORDER.v_code(shape, token, d)] = v_codes[d];
-        squares += u32::from(k_codes[d].unsigned_abs()).pow(2);
     }
-    write_f16(record, page.k_token_scale(), token, k_token_scale);
     write_f16(record, page.v_token_scale(), token, v_token_scale);
     write_f16(record, page.v_token_zero_point(), token, v_token_zero_point);
     let out_of_range = k_is_out_of_range(k_token_scale) || v_is_out_of_range(v, v_token_scale, v_token_zero_point);
     (f64::from(squares) * k_token_scale.to_f64().powi(2), out_of_range)
+}
+
+/// Encodes one token's K; gives its scale, and the sum of its squared codes.
+fn write_k(page: TokenPage, record: &mut [u8], token: usize, statistics: &ChannelStatistics, k: &[f32]) -> (f16, u32) {
+    let shape = [page.block_size, page.head_dim];
+    let mut codes = [0i8; crate::format::MAX_HEAD_DIM];
+    let scale = quant::encode_k(k, statistics, &mut codes[..page.head_dim]);
+    let mut squares = 0u32;
+    for d in 0..page.head_dim {
+        record[page.k_codes() + ORDER.k_code(shape, token, d)] = codes[d].cast_unsigned();
+        squares += u32::from(codes[d].unsigned_abs()).pow(2);
+    }
+    write_f16(record, page.k_token_scale(), token, scale);
+    (scale, squares)
+}
+
+/// Takes the statistics of a first page anew over its first `num_tokens` tokens as stored, and encodes their K again.
+pub fn refit_k(page: TokenPage, record: &mut [u8], num_tokens: usize, model: Option<&ModelChannels>) {
+    let mut rows = vec![0f32; page.block_size * page.head_dim];
+    read_k(RecordLayout::Int8(page), record, &mut rows);
+    let rows = &rows[..num_tokens * page.head_dim];
+    let statistics = ChannelStatistics::of_rows(rows, page.head_dim, model, true);
+    write_statistics(page, record, &statistics);
+    for (token, k) in rows.chunks_exact(page.head_dim).enumerate() {
+        write_k(page, record, token, &statistics, k);
+    }
 }
 
 /// Decodes the K of a record's tokens, `[block_size, head_dim]`.
