@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import ConfigError, KvarnError
 from . import bench, calibrate, doctor, generate, inspect, plan
@@ -21,7 +21,13 @@ __all__ = ["main"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are exceptions, so that they are reported like every other error: in one line."""
+    """A parser whose errors are exceptions, so that they are reported like every other error: in one line.
+
+    Options are written in full: `--prompt TEXT` would be `--prompt-file`, and a new option would change what is meant.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see `{self.prog} --help`)")

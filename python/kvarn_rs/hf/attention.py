@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from kvarn_rs.errors import KvarnError, UnsupportedError
 from .compat import AttentionInterface, AttentionMaskInterface
 from .gradients import refusing
 from .handle import KvHandle, Pending
-from .masks import causal_window, is_padding_row, kvarn_mask
+from .masks import KvarnMask, causal_window, check_mask, kvarn_mask
 from .store import PageStore
 
 ATTENTION_NAME = "kvarn"
@@ -23,6 +24,34 @@ def register() -> None:
     AttentionInterface.register(ATTENTION_NAME, kvarn_attention)
     # Without a mask function transformers passes no mask at all, and left-padded batches are wrong.
     AttentionMaskInterface.register(ATTENTION_NAME, kvarn_mask)
+
+
+# What models hand down to attention without a change to what it computes: it is in the mask and in the rotated K
+# already, or is for other parts of the model.
+HARMLESS = frozenset(
+    (
+        "cache",
+        "cache_position",
+        "deterministic",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "labels",
+        "logits_to_keep",
+        "mm_token_type_ids",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "token_type_ids",
+        "use_cache",
+    )
+)
+# Where sequences begin that are laid end to end: in a mask that was made for them from their position_ids.
+PACKED = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"))
 
 
 def kvarn_attention(
@@ -46,39 +75,55 @@ def kvarn_attention(
         query: [B, num_q_heads, T, head_dim].
         key, value: handles of a `KvarnCache`, or tensors [B, num_kv_heads, kv_len, head_dim].
         attention_mask: see `masks`.
+        sliding_window, is_causal: what a query sees where there is no mask; a mask says it all.
         softcap: scores become softcap * tanh(scores / softcap).
         s_aux: [num_q_heads], a score per head that takes part in the softmax and has no value.
+        kwargs: those in `HARMLESS`; those in `PACKED`, beside a mask of packed sequences; others if None or False.
 
     Returns:
         [B, T, num_q_heads, head_dim], contiguous, and None: attention weights are not available.
 
     Raises:
         UnsupportedError: dropout with pages, gradients in training; in eval mode, a later backward that would need
-            gradients of what came out of pages.
+            gradients of what came out of pages; keyword arguments that ask for another attention.
         ConfigError: a mask that shows padding which was not stored.
+        ShapeError, DtypeError: a mask that does not fit.
         StaleStepError: handles of an earlier forward.
         NonFiniteError, OutOfBlocksError: from the pages; the cache is as before the forward.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if isinstance(attention_mask, KvarnMask) and attention_mask.is_causal:
+        causal, sliding_window = True, attention_mask.window
+    size = (max(query.shape[0], key.shape[0]), query.shape[1], query.shape[2], key.shape[2])
     if type(key) is KvHandle and type(value) is KvHandle and key.pending is value.pending:
         store, pending = key.store, key.pending
+        store.check_current(pending)
         needs_gradients = any(x is not None and x.requires_grad for x in (query, key, value, s_aux))
-        if dropout or (module.training and needs_gradients and torch.is_grad_enabled()):
+        try:
+            _check_options(kwargs, attention_mask)
+            if attention_mask is not None:
+                check_mask(attention_mask, size)
+            if dropout or (module.training and needs_gradients and torch.is_grad_enabled()):
+                raise UnsupportedError(
+                    "attention on pages has neither dropout nor gradients: call model.eval(), or train with an "
+                    "unquantized cache"
+                )
+            reason = _reason_against_pages(pending, attention_mask, sliding_window, causal, position_bias)
+        except KvarnError:
             store.abort()
-            raise UnsupportedError(
-                "attention on pages has neither dropout nor gradients: call model.eval(), or train with an unquantized "
-                "cache"
-            )
-        # A model may give a window to layers that its cache has as full ones.
-        sliding_window = pending.group.window or sliding_window
-        reason = _reason_against_pages(store, pending, attention_mask, sliding_window, causal, position_bias)
+            raise
         if reason is None:
-            out = _paged_attention(store, pending, query, scaling, sliding_window, softcap, s_aux)
+            window = _narrower(pending.group.window, sliding_window)
+            out = _paged_attention(store, pending, query, scaling, window, softcap, s_aux)
             return refusing(lambda: out, query, key, value, s_aux), None
         dense_key, dense_value = (x.to(query.dtype) for x in store.dense(pending, reason))
         key, value = refusing(lambda: dense_key, key), refusing(lambda: dense_value, value)
-    elif sliding_window is None:
-        sliding_window = getattr(module, "sliding_window", None)  # some models leave it to the mask
+    else:
+        _check_options(kwargs, attention_mask)
+    if isinstance(attention_mask, KvarnMask):
+        check_mask(attention_mask, size)
+        plain = attention_mask.is_causal and attention_mask.tokens is None and attention_mask.shape[3] == key.shape[2]
+        attention_mask = None if plain else attention_mask.whole()
     return (
         dense_attention(
             query,
@@ -97,8 +142,38 @@ def kvarn_attention(
     )
 
 
+def _check_options(options: dict[str, Any], mask: torch.Tensor | None) -> None:
+    """Refuses keyword arguments that change what attention computes; warns of weights that nobody gets.
+
+    Raises:
+        UnsupportedError: by their names.
+    """
+    if not options:
+        return
+    if options.get("output_attentions"):
+        warnings.warn("kvarn attention has no attention weights to return: use eager attention", stacklevel=3)
+    harmless = HARMLESS if _is_packed(options) and (mask is None or _is_plain(mask)) else HARMLESS | PACKED
+    unknown = [name for name, given in options.items() if not (given is None or given is False or name in harmless)]
+    if unknown:
+        raise UnsupportedError(
+            f"the model asks attention for {', '.join(unknown)}, which kvarn attention does not do; call "
+            "model.set_attn_implementation('eager'), or 'sdpa' where the model has it"
+        )
+
+
+def _is_packed(options: dict[str, Any]) -> bool:
+    """Whether there are several sequences in a row."""
+    starts, owners = options.get("cu_seq_lens_q"), options.get("seq_idx")
+    if starts is not None:
+        return starts.numel() > 2
+    return owners is not None and bool((owners != owners[..., :1]).any())
+
+
+def _is_plain(mask: torch.Tensor) -> bool:
+    return isinstance(mask, KvarnMask) and mask.is_causal
+
+
 def _reason_against_pages(
-    store: PageStore,
     pending: Pending,
     mask: torch.Tensor | None,
     window: int | None,
@@ -106,15 +181,22 @@ def _reason_against_pages(
     position_bias: torch.Tensor | None,
 ) -> str | None:
     """Opens the group's step if need be, and tells why the pages cannot serve this call; None if they can."""
-    store.check_current(pending)
-    try:
-        reason = pending.group.admit(mask, pending.forward.num_new, window)
-    except KvarnError:
-        store.abort()
-        raise
+    group, num_new = pending.group, pending.forward.num_new
+    own, narrower = group.window, _narrower(group.window, window)
+    reason = group.admit(mask, num_new, narrower)
     if not causal:
         return "not_causal"
-    return reason if position_bias is None else "position_bias"
+    if position_bias is not None:
+        return "position_bias"
+    # A mask may show more than the layer's window. A single query sees what the layer keeps, in any case.
+    is_wider = mask is not None and narrower != window
+    if is_wider and own is not None and num_new > 1 and group.length + num_new > own:
+        return reason or "other_window"
+    return reason
+
+
+def _narrower(one: int | None, other: int | None) -> int | None:
+    return min((window for window in (one, other) if window is not None), default=None)
 
 
 def _paged_attention(
@@ -171,21 +253,21 @@ def dense_attention(
 ) -> torch.Tensor:
     """Attention on tensors: query [B, num_q_heads, T, head_dim], key and value [B, num_kv_heads, kv_len, ...].
 
-    mask: None or a padding row (causality and window are then applied here), or a whole mask, bool or added to the
-    scores. The queries are the last T of the kv_len positions.
+    mask: used as it is, bool or added to the scores. None: if `causal`, the queries are the last T of the kv_len
+    positions and see `window` of them.
 
     Returns:
         [B, T, num_q_heads, head_dim of value], contiguous.
     """
     num_queries, kv_len = query.shape[2], key.shape[2]
     by_torch = softcap is None and sinks is None and position_bias is None
+    # torch takes no other masks; the smallest number of another dtype may be infinite in the query's.
+    by_torch = by_torch and (mask is None or mask.dtype in (torch.bool, torch.float32, query.dtype))
     # torch's own causal mask starts at the first key, so it fits where every key has its query.
     torch_causal = by_torch and causal and mask is None and num_queries == kv_len and (window or kv_len) >= kv_len
-    if causal and not torch_causal and (mask is None or is_padding_row(mask)):
+    if causal and mask is None and not torch_causal:
         seen = causal_window(num_queries, kv_len, window)
-        if seen is not None:
-            seen = seen.to(query.device)
-            mask = seen[None, None] if mask is None else mask & seen
+        mask = None if seen is None else seen[None, None].to(query.device)
     if by_torch:
         grouped = query.shape[1] != key.shape[1]
         out = scaled_dot_product_attention(

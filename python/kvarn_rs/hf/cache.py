@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,9 @@ from kvarn_rs import Calibration
 from kvarn_rs.errors import ConfigError, RollbackError, ShapeError
 
 from . import calls, file, stats
+from .attention import ATTENTION_NAME
 from .calibration import resolve
-from .compat import Cache, dense_layer, plan_layers
+from .compat import Cache, dense_layer
 from .decoder import Decoder, Origin, check_pages, group_layers
 from .group import LayerGroup
 from .layer import KvarnLayer
@@ -42,8 +44,9 @@ class KvarnCache(Cache):
     from a config puts them there when the first K and V come, and does not see that very forward raise: call `reset`.
 
     Args:
-        model_or_config: a model, whose attention implementation is set to "kvarn" (`register` included); or its
-            config, after `register()` and with the attention implementation set by the caller.
+        model_or_config: a model, whose decoder's attention implementation is set to "kvarn" (`register` included). Its
+            other parts stay as they are, and so do models that cannot use it. Or its config, after `register()` and
+            with the attention implementation set by the caller.
         format: one of `kvarn_rs.FORMATS`; "raw" keeps the model's dtype. "int4", "int3" and "int2" hold tokens in INT8
             pages until a block is full, then seal it.
         block_size: positions per block: 16, 32, 64 or 128.
@@ -54,14 +57,16 @@ class KvarnCache(Cache):
             `kvarn calibrate`. None: the model's file in the user's cache folder, else one that all caches of this model
             object share and that learns from the first 2,048 tokens; for a config, one of this cache alone.
         codec: with "raw", a scheme of `kvarn_rs.CODECS` that quantizes the pages in place, to compare formats by.
-        strict: raise UnsupportedError where attention would leave the pages, instead of counting and warning.
+        strict: raise UnsupportedError where attention would leave the pages, or K and V would not be in pages, instead
+            of counting and warning.
 
     Raises:
         UnknownFormatError: no such format or codec.
         CalibrationError: a calibration file that is damaged, or of another model.
-        ConfigError: an encoder-decoder model, or settings that do not work.
+        ConfigError: no model, an encoder-decoder model, or settings that do not work.
         DeviceError: a model that is not on the CPU.
-        UnsupportedError: strict, and the model cannot use kvarn attention; a format that this build does not do.
+        UnsupportedError: strict, and the model cannot use kvarn attention, or has K and V that are not paged; a format
+            that this build does not do.
     """
 
     def __init__(
@@ -79,9 +84,7 @@ class KvarnCache(Cache):
         decoder = Decoder(model_or_config)
         check_pages(format, block_size, num_blocks, num_open_pages, codec)
         self.calibration = resolve(decoder.model, calibration)
-        if decoder.model is not None:
-            decoder.use_kvarn_attention(strict)
-        plans = plan_layers(decoder.config)
+        notices = decoder.prepare(strict)
         groups = [
             LayerGroup(
                 layers,
@@ -94,10 +97,14 @@ class KvarnCache(Cache):
                 calibration=self.calibration,
                 codec=codec,
             )
-            for layers, window, shape in group_layers(plans)
+            for layers, window, shape in group_layers(decoder.plans)
         ]
-        own_layers = {layer_idx: plan.own_layer for layer_idx, plan in enumerate(plans) if not plan.paged}
+        own_layers = {layer_idx: plan.own_layer for layer_idx, plan in enumerate(decoder.plans) if not plan.paged}
         self._take(groups, own_layers, Origin(decoder.config.model_type, decoder.model), strict)
+        self._config = weakref.ref(decoder.config)
+        self._never_paged = decoder.unpaged
+        self._notices = notices
+        self._store.own_attention = decoder.own_attention is not None
         if decoder.model is not None:
             calls.watch(decoder.model)
 
@@ -105,7 +112,10 @@ class KvarnCache(Cache):
         """Makes the layers of all groups, and those that stay transformers' own, the cache's."""
         self._origin = origin
         self._store = PageStore(groups, strict)
-        self._unpaged: dict[int, str] = {}  # layers that were to be paged, and why they are not
+        self._config: weakref.ref[Any] | None = None  # the decoder's, whose attention may change at any time
+        self._never_paged: dict[int, str] = {}  # layers with K and V that were not to be paged, and why
+        self._unpaged: dict[int, str] = {}  # layers that were, and why they are not
+        self._notices: list[str] = []
         self._dropped_forwards = 0
         self._last_call: calls.Call | None = None  # that changed a layer which is not paged
         paged = {
@@ -125,7 +135,7 @@ class KvarnCache(Cache):
         Returns:
             For a paged layer, handles of the shape that `DynamicCache` would return: kvarn attention works on their
             pages, any other operation on dequantized tensors (counted, with a warning). They are valid until the next
-            forward begins.
+            forward begins. For an attention that is compiled, such as flex_attention, the dequantized tensors.
 
         Raises:
             ShapeError: another batch size than the cache holds, or another number of positions than other layers got.
@@ -145,7 +155,11 @@ class KvarnCache(Cache):
             if reason is not None:
                 self._unpage(layer.group, reason)
                 return self._update_other(layer_idx, key_states, value_states, *args, **kwargs)
-        return layer.update(key_states, value_states)
+        key, value = layer.update(key_states, value_states)
+        config = None if self._config is None else self._config()
+        if config is None or config._attn_implementation in _TAKE_HANDLES:
+            return key, value
+        return key.clone(), value.clone()
 
     def _update_other(
         self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -337,7 +351,8 @@ class KvarnCache(Cache):
         Returns:
             fused_calls: attention calls served from pages; dense_fallbacks: layer calls that left them, and
             fallback_reasons, the same by reason; dropped_forwards: forwards that stopped half-way;
-            paged_layers and unpaged_layers; blocks_in_use, peak_blocks, bytes_in_use, peak_bytes: sums over the layer
+            paged_layers and unpaged_layers; unpaged: by model layer, why its K and V are not in pages; notices: what
+            the constructor warned of; blocks_in_use, peak_blocks, bytes_in_use, peak_bytes: sums over the layer
             groups; bytes_per_token: of all paged layers at rest, from the layouts (0 before the first forward);
             open_pages: pages of blocks that are not sealed; sealed, unsealed: blocks sealed, and decoded again by
             `crop`; calibrated: "no", "own prompt", "frozen" or "file"; saturation: by model layer, the share of K codes
@@ -347,3 +362,7 @@ class KvarnCache(Cache):
             model's values are beyond 65,504 or next to nothing.
         """
         return stats.told(self)
+
+
+# Attention made of operations that handles turn into dense ones. A compiled one cannot be given handles.
+_TAKE_HANDLES = (ATTENTION_NAME, "eager", "sdpa", None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import cache_utils
 from transformers.cache_utils import (
@@ -39,6 +39,7 @@ __all__ = [
     "keeps_nothing",
     "plan_layers",
     "sdpa_mask",
+    "window_of",
 ]
 
 
@@ -51,12 +52,14 @@ class LayerPlan:
         paged: whether pages can take its place (full and sliding attention; not linear, chunked, indexed, shared ...).
         window: tokens that a query of a sliding layer sees, itself included; None without one.
         shape: (num_kv_heads, head_dim) as the config says, possibly None: only a hint, the first K tells.
+        unpaged: why its K and V are not paged; None if they are, or if it has none of its own.
     """
 
     own_layer: Any
     paged: bool
     window: int | None
     shape: tuple[int | None, int | None]
+    unpaged: str | None = None
 
 
 def plan_layers(config: Any) -> list[LayerPlan]:
@@ -68,12 +71,17 @@ def plan_layers(config: Any) -> list[LayerPlan]:
     # Not strict: some releases leave out the last layers where they share the K and V of others.
     for own_layer, kind, layer_config in zip(layers, kinds, config.per_layer_config, strict=False):
         shape = (getattr(layer_config, "num_key_value_heads", None), getattr(layer_config, "head_dim", None))
+        window, unpaged = None, None
         if kind == "full_attention" and type(own_layer) is DynamicLayer:
-            plans.append(LayerPlan(own_layer, True, None, shape))
+            pass
         elif kind == "sliding_attention" and type(own_layer) is DynamicSlidingWindowLayer:
-            plans.append(LayerPlan(own_layer, True, own_layer.sliding_window, shape))
+            window = own_layer.sliding_window
+            # transformers' layer then keeps, and shows, every token: pages could not give its tokens.
+            unpaged = f"sliding_attention over {window}" if window < 2 else None
         else:
-            plans.append(LayerPlan(own_layer, False, None, shape))
+            unpaged = kind
+        has_kv = isinstance(own_layer, DynamicLayer)
+        plans.append(LayerPlan(own_layer, unpaged is None, window, shape, unpaged if has_kv else None))
     return plans
 
 
@@ -108,3 +116,11 @@ def is_plain_causal(mask_function: Callable) -> bool:
         and getattr(parts[0], "__code__", None) is _OVERLAY.__code__
         and parts[1] is causal_mask_function
     )
+
+
+def window_of(mask_function: Callable) -> int | None:
+    """The window of a mask function that `is_plain_causal`; None without one."""
+    if mask_function is causal_mask_function:
+        return None
+    overlay = cast(Any, mask_function).__closure__[0].cell_contents[0]
+    return overlay.__closure__[0].cell_contents

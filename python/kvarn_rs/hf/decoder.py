@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ from kvarn_rs.errors import ConfigError, DeviceError, UnknownFormatError, Unsupp
 
 from .attention import ATTENTION_NAME, register
 from .calibration import fingerprint
-from .compat import LayerPlan
+from .compat import LayerPlan, plan_layers
+from .implementation import AttentionSettings, cache_limit, own_attention, takes_cache
 from .store import DenseFallbackWarning
 
 Shape = tuple[int | None, int | None]
@@ -26,6 +28,8 @@ class Decoder:
     Attributes:
         model: the model, or None.
         config: the config of its decoder.
+        plans: one for each of its layers, in order.
+        own_attention: the attention that the model has kept, if `prepare` could not set kvarn's; None.
 
     Raises:
         ConfigError: neither, or an encoder-decoder model.
@@ -35,29 +39,103 @@ class Decoder:
     def __init__(self, model_or_config: Any) -> None:
         self.model: Any = model_or_config if isinstance(model_or_config, torch.nn.Module) else None
         config: Any = model_or_config if self.model is None else getattr(self.model, "config", None)
-        if not hasattr(config, "get_text_config"):
+        wanted = ("get_text_config",) if self.model is None else ("device", "set_attn_implementation")
+        if not hasattr(config, "get_text_config") or not all(hasattr(model_or_config, name) for name in wanted):
             raise ConfigError(f"expected a transformers model or config, not {type(model_or_config).__name__}")
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"{config.model_type} is an encoder-decoder model; KvarnCache is for decoders")
         if self.model is not None and self.model.device.type != "cpu":
-            raise DeviceError(f"the model is on {self.model.device}; this release keeps K and V on the CPU only")
+            raise DeviceError(_why_elsewhere(self.model))
         self.config: Any = config.get_text_config(decoder=True)
+        try:
+            self.plans = plan_layers(self.config)
+        except AttributeError as error:  # a model without a cache of layers
+            raise ConfigError(f"{type(self.config).__name__} does not tell its layers: {error}") from error
+        self.own_attention: str | None = None
+        if self.model is not None and not takes_cache(self.model):
+            why = f"{type(self.model).__name__} hands no K and V to a cache"
+            self.plans = [
+                dataclasses.replace(plan, paged=False, unpaged=why) if plan.paged or plan.unpaged else plan
+                for plan in self.plans
+            ]
 
-    def use_kvarn_attention(self, strict: bool) -> None:
-        """Sets the model's attention; warns, or raises UnsupportedError if `strict`, where it has its own."""
-        register()
+    @property
+    def unpaged(self) -> dict[int, str]:
+        """The layers whose K and V are not paged, and why."""
+        return {layer_idx: plan.unpaged for layer_idx, plan in enumerate(self.plans) if plan.unpaged is not None}
+
+    def prepare(self, strict: bool) -> list[str]:
+        """Sets a model to kvarn attention if its layers are paged and its code can use it; else leaves it as it is.
+
+        Returns:
+            What will not use pages, and why. One DenseFallbackWarning has told of all of it.
+
+        Raises:
+            UnsupportedError: `strict`, and there is something to tell; or a model that has kvarn attention set already
+                and cannot use it. The model is as it was.
+        """
+        notices = self._unpaged_layers()
+        settings = None
+        if self.model is not None and any(plan.paged for plan in self.plans):
+            register()
+            settings = AttentionSettings(self.model)
+            notices += self._set_attention(settings) + self._generates_without()
+        if notices and strict:
+            if settings is not None:
+                settings.restore()
+            raise UnsupportedError("; ".join(notices))
+        if notices:
+            warnings.warn("; ".join(notices), DenseFallbackWarning, stacklevel=3)
+        return notices
+
+    def _unpaged_layers(self) -> list[str]:
+        if not self.unpaged and not any(plan.paged for plan in self.plans):
+            return [f"{self.config.model_type} has no layer with keys and values: there is nothing to quantize"]
+        layers_of: dict[str, list[int]] = {}
+        for layer_idx, why in self.unpaged.items():
+            layers_of.setdefault(why, []).append(layer_idx)
+        return [
+            f"{len(layers)} of {len(self.plans)} layers ({', '.join(map(str, layers))}) are not paged and stay "
+            f"unquantized: {why}"
+            for why, layers in layers_of.items()
+        ]
+
+    def _set_attention(self, settings: AttentionSettings) -> list[str]:
         before = self.config._attn_implementation
-        self.model.set_attn_implementation(ATTENTION_NAME)
-        if self.config._attn_implementation == ATTENTION_NAME:
-            return
+        self.own_attention = own_attention(self.model)
+        if self.own_attention is None:
+            settings.set(ATTENTION_NAME, self.config)
+            if self.config._attn_implementation == ATTENTION_NAME:
+                return []
+            settings.restore()
+            self.own_attention = before
         message = (
-            f"{type(self.model).__name__} has its own attention ({self.config._attn_implementation}) and cannot use "
-            "kvarn attention: every step will dequantize its K and V"
+            f"{type(self.model).__name__} has its own attention ({self.own_attention}) and cannot use kvarn attention: "
+            "every step will dequantize its K and V"
         )
-        if strict:
-            self.model.set_attn_implementation(before)
-            raise UnsupportedError(message)
-        warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+        if before == ATTENTION_NAME:
+            raise UnsupportedError(f"{message}; call model.set_attn_implementation('eager') first")
+        return [message]
+
+    def _generates_without(self) -> list[str]:
+        limit = cache_limit(self.model, self.config)
+        if limit is None:
+            return []
+        return [
+            f"where a sequence first has more than {limit} positions, generate of {type(self.model).__name__} drops "
+            "the cache and goes on with an unquantized one of its own"
+        ]
+
+
+def _why_elsewhere(model: Any) -> str:
+    if model.device.type != "meta":
+        return f"the model is on {model.device}; this release keeps K and V on the CPU only"
+    return (
+        "the model's weights are on meta, no device: not loaded, or offloaded by accelerate. Load it with "
+        "device_map='cpu'; or, if they come from disk when they are needed, call register(), "
+        "model.set_attn_implementation('kvarn') and "
+        "KvarnCache(model.config)"
+    )
 
 
 class Origin:

@@ -29,7 +29,7 @@ from kvarn_rs import Calibration, _core
 from kvarn_rs.errors import CacheFileError, KvarnError, UnsupportedError
 
 from .calibration import fingerprint, of_fingerprint
-from .compat import keeps_nothing, plan_layers
+from .compat import keeps_nothing
 from .decoder import Decoder, Origin, check_pages, group_layers
 from .group import LayerGroup
 from .layer import KvarnLayer
@@ -192,7 +192,7 @@ class Note:
         model_type = decoder.config.model_type
         if model_type != self.model_type:
             _refuse(f"a cache of another model: of type {self.model_type!r}, this one is {model_type!r}")
-        own = [(layers, window, shape) for layers, window, shape in group_layers(plan_layers(decoder.config))]
+        own = [(layers, window, shape) for layers, window, shape in group_layers(decoder.plans)]
         saved = [(group["layers"], group["window"], group["shape"]) for group in self.groups]
         if own != saved:
             _refuse(

@@ -155,20 +155,13 @@ class LayerGroup:
 
         Raises:
             ConfigError: the mask lets a query see padding that was not stored.
-            ShapeError: the mask is not over the visible positions.
             OutOfBlocksError: nothing was changed.
         """
         if self.step is not None and mask is self.checked_mask:
             return self.verdict
-        seen = None
-        if mask is not None:
-            kv_len = self.length - self.first_visible + num_new
-            batch_size = len(self.sequences)
-            if mask.dim() != 4 or mask.shape[3] != kv_len or mask.shape[0] not in (1, batch_size):
-                raise ShapeError(
-                    f"attention mask {list(mask.shape)}, expected [{batch_size}, heads or 1, queries or 1, {kv_len}]"
-                )
-            seen = attended_columns(mask).expand(batch_size, -1)
+        seen = None if mask is None else attended_columns(mask)
+        if seen is not None:
+            seen = seen.expand(len(self.sequences), self.length - self.first_visible + num_new)
         if self.step is None:
             tokens = None if seen is None else seen[:, -num_new:]
             self.begin(num_new, None if tokens is None or tokens.all() else tokens.contiguous())
@@ -189,7 +182,7 @@ class LayerGroup:
                 )
         if mask is None or seen is None:
             return None
-        if not is_padding_row(mask):
+        if not is_padding_row(mask, self.num_new):
             return "custom_mask"
         if not (seen.all() if tokens is None else torch.equal(seen, tokens)):
             return "hidden_tokens"

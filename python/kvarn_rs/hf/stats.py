@@ -34,6 +34,8 @@ def told(cache: KvarnCache) -> dict[str, Any]:
         "dropped_forwards": store.dropped_forwards,
         "paged_layers": store.num_layers,
         "unpaged_layers": len(cache.layers) - store.num_layers,
+        "unpaged": dict(sorted((cache._never_paged | cache._unpaged).items())),
+        "notices": list(cache._notices),
         **{
             name: sum(core[name] for core in cores)
             for name in (

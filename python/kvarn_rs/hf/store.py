@@ -35,7 +35,8 @@ class DenseFallbackWarning(UserWarning):
 FALLBACKS = {
     "other_operation": (
         "{detail} read K and V outside kvarn attention",
-        "call model.set_attn_implementation('kvarn'), or pass the model to KvarnCache",
+        "call model.set_attn_implementation('kvarn'), or pass the model to KvarnCache; where the model itself does it "
+        "then, use an unquantized cache",
     ),
     "keys_values": ("the keys or values of a cache layer were read", "use the cache through the model only"),
     "custom_mask": (
@@ -49,6 +50,10 @@ FALLBACKS = {
     "padding_in_window": (
         "padding between tokens under a sliding window",
         "pad prompts on the left, and batch turns of equal length",
+    ),
+    "other_window": (
+        "the attention mask shows more than the window of a layer",
+        "use an unquantized cache for this model",
     ),
     "not_causal": ("attention is not causal", "use an unquantized cache for this model"),
     "position_bias": ("attention adds a position bias", "use an unquantized cache for this model"),
@@ -73,6 +78,7 @@ class PageStore:
         self.fused_calls = 0
         self.fallbacks: Counter[str] = Counter()
         self.dropped_forwards = 0
+        self.own_attention = False  # the model attends with code of its own: told once, when the cache was made
 
     @property
     def num_layers(self) -> int:
@@ -330,6 +336,9 @@ class PageStore:
 
     def count_fallback(self, reason: str, detail: str = "") -> None:
         """Counts a dense fallback and warns of its reason's first; UnsupportedError if the cache is strict."""
+        if reason == "other_operation" and self.own_attention:
+            self.fallbacks["own_attention"] += 1
+            return
         what, remedy = FALLBACKS[reason]
         message = f"kvarn: {what.format(detail=detail)}. Remedy: {remedy}."
         if self.strict:

@@ -46,6 +46,24 @@ def test_a_command_line_that_makes_no_sense_is_refused_in_one_line(arguments: st
     kvarn(*arguments.split()).refused()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "generate --prompt hello",
+        "generate hello --comp",
+        "plan x --memory 1GiB --weig 1GiB",
+        "bench attend --form int8",
+        "bench seal --threa 1",
+        "calibrate x --tok 3",
+        "inspect x --js",
+        "doctor --js",
+        "--vers",
+    ],
+)
+def test_options_are_written_in_full(arguments: str, kvarn: Callable[..., Any]) -> None:
+    assert "unrecognized" in kvarn(*arguments.split()).refused()
+
+
 def test_an_interrupt_exits_with_130(kvarn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt

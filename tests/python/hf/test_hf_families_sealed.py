@@ -54,6 +54,7 @@ def test_every_mode_runs_on_tiles_of_4_bits(model_of, family, mode):
     assert_runs_on_tiles(model_of(family), family, mode, "int4")
 
 
+@pytest.mark.filterwarnings("ignore:.*chunked_attention:kvarn_rs.hf.DenseFallbackWarning")  # of llama4
 @pytest.mark.parametrize("mode", ["greedy", "left_padded_beams", "prompt_lookup"])
 @pytest.mark.parametrize("family", [*MORE_FAMILIES, *HYBRID_FAMILIES])
 def test_other_architectures_run_on_tiles(model_of, family, mode):
@@ -184,6 +185,7 @@ def teacher_forced(model: Any, format: str) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*chunked_attention:kvarn_rs.hf.DenseFallbackWarning")  # of llama4
 def test_fewer_bits_are_further_from_raw_on_average(model_of):
     errors = {format: [] for format in FORMATS[1:]}
     for family in ALL_FAMILIES:

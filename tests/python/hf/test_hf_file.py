@@ -257,6 +257,7 @@ def test_a_window_of_another_size_is_another_model(model_of: Callable[[str], Any
         KvarnCache.load(path, make_model("mistral", sliding_window=32))
 
 
+@pytest.mark.filterwarnings("ignore:.*chunked_attention:kvarn_rs.hf.DenseFallbackWarning")  # of llama4
 @pytest.mark.parametrize("family", ["qwen3_next", "llama4"])
 def test_layers_that_are_not_paged_are_named(family: str, model_of: Callable[[str], Any], tmp_path: Path) -> None:
     cache = kvarn_cache(model_of(family), "raw")
