@@ -109,7 +109,7 @@ fn the_same_layers_make_the_same_bytes() {
 #[test]
 fn other_programs_read_it_as_safetensors() {
     let tensors = safetensors::SafeTensors::deserialize(valid()).expect("safetensors");
-    assert_eq!(tensors.len(), LAYERS.len() * 6 + 1);
+    assert_eq!(tensors.len(), LAYERS.len() * 7 + 1);
     assert_eq!(tensors.tensor("checksum").expect("the last").data(), &valid()[valid().len() - 4..]);
     let feedback = tensors.tensor("layers.7.feedback").expect("a tensor");
     assert_eq!(feedback.shape(), [HEADS, 2, CHANNELS, CHANNELS]);

@@ -252,18 +252,6 @@ impl StepPlan {
         &self.sequences
     }
 
-    /// The pages that the step opens.
-    #[must_use]
-    pub fn opens(&self) -> &[PageOpen] {
-        &self.opens
-    }
-
-    /// The first pages whose statistics are taken anew when the step is committed.
-    #[must_use]
-    pub fn refits(&self) -> &[PageRefit] {
-        &self.refits
-    }
-
     /// The blocks that the step seals.
     #[must_use]
     pub fn seals(&self) -> &[Seal] {

@@ -6,7 +6,7 @@
 //! back from their pages; those of the step itself are taken as given, so that no page waits for another one to be
 //! written.
 
-use super::SequencePlan;
+use super::{SequencePlan, StepPlan};
 use crate::format::{CALIBRATION_WINDOW_TOKENS, FIRST_PAGE_TOKENS};
 
 /// A page opened by a step.
@@ -54,6 +54,20 @@ pub(super) fn plan_opens(block_size: usize, index: usize, sequence: &SequencePla
         let (start, end) =
             if is_written_whole || window_start == first { (first, own_end) } else { (window_start, first) };
         opens.push(PageOpen { sequence: index, block, start, end });
+    }
+}
+
+impl StepPlan {
+    /// The pages that the step opens.
+    #[must_use]
+    pub fn opens(&self) -> &[PageOpen] {
+        &self.opens
+    }
+
+    /// The first pages whose statistics are taken anew when the step is committed.
+    #[must_use]
+    pub fn refits(&self) -> &[PageRefit] {
+        &self.refits
     }
 }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 /// Kinds of outcome that are counted.
-pub const OUTCOMES: usize = 14;
+pub const OUTCOMES: usize = 15;
 const MAX_SEQUENCES: usize = 6;
 
 #[derive(Debug, Clone, Copy)]

@@ -83,6 +83,14 @@ pub fn are_near(rows: &[Row], exact: &[Row]) -> bool {
     rows.iter().zip(exact).all(|(row, exact)| row.iter().zip(exact).all(near))
 }
 
+/// Is V the same to the bit?
+pub fn same_v(rows: &[Row], others: &[Row]) -> bool {
+    let values = |row: &Row| -> Vec<f32> {
+        (0..LAYERS * HEADS).flat_map(|i| row[part(i / HEADS, 1, i % HEADS)].to_vec()).collect()
+    };
+    rows.iter().zip(others).all(|(row, other)| values(row) == values(other))
+}
+
 /// What sealing makes of a block's rows. `as_given`: they are the step's own, not decoded from a page.
 pub fn is_tile_of(
     tile: &[Row],

@@ -150,6 +150,7 @@ impl Model {
             let len = self.tokens(id).ids.len();
             let at_once = sealed_at_once(len, new.len());
             self.num_sealed += at_once.len();
+            self.refit(id, new.len(), context);
             let found = rows::stored(&self.cache, id, len, len + new.len());
             let given: Vec<Row> = new.iter().map(|&id| self.given[id as usize].clone()).collect();
             for block in len / BLOCK..(len + new.len()).div_ceil(BLOCK) {
@@ -169,6 +170,22 @@ impl Model {
             tokens.rows.extend(found);
         }
         due
+    }
+}
+
+impl Model {
+    /// A first page whose tokens a step has doubled is rounded anew: K stays near what it was, V is what it was.
+    fn refit(&mut self, id: SequenceId, num_new: usize, context: &str) {
+        let len = self.tokens(id).ids.len();
+        let is_doubled = (1..BLOCK).contains(&len) && (len + num_new).min(BLOCK).ilog2() > len.ilog2();
+        if !is_doubled || self.cache.sequence(id).unwrap().first_held() > 0 {
+            return;
+        }
+        let now = rows::stored(&self.cache, id, 0, len);
+        assert!(rows::are_near(&now, &self.tokens(id).rows), "{context}: a refitted page");
+        assert!(rows::same_v(&now, &self.tokens(id).rows), "{context}: V of a refitted page");
+        self.tokens_mut(id).rows = now;
+        self.count("refitted");
     }
 }
 
