@@ -1,0 +1,67 @@
+"""Processes: each class in one of its own, with a limit on its time; torch and transformers are imported once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+def run_each(
+    names: list[str], work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], jobs: int, limit_seconds: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, `work(name, *arguments)`) as they are done; {"failed": why} for one that crashes or takes too long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    waiting = list(reversed(names))
+    running: dict[Connection, tuple[str, Any, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop()
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(theirs, work, name, arguments), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = (name, process, time.monotonic() + limit_seconds)
+            ready = wait(list(running), timeout=1.0)
+            for connection, (name, process, deadline) in list(running.items()):
+                if connection in ready:
+                    try:
+                        result = connection.recv()
+                    except EOFError:
+                        process.join()
+                        result = {"failed": f"the process ended with status {process.exitcode}"}
+                elif time.monotonic() > deadline:
+                    result = {"failed": f"not done after {limit_seconds:.0f} s"}
+                else:
+                    continue
+                process.kill()
+                process.join()
+                connection.close()
+                del running[connection]
+                yield name, result
+    finally:
+        for _, process, _ in running.values():
+            process.kill()
+
+
+def _child(connection: Connection, work: Callable[..., dict[str, Any]], name: str, arguments: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    # What models print is theirs; the report is not on these streams.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    started = time.monotonic()
+    try:
+        record = work(name, *arguments)
+    except Exception:  # of the work itself: what models raise is in their records
+        record = {"failed": traceback.format_exc()}
+    connection.send(record | {"seconds": round(time.monotonic() - started, 1)})
+    connection.close()
