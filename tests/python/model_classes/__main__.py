@@ -26,7 +26,7 @@ import kvarn_rs
 from .configs import classes
 from .outcome import OUTCOMES, judge
 from .pool import run_each
-from .probe import MODES, probe
+from .probe import probe
 from .table import render, sentence
 
 ROOT = Path(__file__).parents[3]
@@ -60,8 +60,8 @@ def main() -> int:
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("starting", total=len(names))
-        for name, record in run_each(names, probe, (list(MODES),), options.jobs, options.limit):
-            records[name] = {"class": known[name][1].__name__, **record}
+        for name, record in run_each(names, probe, options.jobs, options.limit):
+            records[name] = {"class": known[name], **record}
             progress.update(task, description=name, advance=1)
 
     outcomes = {name: judge(record) for name, record in records.items()}
@@ -73,8 +73,9 @@ def main() -> int:
         options.results.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         versions = {module.__name__: module.__version__ for module in (kvarn_rs, transformers, torch)}
         versions["Python"] = platform.python_version()
-        options.page.write_text(render(records, "just models", str(date.today()), versions), encoding="utf-8")
-        print(f"{len(records)} classes: {sentence(outcome for outcome, _ in outcomes.values())}")
+        page = render(records, str(date.today()), versions)
+        options.page.write_text(page, encoding="utf-8")
+        print(f"{len(records)} classes: {sentence(page)}")
     wrong = {name: notes for name, (outcome, notes) in outcomes.items() if outcome == "wrong"}
     for name, notes in wrong.items():
         print(f"{OUTCOMES['wrong'][0].lower()}: {name}: {'; '.join(notes)}", file=sys.stderr)

@@ -6,25 +6,25 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
 def run_each(
-    names: list[str], work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], jobs: int, limit_seconds: float
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, `work(name, *arguments)`) as they are done; {"failed": why} for one that crashes or takes too long."""
+    names: Iterable[Any], work: Callable[[Any], Any], jobs: int, limit_seconds: float
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(name, `work(name)`, a dict) as they are done; {"failed": why} for one that crashes or takes too long."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
-    waiting = list(reversed(names))
-    running: dict[Connection, tuple[str, Any, float]] = {}
+    waiting = list(names)[::-1]
+    running: dict[Connection, tuple[Any, Any, float]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop()
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(theirs, work, name, arguments), daemon=True)
+                process = context.Process(target=_child, args=(theirs, work, name), daemon=True)
                 process.start()
                 theirs.close()
                 running[ours] = (name, process, time.monotonic() + limit_seconds)
@@ -50,18 +50,14 @@ def run_each(
             process.kill()
 
 
-def _child(connection: Connection, work: Callable[..., dict[str, Any]], name: str, arguments: tuple[Any, ...]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    # What models print is theirs; the report is not on these streams.
+def _child(connection: Connection, work: Callable[[Any], Any], name: Any) -> None:
+    # What models print is theirs; the record is not on these streams.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    started = time.monotonic()
     try:
-        record = work(name, *arguments)
+        record = dict(work(name))
     except Exception:  # of the work itself: what models raise is in their records
-        record = {"failed": traceback.format_exc()}
-    connection.send(record | {"seconds": round(time.monotonic() - started, 1)})
+        record = {"failed": traceback.format_exc(limit=-1).strip()}
+    connection.send(record)
     connection.close()
