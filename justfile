@@ -59,6 +59,10 @@ fmt: setup
 gen:
     KVARN_BLESS=1 cargo test --test '*golden*'
 
+# Every causal language model of transformers, tiny, on a KvarnCache: writes docs/models.md (NAMES print some; --jobs N)
+models *OPTIONS="": dev
+    PYTHONPATH=tests/python python -m model_classes {{ OPTIONS }}
+
 # Decode attention against torch on this machine (options of `kvarn bench attend`)
 bench *OPTIONS="": dev
     kvarn bench attend {{ OPTIONS }}
