@@ -268,7 +268,9 @@ class PagedKvCache:
         `open_pages` and `peak_open_pages` (of blocks that are not sealed; 0 in formats that never are),
         `bytes_in_use` and `peak_bytes` (blocks at rest, and open pages), `allocated_bytes` (address space: a page takes
         memory when it is first used), `bytes_per_block`, `bytes_per_open_page`, `bytes_per_token` (at rest),
-        `num_sequences`, `cow_copies`, `sealed`, `unsealed` (blocks, so far), `calibrated` (`no`, `own prompt`, `frozen`
+        `num_sequences`, `cow_copies`, `sealed`, `unsealed` (blocks, so far),
+        `first_page_tokens` (what the statistics of the first page of a sequence that was opened or refitted last were
+        taken over; `None` before there is one, and in `raw`), `calibrated` (`no`, `own prompt`, `frozen`
         or `file`: the least of the layers), and lists with an entry a layer: `saturation`, the share of the K codes of
         tiles that were clamped to the ends of their grid, and `drift`, the deviation of K over the one that its pages
         were opened with, over the latest 128 or so tokens (1 where it fits), both `None` before there is anything to

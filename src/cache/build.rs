@@ -61,6 +61,7 @@ impl PagedKvCache {
             calibration: None,
             sealed: 0,
             unsealed: 0,
+            first_page_tokens: None,
             config,
         })
     }
@@ -82,6 +83,7 @@ impl PagedKvCache {
             calibration: self.calibration.clone(),
             sealed: self.sealed,
             unsealed: self.unsealed,
+            first_page_tokens: self.first_page_tokens,
         })
     }
 }

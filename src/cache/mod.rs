@@ -75,6 +75,7 @@ pub struct PagedKvCache {
     calibration: Option<ModelCalibration>,
     sealed: usize,
     unsealed: usize,
+    first_page_tokens: Option<usize>,
 }
 
 impl PagedKvCache {
@@ -251,6 +252,9 @@ impl PagedKvCache {
         let num_sealed = self.paging.commit(&sequences, &sealed)?;
         let at_once = step.plan.seals().iter().filter(|seal| seal.source == SealSource::Fresh).count();
         self.sealed += num_sealed + at_once;
+        if self.config.format != Format::Raw {
+            self.first_page_tokens = step.plan.first_page_tokens().or(self.first_page_tokens);
+        }
         if !step.plan.refits().is_empty() {
             for layer in 0..self.config.num_layers {
                 let calibrated = self.calibrated(layer);
@@ -333,6 +337,7 @@ impl PagedKvCache {
             cow_copies: self.paging.cow_copies(),
             sealed: self.sealed,
             unsealed: self.unsealed,
+            first_page_tokens: self.first_page_tokens,
             calibrated: self.calibration.as_ref().map_or(State::No, ModelCalibration::state),
             layers: (0..self.config.num_layers).map(|layer| self.backend.health(layer).into()).collect(),
         }
@@ -343,7 +348,7 @@ impl PagedKvCache {
         self.steps.clear();
         self.paging.clear();
         self.backend.forget_health();
-        (self.sealed, self.unsealed) = (0, 0);
+        (self.sealed, self.unsealed, self.first_page_tokens) = (0, 0, None);
     }
 
     /// The blocks of a sequence; entries before the first token held are [`BlockId::RELEASED`].

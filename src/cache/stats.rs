@@ -38,6 +38,8 @@ pub struct CacheStats {
     pub sealed: usize,
     /// Sealed blocks that a truncation decoded into a page again.
     pub unsealed: usize,
+    /// Tokens that the statistics of the first page opened or refitted last were taken over; `None` before there is one.
+    pub first_page_tokens: Option<usize>,
     /// How the calibration came about, the least of this cache's layers; [`State::No`] without one.
     pub calibrated: State,
     /// One entry a layer.

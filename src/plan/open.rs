@@ -64,6 +64,13 @@ impl StepPlan {
         &self.opens
     }
 
+    /// Tokens that the statistics of a first page are taken over which the step opens or refits: of the last of them.
+    #[must_use]
+    pub fn first_page_tokens(&self) -> Option<usize> {
+        let opened = self.opens.iter().filter(|open| open.block == 0).map(|open| open.end - open.start);
+        opened.chain(self.refits.iter().map(|refit| refit.num_tokens)).last()
+    }
+
     /// The first pages whose statistics are taken anew when the step is committed.
     #[must_use]
     pub fn refits(&self) -> &[PageRefit] {

@@ -249,6 +249,7 @@ impl PagedKvCache {
         out.set_item("cow_copies", stats.cow_copies)?;
         out.set_item("sealed", stats.sealed)?;
         out.set_item("unsealed", stats.unsealed)?;
+        out.set_item("first_page_tokens", stats.first_page_tokens)?;
         out.set_item("calibrated", stats.calibrated.name())?;
         out.set_item("saturation", stats.layers.iter().map(|layer| layer.saturation).collect::<Vec<_>>())?;
         out.set_item("drift", stats.layers.iter().map(|layer| layer.drift).collect::<Vec<_>>())?;

@@ -112,7 +112,7 @@ def test_a_prefill_reads_its_own_tokens_unquantized_where_given(history, num_new
     with cache.begin_step([sequence], num_new) as step:
         step.append(0, k, v)
         out = step.attend(0, q, *((k, v) if given else (None, None)))
-    from_pages = attention(q, *contents(cache, sequence))
+        from_pages = attention(q, *contents(cache, sequence, pending=num_new))
     unquantized = attention(q, *concatenate([stored, (k, v)]))
     right, wrong = (from_pages, unquantized) if reads_pages else (unquantized, from_pages)
     assert distance(out, right) <= CLEARLY * distance(out, wrong)

@@ -22,6 +22,7 @@ from paged_reference import (
     keys_and_values,
     make_cache,
     same,
+    same_but_refitted,
     settle,
 )
 
@@ -251,7 +252,9 @@ def test_a_truncated_sequence_goes_on_as_if_the_rest_had_never_been(format, leng
     k, v = keys_and_values(30, 1)
     extend(cache, sequence, k, v)
     held = contents(cache, sequence)
-    assert same((held[0][:, :, :length], held[1][:, :, :length]), (kept[0], kept[1]))
+    is_refitted = format == "int8" and 0 < length < BLOCK_SIZE  # a first page whose tokens have doubled
+    agree = same_but_refitted if is_refitted else same
+    assert agree((held[0][:, :, :length], held[1][:, :, :length]), (kept[0], kept[1]))
     assert distance(held[0][:, :, length:], k) <= (0.0 if format == "raw" else 0.1)
     assert distance(held[1][:, :, length:], v) <= (0.0 if format == "raw" else 0.1)
 

@@ -56,13 +56,14 @@ def test_decode_seals_a_block_with_the_step_after_the_one_that_filled_it(format)
         stats = cache.stats()
         assert (stats["sealed"], stats["open_pages"]) == (num_sealed, 1), length
         now = contents(cache, sequence)
-        # Nothing changes but a block that is sealed, once.
+        # Nothing changes but a block that is sealed, once, and a first page whose tokens have doubled.
         changed = num_sealed if length % BLOCK_SIZE == 1 and length > 1 else None
         for block in range(-(-(length - 1) // BLOCK_SIZE)):
             old, new = blocks(held, block, block + 1), blocks(now, block, block + 1)
             written = old[0].shape[2]
             is_same = same(old, (new[0][:, :, :written], new[1][:, :, :written]))
-            assert is_same == (changed != block + 1), (length, block)
+            is_refitted = block == 0 and length in (2, 4, 8, 16)
+            assert is_same == (changed != block + 1 and not is_refitted), (length, block)
         held = now
 
 

@@ -98,6 +98,10 @@ def test_a_calibrated_tile_is_the_same_whoever_comes_with_it(format) -> None:
     assert not same(contents(alone, own), contents(beside, sequences[0]))
 
 
+# How much closer the second token is where channels' deviations are known; without, all channels have one step.
+KNOWN = 1.5
+
+
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_a_first_page_that_begins_with_few_tokens_opens_with_the_model_s_statistics(format) -> None:
     _, k, v = text(20, 700)
@@ -111,12 +115,12 @@ def test_a_first_page_that_begins_with_few_tokens_opens_with_the_model_s_statist
             calibration.freeze()
         cache = cache_of(format, calibration)
         sequence = cache.new_sequence()
-        for token in range(20):
-            extend(cache, sequence, k[:, :, token, None], v[:, :, token, None])
-        found.append((contents(cache, sequence)[0] - k).square().mean().sqrt().item())
-        drift = cache.stats()["drift"][0]
-        assert (0.8 < drift < 1.2) == known, "and the pages' statistics fit"
-    assert found[1] < found[0] / 5
+        extend(cache, sequence, k[:, :, :1], v[:, :, :1])
+        with cache.begin_step([sequence], 1) as step:
+            step.append(0, k[:, :, 1:2], v[:, :, 1:2])
+            second = contents(cache, sequence, pending=1)[0][:, :, 1:]
+        found.append((second - k[:, :, 1:2]).square().mean().sqrt().item())
+    assert found[1] < found[0] / KNOWN
 
 
 def test_keys_without_queries_teach_nothing() -> None:

@@ -49,6 +49,9 @@ def told(cache: KvarnCache) -> dict[str, Any]:
                 "unsealed",
             )
         },
+        "first_page_tokens": min(
+            (core["first_page_tokens"] for core in cores if core["first_page_tokens"] is not None), default=None
+        ),
         "calibrated": next((state for state in _CALIBRATED if state in states), cache.calibration.state),
         **by_layer,
     }
