@@ -210,6 +210,11 @@ class KvarnCache(Cache):
         lengths = (max(self._store.lengths_of(group).values()) for group in self._store.groups)
         return max(lengths, default=0)
 
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The position of the first query of a forward, for the layers of one kind: where `get_mask_sizes` ends."""
+        layer = self.layers[layer_idx]
+        return sum(layer.get_mask_sizes(0)) if type(layer) is KvarnLayer else super().get_query_offset(layer_idx)
+
     # Between forwards --------------------------------------------------------------------------------------------
 
     def _other_layers(self) -> list[Any]:
