@@ -372,7 +372,7 @@ def test_prose_and_code_and_prose_again_leave_the_pages_fitting():
         drift.append(torch.tensor(list(cache.stats()["drift"].values())))
     step = each // 16
     before = drift[step - 1]
-    assert drift[8].max() > 1.5, "of the first page the cache knows nothing yet"
+    assert 1.1 < drift[8].max() < 1.5, "the first page was opened with 16 tokens"
     assert (before - 1).abs().max() < 0.3
     for change in (step, 2 * step):
         changed = torch.stack(drift[change : change + 12]).amax(0) / drift[change - 1]
