@@ -362,10 +362,11 @@ class KvarnCache(Cache):
             open_pages: pages of blocks that are not sealed; sealed, unsealed: blocks sealed, and decoded again by
             `crop`; first_page_tokens: what the statistics of the first page of a row that was opened or refitted last
             were taken over, the least of the layer groups (None before there is one; 32 or more is plenty); calibrated:
-            "no", "own prompt", "frozen" or "file"; saturation: by model layer, the share of K codes of tiles clamped; drift: by model layer, actual over frozen deviation of K, 1 where the pages'
-            statistics fit (both None before there is anything to tell); out_of_range_tokens: by model layer, how many
-            tokens are stored wrong because float16 does not hold the scale or zero point of their K or V, 0 unless a
-            model's values are beyond 65,504 or next to nothing.
+            "no", "own prompt", "frozen" or "file"; saturation: by model layer, the share of K codes of
+            tiles clamped; drift: by model layer, actual over frozen deviation of K, 1 where the pages'
+            statistics fit (both None before there is anything to tell); out_of_range_tokens: by model
+            layer, how many tokens are stored wrong because float16 does not hold the scale or zero
+            point of their K or V, 0 unless a model's values are beyond 65,504 or next to nothing.
         """
         return stats.told(self)
 
