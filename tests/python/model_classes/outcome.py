@@ -56,7 +56,7 @@ def judge(record: dict[str, Any]) -> tuple[str, list[str]]:
     kinds = sorted({kind for run in done for kind in run["own_layers"]})
     warned = sorted({_short(said) for run in done for said in map(_said, run["warnings"])})
     notes = [f"unquantized: {', '.join(kinds)}"] if kinds else []
-    notes += warned
+    notes += [said for said in warned if said]
     notes += [f"{name}: {run['error']}, {_short(run['message'])}" for name, run in refused.items()]
     notes += [f"{name}: not with `DynamicCache` either" for name in modes if name not in runs]
     left_pages = any(run["stats"]["dense_fallbacks"] for run in done)
@@ -98,8 +98,9 @@ def _faults(record: dict[str, Any]) -> list[str]:
 
 
 def _said(warning: str) -> str:
-    """A warning without its name, its remedy, and shapes, which are those of the run."""
+    """A warning without its name, its remedy, the layers that a note names anyway, and shapes, which are the run's."""
     what = warning.removeprefix("kvarn: ").split(" Remedy: ")[0]
+    what = "; ".join(part for part in what.split("; ") if "are not paged and stay unquantized" not in part)
     return re.sub(r", \[[\d, ]+\] and \[[\d, ]+\]", "", what)
 
 
