@@ -26,7 +26,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("quant", &["error", "format"]),
     ("paging", &["error"]),
     ("plan", &["error", "format", "paging"]),
-    ("backend", &["error", "format", "quant", "plan", "paging::BlockId", "paging::PageId", "paging::ids"]),
+    (
+        "backend",
+        &["error", "format", "quant", "plan", "paging::BlockId", "paging::PageId", "paging::UsedBlock", "paging::ids"],
+    ),
     ("calibration", &["error", "format", "config", "archive", "quant"]),
     ("cache", &["error", "format", "config", "archive", "quant", "paging", "plan", "backend", "calibration"]),
     ("scheduler", &["error", "config", "paging", "plan"]),

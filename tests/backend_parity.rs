@@ -7,7 +7,7 @@ use kvarn::backend::cpu::Level;
 use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
 use kvarn::format::{Dtype, Format};
 use kvarn::paging::SequenceId;
-use kvarn::plan::{DECODE_TOKENS, Rows};
+use kvarn::plan::{Rows, is_prefill};
 use kvarn::{CacheConfig, PagedKvCache};
 
 /// Relative error of one output row: f32 sums of a few thousand terms against f64.
@@ -140,7 +140,7 @@ fn run(case: &Case, level: Level, seed: u64) -> Vec<f32> {
             let context_len = cache.sequence(sequence).unwrap().len();
             let first_held = cache.sequence(sequence).unwrap().first_held();
             let mut seen = stored(&cache, sequence, context_len + count);
-            if count > DECODE_TOKENS {
+            if is_prefill(cache.config().block_size, context_len, count) {
                 for head in 0..num_kv_heads {
                     let own =
                         (head * num_rows + first_row) * head_dim..(head * num_rows + first_row + count) * head_dim;

@@ -26,6 +26,7 @@ __all__ = [
     "file_kind",
     "formats",
     "inspect_caches",
+    "is_prefill",
     "load_caches",
     "num_threads",
     "page_bytes",
@@ -36,7 +37,7 @@ __all__ = [
 __version__: str
 
 DECODE_TOKENS: int
-"""Most new tokens of a sequence in a step that reads everything from pages; more are a prefill."""
+"""Most new tokens of a sequence in decode, and in the verification of drafts."""
 
 FIRST_TOKENS: int
 """Fewest query tokens that a layer is calibrated with."""
@@ -378,8 +379,8 @@ class Step:
         Args:
             layer: one that this step has appended.
             q: `[B, num_q_heads, T, head_dim]`; `num_q_heads` is a multiple of `num_kv_heads`.
-            k: the step's own keys again, as appended, or `None`. With them, the tokens of a prefill (more than 16 new
-                ones) attend to each other unquantized; without, everything is read from pages.
+            k: the step's own keys again, as appended, or `None`. With them, the tokens of a prefill (`is_prefill`)
+                attend to each other unquantized; without, everything is read from pages.
             v: the step's own values again, or `None`.
             out: receives the result, of `q`'s shape; made like `q` when `None`. Rows of padding become zeros.
             scale: factor on the scores; `head_dim ** -0.5` when `None`.
@@ -477,6 +478,10 @@ def codec_bytes_per_token(codec: str, head_dim: int, block_size: int = 128) -> f
 
 def simd_level() -> str:
     """The SIMD level of new caches: the machine's fastest, or the one that `KVARN_SIMD` names."""
+
+def is_prefill(block_size: int, context_len: int, num_new: int) -> bool:
+    """Whether `num_new` tokens after `context_len` are a prefill, whose tokens attend to each other unquantized: more than
+    `DECODE_TOKENS`, or the first half of a sequence's first block."""
 
 def num_threads() -> int:
     """Threads that the kernels use: `RAYON_NUM_THREADS`, or one a core."""

@@ -2,11 +2,15 @@
 
 use super::kind::{Dtype, Format};
 use super::tile::SealedTile;
+use half::f16;
 
 /// Records start on multiples of this many bytes.
 pub const RECORD_ALIGNMENT: usize = 16;
 
 pub(super) const F16_BYTES: usize = 2;
+
+/// The `k_token_scale` of a row that holds the low bytes of another token's K codes; those of tokens are not negative.
+pub const LOW_BYTES: f16 = f16::NEG_ONE;
 
 /// Offsets of an INT8 page's record.
 ///
@@ -19,6 +23,10 @@ pub(super) const F16_BYTES: usize = 2;
 /// | `v_token_zero_point` | f16 | `[block_size]`, in units of V |
 /// | `k_channel_mean` | f16 | `[head_dim]` |
 /// | `k_channel_scale` | f16 | `[head_dim]` |
+///
+/// In a sequence's first page, token `t` of the first half has the low bytes of its K codes (i8, units of 1/256 of a
+/// code) as the K codes of row [`low_row(t)`](Self::low_row), marked by [`LOW_BYTES`] as that row's `k_token_scale`, until
+/// a token is written to the row. Refitting the page reads them, so that it does not round K twice; attention does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenPage {
     /// Channels of one head.
@@ -42,6 +50,16 @@ impl TokenPage {
     #[must_use]
     pub const fn k_token_scale(self) -> usize {
         2 * self.block_size * self.head_dim
+    }
+    /// The row that has the low bytes of a token's K codes, in a first page.
+    #[must_use]
+    pub const fn low_row(self, token: usize) -> usize {
+        self.block_size - 1 - token
+    }
+    /// Does a first page of `num_tokens` tokens have the low bytes of this one's K codes?
+    #[must_use]
+    pub const fn has_low_bytes(self, token: usize, num_tokens: usize) -> bool {
+        token < super::first_page_tokens(self.block_size) && self.low_row(token) >= num_tokens
     }
     /// Offset of the V scales, one a token.
     #[must_use]

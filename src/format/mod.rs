@@ -14,7 +14,7 @@ pub mod order;
 pub mod tile;
 
 pub use kind::{Dtype, Format};
-pub use layout::{RawPage, TokenPage, page_bytes, record_bytes};
+pub use layout::{LOW_BYTES, RawPage, TokenPage, page_bytes, record_bytes};
 pub use order::CodeOrder;
 pub use tile::SealedTile;
 
@@ -24,8 +24,12 @@ pub const FORMAT_VERSION: u32 = 2;
 /// Tokens of the calibration window: how far a new page looks back for its channel statistics.
 pub const CALIBRATION_WINDOW_TOKENS: usize = 512;
 
-/// The statistics of a sequence's first page are taken anew as its tokens double, until they are this many.
-pub const FIRST_PAGE_TOKENS: usize = 32;
+/// The statistics of a sequence's first page are taken anew as tokens are appended, until they are this many. Up to
+/// then the rows past the middle of the page have room for the low bytes of K ([`TokenPage::low_row`]).
+#[must_use]
+pub const fn first_page_tokens(block_size: usize) -> usize {
+    block_size / 2
+}
 
 /// The accepted numbers of tokens in a block. The GPU takes 128 only; small blocks make small tests.
 pub const BLOCK_SIZES: [usize; 4] = [16, 32, 64, 128];

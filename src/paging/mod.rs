@@ -41,7 +41,7 @@ use crate::error::{Error, Result};
 pub use ids::{BlockId, PageId, SequenceId};
 pub use sequence::Sequence;
 pub use step::StepRequest;
-pub use tables::{Table, Tables};
+pub use tables::{Table, Tables, UsedBlock};
 
 /// The block pool, the sequences over it, and the prefixes found in it.
 #[derive(Debug, Clone)]

@@ -37,6 +37,17 @@ pub struct Tables {
     pub open: Vec<bool>,
 }
 
+/// A block of some table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UsedBlock {
+    /// Its id in the pool.
+    pub id: BlockId,
+    /// Its tokens: those of the sequence that holds most of them.
+    pub used: usize,
+    /// Does it hold the first tokens of its sequences?
+    pub is_first: bool,
+}
+
 impl Paging {
     /// The sequences not yet freed, by ascending id.
     #[must_use]
@@ -52,12 +63,12 @@ impl Paging {
         self.pages.page_of(block)
     }
 
-    /// Its tables; and for each block of them, the block that it was and how many of its tokens a sequence holds.
+    /// Its tables, and what each block of them was.
     ///
     /// # Errors
     /// [`Error::OpenStep`].
-    pub fn tables(&self) -> Result<(Tables, Vec<(BlockId, usize)>)> {
-        let (mut sequences, mut of) = (Vec::new(), Vec::new());
+    pub fn tables(&self) -> Result<(Tables, Vec<UsedBlock>)> {
+        let (mut sequences, mut of): (Vec<Table>, Vec<UsedBlock>) = Default::default();
         let mut number: HashMap<BlockId, BlockId> = HashMap::new();
         for id in self.ids() {
             let sequence = self.settled(id)?;
@@ -65,16 +76,16 @@ impl Paging {
             for (index, block) in blocks.iter_mut().enumerate().filter(|(_, block)| **block != BlockId::RELEASED) {
                 let new = BlockId(number.len() as u32);
                 let used = (sequence.len - index * self.block_size).min(self.block_size);
-                let (own, number) = (*block, *number.entry(*block).or_insert(new));
+                let (id, number) = (*block, *number.entry(*block).or_insert(new));
                 match of.get_mut(number.0 as usize) {
-                    None => of.push((own, used)),
-                    Some((_, most)) => *most = used.max(*most),
+                    None => of.push(UsedBlock { id, used, is_first: index == 0 }),
+                    Some(block) => block.used = used.max(block.used),
                 }
                 *block = number;
             }
             sequences.push(Table { id, len: sequence.len, first_held: sequence.first_held, blocks });
         }
-        let open = of.iter().map(|&(block, _)| self.page_of(block).is_some()).collect();
+        let open = of.iter().map(|block| self.page_of(block.id).is_some()).collect();
         Ok((Tables { next_id: self.next_id, sequences, open }, of))
     }
 
@@ -185,8 +196,8 @@ mod tests {
             assert_eq!(after.tables().unwrap().0, tables, "and so the next time");
             assert_eq!((after.num_sequences(), after.blocks_in_use()), (2, before.blocks_in_use()));
             assert_eq!(after.open_pages().map(|pages| pages.0), before.open_pages().map(|pages| pages.0));
-            for (block, (was, _)) in of.iter().enumerate() {
-                assert_eq!(after.pool.refcount(BlockId(block as u32)), before.pool.refcount(*was));
+            for (block, was) in of.iter().enumerate() {
+                assert_eq!(after.pool.refcount(BlockId(block as u32)), before.pool.refcount(was.id));
             }
             let (a, b) = (SequenceId(1), SequenceId(2));
             assert_eq!(after.sequence(a).unwrap().blocks()[0], BlockId::RELEASED);
@@ -219,9 +230,9 @@ mod tests {
         step(&mut paging, a, 7, 0);
         let b = paging.fork(a).unwrap();
         paging.truncate(a, 5, None).unwrap();
-        assert_eq!(paging.tables().unwrap().1.iter().map(|(_, used)| *used).collect::<Vec<_>>(), [4, 3]);
+        assert_eq!(paging.tables().unwrap().1.iter().map(|block| block.used).collect::<Vec<_>>(), [4, 3]);
         paging.free(b).unwrap();
-        assert_eq!(paging.tables().unwrap().1[1].1, 1);
+        assert_eq!(paging.tables().unwrap().1[1].used, 1);
     }
 
     /// A change to tables that are well.

@@ -24,12 +24,19 @@ use seal::{Sealing, check_pages};
 pub use split::{SPLIT_TOKENS, Split, splits};
 
 use crate::error::{Error, Result};
+use crate::format::first_page_tokens;
 use crate::paging::{BlockId, PageId};
 use std::collections::HashSet;
 
-/// More fresh tokens than this a sequence is a prefill: they attend to each other unquantized. Up to here it is decode
-/// (or the verification of drafts), which reads everything from pages.
+/// Most new tokens of a sequence in decode, and in the verification of drafts.
 pub const DECODE_TOKENS: usize = 16;
+
+/// Is a step of `num_new` tokens after `context_len` a prefill, whose tokens attend to each other unquantized? In decode
+/// they are read from pages like all others, but not from a first page whose statistics are still taken anew.
+#[must_use]
+pub const fn is_prefill(block_size: usize, context_len: usize, num_new: usize) -> bool {
+    num_new > DECODE_TOKENS || context_len < first_page_tokens(block_size)
+}
 
 /// One sequence of a step, as its owner's tables say.
 #[derive(Debug, Clone, Copy)]
@@ -96,6 +103,7 @@ pub struct SequencePlan {
     pub(crate) first_held: usize,
     /// Row of each new token, in order.
     pub(crate) token_rows: Vec<u32>,
+    is_prefill: bool,
 }
 
 impl SequencePlan {
@@ -129,10 +137,10 @@ impl SequencePlan {
         self.context_len + self.num_new()
     }
 
-    /// Is this step a prefill of the sequence: do its fresh tokens attend to each other unquantized?
+    /// Is this step a prefill of the sequence ([`is_prefill`])?
     #[must_use]
     pub fn is_prefill(&self) -> bool {
-        self.num_new() > DECODE_TOKENS
+        self.is_prefill
     }
 
     /// The positions that the query at `position` sees, as a half-open range.
@@ -284,6 +292,7 @@ impl StepPlan {
             pages,
             context_len: input.context_len,
             first_held: input.first_held,
+            is_prefill: is_prefill(self.block_size, input.context_len, token_rows.len()),
             token_rows,
         };
         let index = self.sequences.len();

@@ -7,7 +7,7 @@
 //! written.
 
 use super::{SequencePlan, StepPlan};
-use crate::format::{CALIBRATION_WINDOW_TOKENS, FIRST_PAGE_TOKENS};
+use crate::format::{CALIBRATION_WINDOW_TOKENS, first_page_tokens};
 
 /// A page opened by a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,14 +32,22 @@ pub struct PageRefit {
     pub num_tokens: usize,
 }
 
-/// The first page's statistics are taken anew whenever its tokens have doubled, up to [`FIRST_PAGE_TOKENS`]: of what
-/// the committed length was and becomes, and nothing else.
+/// Refits of more than this many tokens are due every [`REFIT_STRIDE`] tokens, of fewer at each.
+const REFIT_EACH: usize = 8;
+const REFIT_STRIDE: usize = 4;
+
+/// The first page's statistics are taken anew as tokens are appended, until there were [`first_page_tokens`] of them.
+/// Depends on what the committed length was and becomes, and on nothing else.
 pub(super) fn plan_refit(block_size: usize, index: usize, sequence: &SequencePlan) -> Option<PageRefit> {
     let (context_len, num_tokens) = (sequence.context_len, sequence.seq_len().min(block_size));
-    let doubled = (1..FIRST_PAGE_TOKENS).contains(&context_len)
-        && num_tokens.min(FIRST_PAGE_TOKENS).checked_ilog2() > context_len.checked_ilog2();
-    let is_held = sequence.first_held == 0 && sequence.page(0).is_some() && context_len < block_size;
-    (doubled && is_held).then_some(PageRefit { sequence: index, num_tokens })
+    let is_short = (1..first_page_tokens(block_size)).contains(&context_len);
+    let is_due = if num_tokens <= REFIT_EACH {
+        num_tokens > context_len
+    } else {
+        num_tokens / REFIT_STRIDE > context_len / REFIT_STRIDE
+    };
+    let is_held = sequence.first_held == 0 && sequence.page(0).is_some();
+    (is_short && is_due && is_held).then_some(PageRefit { sequence: index, num_tokens })
 }
 
 /// A block that the step seals itself has no page to open.
@@ -122,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_page_is_refitted_when_its_tokens_have_doubled_until_they_are_32() {
+    fn the_first_page_is_refitted_until_half_of_it_is_written() {
         let refit = |context_len, num_new| {
             let block_table: Vec<BlockId> = (0..100).map(BlockId).collect();
             let rows = Rows::All(num_new);
@@ -130,11 +138,13 @@ mod tests {
             StepPlan::new(128, &[input]).unwrap().refits.iter().map(|refit| refit.num_tokens).collect::<Vec<_>>()
         };
         let one_by_one: Vec<usize> = (0..200).flat_map(|context_len| refit(context_len, 1)).collect();
-        assert_eq!(one_by_one, [2, 4, 8, 16, 32]);
+        let expected: Vec<usize> = (2..8).chain((8..=64).step_by(4)).collect();
+        assert_eq!(one_by_one, expected);
         assert!(refit(0, 5).is_empty());
-        assert!(refit(5, 2).is_empty());
+        assert!(refit(9, 2).is_empty());
         assert_eq!(refit(31, 300), [128]);
-        assert!(refit(32, 1).is_empty());
+        assert_eq!(refit(63, 1), [64]);
+        assert!(refit(64, 1).is_empty());
         assert!(refit(5, 0).is_empty());
     }
 

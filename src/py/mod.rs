@@ -28,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use super::step::Step;
     #[pymodule_export]
-    use super::{capacity, codec_bytes_per_token, codecs, formats, num_threads, page_bytes, simd_level};
+    use super::{capacity, codec_bytes_per_token, codecs, formats, is_prefill, num_threads, page_bytes, simd_level};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
@@ -42,6 +42,11 @@ mod _core {
 
     #[pymodule_export]
     const QUERY_TOKENS: usize = crate::calibration::QUERY_TOKENS;
+}
+
+#[pyfunction]
+fn is_prefill(block_size: usize, context_len: usize, num_new: usize) -> bool {
+    crate::plan::is_prefill(block_size, context_len, num_new)
 }
 
 fn parse_format(name: &str) -> Result<Format> {

@@ -41,7 +41,7 @@ pub use dual_scale::{DualScale, DualScaleOptions, dual_scale};
 pub use feedback::{Feedback, HeadFeedback};
 pub use hadamard::{rotate, rotate_channels, rotate_moment};
 pub use tile::{FirstV, Frame, Tile, decode_tile_k, decode_tile_v, encode_tile, rotate_v};
-pub use token_page::{decode_k, decode_v, encode_k, encode_v};
+pub use token_page::{decode_k, decode_k_low, decode_v, encode_k, encode_k_low, encode_v};
 pub use window::ChannelStatistics;
 
 use half::f16;

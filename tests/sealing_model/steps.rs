@@ -5,7 +5,7 @@ use super::rows::{self, BLOCK, GROUP, HEAD_DIM, HEADS, LAYERS, Row};
 use kvarn::Error;
 use kvarn::backend::{AttendOptions, TensorView, TensorViewMut};
 use kvarn::paging::{BlockId, SequenceId};
-use kvarn::plan::{DECODE_TOKENS, Rows};
+use kvarn::plan::{DECODE_TOKENS, Rows, is_prefill};
 use std::collections::HashSet;
 
 const MAX_TOKENS: usize = 110;
@@ -99,7 +99,7 @@ impl Model {
                 let len = self.tokens(*id).ids.len();
                 let first = self.cache.sequence(*id).unwrap().first_held();
                 let mut seen = rows::stored(&self.cache, *id, first, len + ids.len());
-                if with_fresh && ids.len() > DECODE_TOKENS {
+                if with_fresh && is_prefill(BLOCK, len, ids.len()) {
                     let own = ids.iter().map(|&id| self.given[id as usize].clone());
                     seen.splice(len - first.., own);
                 }
@@ -174,11 +174,12 @@ impl Model {
 }
 
 impl Model {
-    /// A first page whose tokens a step has doubled is rounded anew: K stays near what it was, V is what it was.
+    /// A first page that was not half written is rounded anew: K stays near what it was, V is what it was.
     fn refit(&mut self, id: SequenceId, num_new: usize, context: &str) {
         let len = self.tokens(id).ids.len();
-        let is_doubled = (1..BLOCK).contains(&len) && (len + num_new).min(BLOCK).ilog2() > len.ilog2();
-        if !is_doubled || self.cache.sequence(id).unwrap().first_held() > 0 {
+        let end = (len + num_new).min(BLOCK);
+        let is_due = if end <= 8 { end > len } else { end / 4 > len / 4 };
+        if !(1..BLOCK / 2).contains(&len) || !is_due || self.cache.sequence(id).unwrap().first_held() > 0 {
             return;
         }
         let now = rows::stored(&self.cache, id, 0, len);

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvarn_rs import Calibration, PagedKvCache
-from kvarn_rs._core import DECODE_TOKENS
+from kvarn_rs._core import is_prefill
 from kvarn_rs.errors import ConfigError, DtypeError, RollbackError, ShapeError
 
 from .masks import attended_columns, is_padding_row
@@ -303,9 +303,9 @@ class LayerGroup:
         return k, v
 
     def _is_prefill(self, row: int) -> bool:
-        """Whether the open step brings a row more tokens than a decode step does."""
-        num_tokens = self.num_new if self.step_tokens is None else int(self.step_tokens[row].sum())
-        return num_tokens > DECODE_TOKENS
+        """Whether the open step is a prefill of a row: its new tokens attend to each other unquantized."""
+        num_new = self.num_new if self.step_tokens is None else int(self.step_tokens[row].sum())
+        return is_prefill(self.core.block_size, self.core.seq_len(self.sequences[row]), num_new)
 
     # Between forwards -------------------------------------------------------------------------------------------
 

@@ -149,7 +149,7 @@ impl Cpu {
         ChannelStatistics::of_rows(&rows, head_dim, calibration.map(|head| &head.channels), open.block == 0)
     }
 
-    /// Takes the statistics of first pages anew, over the tokens as they are stored, and rounds their K by them.
+    /// Takes the statistics of first pages anew, and rounds their K by them.
     pub(super) fn refit_pages(&mut self, layer: usize, plan: &StepPlan, heads: &[HeadCalibration]) {
         let RecordLayout::Int8(page) = self.page else { return };
         for refit in &plan.refits {
@@ -205,7 +205,8 @@ impl Cpu {
                     if self.rotates_v() {
                         quant::rotate_v(v);
                     }
-                    let (squares, out_of_range) = record::write_int8(page, record, token, frozen, k, v);
+                    let low = block == 0 && page.has_low_bytes(token, end);
+                    let (squares, out_of_range) = record::write_int8(page, record, token, frozen, k, v, low);
                     written.squares += squares;
                     written.out_of_range |= TokenSet::from(out_of_range) << token;
                 }

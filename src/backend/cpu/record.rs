@@ -1,7 +1,7 @@
 //! What is a record made of, and what does it hold? Decoding is the oracle's, in the CPU's code order.
 
 use super::tile;
-use crate::format::{CodeOrder, Dtype, Format, RawPage, SealedTile, TokenPage};
+use crate::format::{CodeOrder, Dtype, Format, LOW_BYTES, MAX_HEAD_DIM, RawPage, SealedTile, TokenPage};
 use crate::quant::range::{k_is_out_of_range, v_is_out_of_range};
 use crate::quant::{self, ChannelStatistics, ModelChannels};
 use half::{bf16, f16};
@@ -100,8 +100,8 @@ pub fn write_raw(page: RawPage, record: &mut [u8], token: usize, k: &[f32], v: &
     }
 }
 
-/// Encodes one token into an INT8 page opened with `statistics`. Gives the sum of its squared K in units of the frozen
-/// deviations (`head_dim` where they fit), and whether K or V is out of range.
+/// Encodes one token into an INT8 page opened with `statistics`, with the low bytes of K if `low`. Gives the sum of its
+/// squared K in units of the frozen deviations (`head_dim` where they fit), and whether K or V is out of range.
 pub fn write_int8(
     page: TokenPage,
     record: &mut [u8],
@@ -109,10 +109,11 @@ pub fn write_int8(
     statistics: &ChannelStatistics,
     k: &[f32],
     v: &[f32],
+    low: bool,
 ) -> (f64, bool) {
     let shape = [page.block_size, page.head_dim];
-    let (k_token_scale, squares) = write_k(page, record, token, statistics, k);
-    let mut v_codes = [0u8; crate::format::MAX_HEAD_DIM];
+    let (k_token_scale, squares) = write_k(page, record, token, statistics, k, low);
+    let mut v_codes = [0u8; MAX_HEAD_DIM];
     let (v_token_scale, v_token_zero_point) = quant::encode_v(v, &mut v_codes[..page.head_dim]);
     for d in 0..page.head_dim {
         record[page.v_codes() + ORDER.v_code(shape, token, d)] = v_codes[d];
@@ -123,29 +124,64 @@ pub fn write_int8(
     (f64::from(squares) * k_token_scale.to_f64().powi(2), out_of_range)
 }
 
-/// Encodes one token's K; gives its scale, and the sum of its squared codes.
-fn write_k(page: TokenPage, record: &mut [u8], token: usize, statistics: &ChannelStatistics, k: &[f32]) -> (f16, u32) {
-    let shape = [page.block_size, page.head_dim];
-    let mut codes = [0i8; crate::format::MAX_HEAD_DIM];
-    let scale = quant::encode_k(k, statistics, &mut codes[..page.head_dim]);
-    let mut squares = 0u32;
-    for d in 0..page.head_dim {
-        record[page.k_codes() + ORDER.k_code(shape, token, d)] = codes[d].cast_unsigned();
-        squares += u32::from(codes[d].unsigned_abs()).pow(2);
+/// Encodes one token's K, with its low bytes if `low`; gives its scale, and the sum of its squared codes.
+fn write_k(
+    page: TokenPage,
+    record: &mut [u8],
+    token: usize,
+    statistics: &ChannelStatistics,
+    k: &[f32],
+    low: bool,
+) -> (f16, u32) {
+    let mut codes = [0i8; MAX_HEAD_DIM];
+    let codes = &mut codes[..page.head_dim];
+    let scale = quant::encode_k(k, statistics, codes);
+    write_k_row(page, record, token, codes, scale);
+    if low {
+        let mut low = [0i8; MAX_HEAD_DIM];
+        quant::encode_k_low(k, statistics, scale, codes, &mut low[..page.head_dim]);
+        write_k_row(page, record, page.low_row(token), &low[..page.head_dim], LOW_BYTES);
     }
-    write_f16(record, page.k_token_scale(), token, scale);
-    (scale, squares)
+    (scale, codes.iter().map(|code| u32::from(code.unsigned_abs()).pow(2)).sum())
 }
 
-/// Takes the statistics of a first page anew over its first `num_tokens` tokens as stored, and encodes their K again.
+fn write_k_row(page: TokenPage, record: &mut [u8], row: usize, codes: &[i8], scale: f16) {
+    for (d, code) in codes.iter().enumerate() {
+        let at = ORDER.k_code([page.block_size, page.head_dim], row, d);
+        record[page.k_codes() + at] = code.cast_unsigned();
+    }
+    write_f16(record, page.k_token_scale(), row, scale);
+}
+
+fn read_k_row(page: TokenPage, record: &[u8], row: usize, codes: &mut [i8]) -> f16 {
+    for (d, code) in codes.iter_mut().enumerate() {
+        let at = ORDER.k_code([page.block_size, page.head_dim], row, d);
+        *code = record[page.k_codes() + at].cast_signed();
+    }
+    read_f16(record, page.k_token_scale(), row)
+}
+
+/// Takes the statistics of a first page anew over its first `num_tokens` tokens as stored, low bytes included where the
+/// page has them, and encodes their K again.
 pub fn refit_k(page: TokenPage, record: &mut [u8], num_tokens: usize, model: Option<&ModelChannels>) {
-    let mut rows = vec![0f32; page.block_size * page.head_dim];
-    read_k(RecordLayout::Int8(page), record, &mut rows);
-    let rows = &rows[..num_tokens * page.head_dim];
-    let statistics = ChannelStatistics::of_rows(rows, page.head_dim, model, true);
+    let head_dim = page.head_dim;
+    let statistics = read_statistics(page, record);
+    let (mut codes, mut low) = ([0i8; MAX_HEAD_DIM], [0i8; MAX_HEAD_DIM]);
+    let (codes, low) = (&mut codes[..head_dim], &mut low[..head_dim]);
+    let mut rows = vec![0f32; num_tokens * head_dim];
+    for (token, k) in rows.chunks_exact_mut(head_dim).enumerate() {
+        let scale = read_k_row(page, record, token, codes);
+        let has_low = page.has_low_bytes(token, num_tokens);
+        if has_low && read_k_row(page, record, page.low_row(token), low) == LOW_BYTES {
+            quant::decode_k_low(codes, low, scale, &statistics, k);
+        } else {
+            quant::decode_k(codes, scale, &statistics, k);
+        }
+    }
+    let statistics = ChannelStatistics::of_rows(&rows, head_dim, model, true);
     write_statistics(page, record, &statistics);
-    for (token, k) in rows.chunks_exact(page.head_dim).enumerate() {
-        write_k(page, record, token, &statistics, k);
+    for (token, k) in rows.chunks_exact(head_dim).enumerate() {
+        write_k(page, record, token, &statistics, k, page.has_low_bytes(token, num_tokens));
     }
 }
 
@@ -158,14 +194,11 @@ pub fn read_k(layout: RecordLayout, record: &[u8], k: &mut [f32]) {
         }
         RecordLayout::Int8(page) => {
             let statistics = read_statistics(page, record);
-            let mut codes = [0i8; crate::format::MAX_HEAD_DIM];
+            let mut codes = [0i8; MAX_HEAD_DIM];
             let codes = &mut codes[..page.head_dim];
             for (t, row) in k.chunks_exact_mut(page.head_dim).enumerate() {
-                for (d, code) in codes.iter_mut().enumerate() {
-                    let at = ORDER.k_code([page.block_size, page.head_dim], t, d);
-                    *code = record[page.k_codes() + at].cast_signed();
-                }
-                quant::decode_k(codes, read_f16(record, page.k_token_scale(), t), &statistics, row);
+                let scale = read_k_row(page, record, t, codes);
+                quant::decode_k(codes, scale, &statistics, row);
             }
         }
         RecordLayout::Tile(layout) => quant::decode_tile_k(&tile::read(layout, ORDER, record), k),
@@ -180,7 +213,7 @@ pub fn read_v(layout: RecordLayout, record: &[u8], v: &mut [f32]) {
             read_raw(page, record, page.v(), index, v);
         }
         RecordLayout::Int8(page) => {
-            let mut codes = [0u8; crate::format::MAX_HEAD_DIM];
+            let mut codes = [0u8; MAX_HEAD_DIM];
             let codes = &mut codes[..page.head_dim];
             for (t, row) in v.chunks_exact_mut(page.head_dim).enumerate() {
                 for (d, code) in codes.iter_mut().enumerate() {

@@ -6,8 +6,8 @@
 use super::record::{ORDER, RecordLayout, read_f16};
 use super::{Cpu, tile};
 use crate::format::tile::{K_ROTATED, NO_FIRST_ROW, TILE_VERSION};
-use crate::format::{CodeOrder, Dtype, RawPage, SealedTile, TokenPage};
-use crate::paging::{BlockId, PageId};
+use crate::format::{CodeOrder, Dtype, LOW_BYTES, RawPage, SealedTile, TokenPage};
+use crate::paging::{BlockId, PageId, UsedBlock};
 use half::bf16;
 
 /// Why a record is none.
@@ -24,13 +24,13 @@ impl Cpu {
         self.layout(open).bytes()
     }
 
-    /// Writes what a file holds of a block, of whose tokens `used` are held: of its page, or without one of its tile.
-    /// `out` is as long as the records of all heads.
-    pub fn save(&self, layer: usize, block: BlockId, page: Option<PageId>, used: usize, out: &mut [u8]) {
+    /// Writes what a file holds of a block: of its page, or without one of its tile. `out` is as long as the records of
+    /// all heads.
+    pub fn save(&self, layer: usize, block: &UsedBlock, page: Option<PageId>, out: &mut [u8]) {
         for (head, out) in out.chunks_exact_mut(self.record_bytes(page.is_some())).enumerate() {
-            let (layout, record) = self.record(layer, block, page, head);
+            let (layout, record) = self.record(layer, block.id, page, head);
             reorder(layout, [ORDER, CodeOrder::Canonical], record, out);
-            clear_rows(layout, out, used);
+            clear_rows(layout, out, block.used, block.is_first);
         }
     }
 
@@ -99,24 +99,36 @@ fn places([block_size, head_dim]: [usize; 2]) -> impl Iterator<Item = (usize, us
     (0..block_size).flat_map(move |t| (0..head_dim).map(move |d| (t, d)))
 }
 
-/// Zeroes the rows of a page in canonical order from `used` on.
-fn clear_rows(layout: RecordLayout, record: &mut [u8], used: usize) {
-    // (offset, bytes of a row) of the fields that have rows
-    let (fields, block_size) = match layout {
+/// Zeroes the rows of a page in canonical order from `used` on, but those with the low bytes of a first page's tokens.
+fn clear_rows(layout: RecordLayout, record: &mut [u8], used: usize, is_first_page: bool) {
+    let clear = |record: &mut [u8], offset: usize, row: usize, bytes: usize| {
+        record[offset + row * bytes..][..bytes].fill(0);
+    };
+    match layout {
         RecordLayout::Raw(page) => {
-            let row = page.head_dim * page.dtype.bytes();
-            (vec![(page.k(), row), (page.v(), row)], page.block_size)
+            let bytes = page.head_dim * page.dtype.bytes();
+            for row in used..page.block_size {
+                clear(record, page.k(), row, bytes);
+                clear(record, page.v(), row, bytes);
+            }
         }
         RecordLayout::Int8(page) => {
-            let codes = [page.k_codes(), page.v_codes()].map(|offset| (offset, page.head_dim));
-            let scales =
-                [page.k_token_scale(), page.v_token_scale(), page.v_token_zero_point()].map(|offset| (offset, 2));
-            (codes.into_iter().chain(scales).collect(), page.block_size)
+            for row in used..page.block_size {
+                clear(record, page.v_codes(), row, page.head_dim);
+                clear(record, page.v_token_scale(), row, 2);
+                clear(record, page.v_token_zero_point(), row, 2);
+                let token = page.block_size - 1 - row;
+                let is_low = is_first_page
+                    && token < used
+                    && page.has_low_bytes(token, used)
+                    && read_f16(record, page.k_token_scale(), row) == LOW_BYTES;
+                if !is_low {
+                    clear(record, page.k_codes(), row, page.head_dim);
+                    clear(record, page.k_token_scale(), row, 2);
+                }
+            }
         }
-        RecordLayout::Tile(_) => return,
-    };
-    for (offset, row) in fields {
-        record[offset + used * row..offset + block_size * row].fill(0);
+        RecordLayout::Tile(_) => {}
     }
 }
 

@@ -5,15 +5,15 @@ use crate::archive::{Element, Header};
 use crate::config::CacheConfig;
 use crate::error::{Error, Result};
 use crate::format::FORMAT_VERSION;
-use crate::paging::{BlockId, PageId, Tables};
+use crate::paging::{PageId, Tables, UsedBlock};
 use std::io::{Result as IoResult, Write};
 
 /// A cache that can be saved.
 pub(super) struct Saved<'a> {
     cache: &'a PagedKvCache,
     tables: Tables,
-    /// Of each block of the tables: the block that it is, its page, and how many of its tokens are held.
-    blocks: Vec<(BlockId, Option<PageId>, usize)>,
+    /// The blocks of the tables, and their pages.
+    blocks: Vec<(UsedBlock, Option<PageId>)>,
 }
 
 pub(super) fn all<'a>(caches: &[&'a PagedKvCache]) -> Result<Vec<Saved<'a>>> {
@@ -27,7 +27,7 @@ impl<'a> Saved<'a> {
             return Err(Error::Unsupported(format!("pages that codec {name} quantizes in place cannot be saved")));
         }
         let (tables, of) = cache.paging.tables()?;
-        let blocks = of.into_iter().map(|(block, used)| (block, cache.paging.page_of(block), used)).collect();
+        let blocks = of.into_iter().map(|block| (block, cache.paging.page_of(block.id))).collect();
         Ok(Self { cache, tables, blocks })
     }
 
@@ -41,8 +41,8 @@ impl<'a> Saved<'a> {
     fn write_records(&self, layer: usize, open: bool, out: &mut dyn Write) -> IoResult<()> {
         let [_, heads, record_bytes] = self.records(open);
         let mut bytes = vec![0; heads * record_bytes];
-        for &(block, page, used) in self.blocks.iter().filter(|(_, page, _)| page.is_some() == open) {
-            self.cache.backend.save(layer, block, page, used, &mut bytes);
+        for (block, page) in self.blocks.iter().filter(|(_, page)| page.is_some() == open) {
+            self.cache.backend.save(layer, block, *page, &mut bytes);
             out.write_all(&bytes)?;
         }
         Ok(())
