@@ -57,6 +57,11 @@ FALLBACKS = {
     ),
     "not_causal": ("attention is not causal", "use an unquantized cache for this model"),
     "position_bias": ("attention adds a position bias", "use an unquantized cache for this model"),
+    "copied_layer": (
+        "an empty cache layer was copied by itself, as by models that run layers more than once: the copy stays "
+        "unquantized",
+        "use an unquantized cache for such a model; to copy a cache, copy all of it",
+    ),
     "unsupported_shape": ("{detail}", "use an unquantized cache for this model"),
 }
 
