@@ -358,8 +358,8 @@ class KvarnCache(Cache):
         Returns:
             fused_calls: attention calls served from pages; dense_fallbacks: layer calls that left them, and
             fallback_reasons, the same by reason; dropped_forwards: forwards that stopped half-way;
-            paged_layers and unpaged_layers; unpaged: by cache layer, those that the model added included, why its K
-            and V are not in pages; notices: what the constructor warned of; blocks_in_use, peak_blocks, bytes_in_use, peak_bytes: sums over the layer
+            paged_layers and unpaged_layers; unpaged: by cache layer, why its K and V are not in pages; notices: what
+            the constructor warned of; blocks_in_use, peak_blocks, bytes_in_use, peak_bytes: sums over the layer
             groups; bytes_per_token: of all paged layers at rest, from the layouts (0 before the first forward);
             open_pages: pages of blocks that are not sealed; sealed, unsealed: blocks sealed, and decoded again by
             `crop`; first_page_tokens: what the statistics of the first page of a row that was opened or refitted last

@@ -53,7 +53,7 @@ class Decoder:
             raise ConfigError(f"{type(self.config).__name__} does not tell its layers: {error}") from error
         self.own_attention: str | None = None
         if self.model is not None and not takes_cache(self.model):
-            why = f"{type(self.model).__name__} hands no K and V to a cache"
+            why = f"{type(self.model).__name__}, as it is now, hands no K and V to a cache"
             self.plans = [
                 dataclasses.replace(plan, paged=False, unpaged=why) if plan.paged or plan.unpaged else plan
                 for plan in self.plans

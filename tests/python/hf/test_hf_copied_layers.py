@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from hf.families import SLIDING, decode, forward, generate, kvarn_cache, left_padded, prompt, reference_cache
+from hf.families import WINDOW, decode, forward, generate, kvarn_cache, left_padded, prompt, reference_cache
 from hf.other_models import make_other
 from kvarn_rs.errors import UnsupportedError
 from kvarn_rs.hf import DenseFallbackWarning
@@ -26,7 +26,7 @@ def looped() -> Any:
         layer_types=["sliding_attention", "full_attention"] * 2,
         n_input_layers=1,
         n_output_layers=1,
-        **SLIDING,
+        sliding_window=WINDOW,
     )
 
 
@@ -59,7 +59,7 @@ def test_layers_that_a_model_added_are_cropped_and_copied_with_the_others():
     clone = copy.deepcopy(cache)
     assert torch.equal(decode(model, cache, prompt(1, 3, seed=8), 20), expected)
     assert torch.equal(decode(model, clone, prompt(1, 3, seed=8), 20), expected)
-    with pytest.raises(UnsupportedError, match="cannot be saved: 4 .* 5 "):
+    with pytest.raises(UnsupportedError, match=r"cannot be saved: 4 .* 5 "):
         pickle.dumps(cache)
 
 
