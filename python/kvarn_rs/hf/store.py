@@ -22,7 +22,7 @@ import torch
 from kvarn_rs.errors import KvarnError, OpenStepError, RollbackError, ShapeError, StaleStepError, UnsupportedError
 
 from . import calls
-from .gradients import REFUSAL, is_in_backward, lost_source, needs_gradient, refusing
+from .gradients import REFUSAL, is_in_backward, lost_source, needs_gradient, refuse_transforms, refusing
 from .group import LayerGroup
 from .handle import Forward, KvHandle, Pending
 
@@ -151,11 +151,13 @@ class PageStore:
         Raises:
             ShapeError: another batch size, or number of new positions, than the cache or this forward has.
             DtypeError: a dtype that the pages cannot hold.
-            RollbackError, UnsupportedError: see `enter`.
+            RollbackError: see `enter`.
+            UnsupportedError: see `enter`, and `refuse_transforms`.
         """
         batch_size, num_kv_heads, num_new, head_dim = k.shape
         forward = self.enter(layer_idx, num_new)
         try:
+            refuse_transforms(k, v)
             group.prepare(k, v)
             group.set_batch(batch_size)
         except KvarnError:

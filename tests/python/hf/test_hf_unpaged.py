@@ -198,6 +198,7 @@ class Wrapped(torch.nn.Module):
         torch.nn.Linear(2, 2),
         Wrapped(),
         transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
         None,
     ],
     ids=lambda other: type(other).__name__,
