@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvarn_rs.errors import KvarnError, UnsupportedError
 
 from .compat import AttentionInterface, AttentionMaskInterface
-from .gradients import refusing
+from .gradients import refuse_transforms, refusing
 from .handle import KvHandle, Pending
 from .masks import KvarnMask, causal_window, check_mask, kvarn_mask
 from .store import PageStore
@@ -98,12 +98,15 @@ def kvarn_attention(
     if type(key) is KvHandle and type(value) is KvHandle and key.pending is value.pending:
         store, pending = key.store, key.pending
         store.check_current(pending)
-        needs_gradients = any(x is not None and x.requires_grad for x in (query, key, value, s_aux))
+        # The scale and the cap of scores may be learned, too.
+        given = [x for x in (query, s_aux, scaling, softcap) if isinstance(x, torch.Tensor)]
+        sources = [*given, key, value]
         try:
+            refuse_transforms(*given)
             _check_options(kwargs, attention_mask)
             if attention_mask is not None:
                 check_mask(attention_mask, size)
-            if dropout or (module.training and needs_gradients and torch.is_grad_enabled()):
+            if dropout or (module.training and torch.is_grad_enabled() and any(x.requires_grad for x in sources)):
                 raise UnsupportedError(
                     "attention on pages has neither dropout nor gradients: call model.eval(), or train with an "
                     "unquantized cache"
@@ -115,7 +118,7 @@ def kvarn_attention(
         if reason is None:
             window = _narrower(pending.group.window, sliding_window)
             out = _paged_attention(store, pending, query, scaling, window, softcap, s_aux)
-            return refusing(lambda: out, query, key, value, s_aux), None
+            return refusing(lambda: out, *sources), None
         dense_key, dense_value = (x.to(query.dtype) for x in store.dense(pending, reason))
         key, value = refusing(lambda: dense_key, key), refusing(lambda: dense_value, value)
     else:
@@ -146,8 +149,10 @@ def _check_options(options: dict[str, Any], mask: torch.Tensor | None) -> None:
     """Refuses keyword arguments that change what attention computes; warns of weights that nobody gets.
 
     Raises:
-        UnsupportedError: by their names.
+        UnsupportedError: by their names; or a mask that is no tensor.
     """
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise UnsupportedError(f"kvarn attention takes a mask that is a tensor, not {type(mask).__name__}")
     if not options:
         return
     if options.get("output_attentions"):
@@ -225,16 +230,20 @@ def _paged_attention(
             pending.k,
             pending.v,
             out.transpose(1, 2),
-            scale=scale,
+            scale=_detached(scale),
             window=window,
-            softcap=softcap,
-            sinks=None if sinks is None else sinks.detach(),
+            softcap=_detached(softcap),
+            sinks=_detached(sinks),
         )
     except KvarnError:
         store.abort()
         raise
     store.fused_calls += 1
     return out if num_queries == num_new else out[:, num_new - num_queries :].contiguous()
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, torch.Tensor) else x
 
 
 def dense_attention(

@@ -124,6 +124,7 @@ class KvarnCache(Cache):
             for ordinal, layer_idx in enumerate(group.layers)
         }
         super().__init__(layers=[layer for _, layer in sorted((own_layers | paged).items())])
+        self._num_layers = len(self.layers)  # of the config; models may add some
 
     # A forward ---------------------------------------------------------------------------------------------------
 
@@ -299,6 +300,7 @@ class KvarnCache(Cache):
         self._store.settle_for_copy()
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
+        copy.deepcopy(self._store, memo)  # before the layers, which are copied with it alone
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
 
@@ -356,7 +358,7 @@ class KvarnCache(Cache):
         Returns:
             fused_calls: attention calls served from pages; dense_fallbacks: layer calls that left them, and
             fallback_reasons, the same by reason; dropped_forwards: forwards that stopped half-way;
-            paged_layers and unpaged_layers; unpaged: by model layer, why its K and V are not in pages; notices: what
+            paged_layers and unpaged_layers; unpaged: by cache layer, why its K and V are not in pages; notices: what
             the constructor warned of; blocks_in_use, peak_blocks, bytes_in_use, peak_bytes: sums over the layer
             groups; bytes_per_token: of all paged layers at rest, from the layouts (0 before the first forward);
             open_pages: pages of blocks that are not sealed; sealed, unsealed: blocks sealed, and decoded again by

@@ -40,7 +40,8 @@ class Decoder:
         self.model: Any = model_or_config if isinstance(model_or_config, torch.nn.Module) else None
         config: Any = model_or_config if self.model is None else getattr(self.model, "config", None)
         wanted = ("get_text_config",) if self.model is None else ("device", "set_attn_implementation")
-        if not hasattr(config, "get_text_config") or not all(hasattr(model_or_config, name) for name in wanted):
+        has_all = hasattr(config, "get_text_config") and all(hasattr(model_or_config, name) for name in wanted)
+        if not has_all or isinstance(model_or_config, type):
             raise ConfigError(f"expected a transformers model or config, not {type(model_or_config).__name__}")
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"{config.model_type} is an encoder-decoder model; KvarnCache is for decoders")
@@ -53,7 +54,7 @@ class Decoder:
             raise ConfigError(f"{type(self.config).__name__} does not tell its layers: {error}") from error
         self.own_attention: str | None = None
         if self.model is not None and not takes_cache(self.model):
-            why = f"{type(self.model).__name__} hands no K and V to a cache"
+            why = f"{type(self.model).__name__}, as it is now, hands no K and V to a cache"
             self.plans = [
                 dataclasses.replace(plan, paged=False, unpaged=why) if plan.paged or plan.unpaged else plan
                 for plan in self.plans

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from kvarn_rs.errors import UnsupportedError
 
@@ -35,6 +36,13 @@ def refusing(make: Callable[[], AnyTensor], *sources: torch.Tensor | None) -> An
         return make()
     needed = [source for source in sources if source is not None and source.requires_grad]
     return _Refuse.apply(make, *needed) if needed else make()  # pyright: ignore[reportReturnType]
+
+
+def refuse_transforms(*tensors: torch.Tensor | None) -> None:
+    """UnsupportedError for tensors with tangents (forward-mode AD), and within `torch.func` transforms."""
+    has_tangent = any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
+    if has_tangent or torch._C._are_functorch_transforms_active():
+        raise UnsupportedError(REFUSAL)
 
 
 def lost_source() -> torch.Tensor:

@@ -78,8 +78,13 @@ def own_attention(model: Any) -> str | None:
 
 
 def takes_cache(model: Any) -> bool:
-    """Whether anything in a model hands K and V to a cache."""
-    return bool(_caching_code(model))
+    """Whether a model takes the cache that `generate` hands it, and anything in it hands K and V to one.
+
+    Reformer keeps buckets in a cache of its own.
+    """
+    kinds = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    arguments = {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
+    return not arguments.isdisjoint(("cache", "past_key_values")) and bool(_caching_code(model))
 
 
 def _caching_code(model: Any) -> list[tuple[CodeType, str]]:

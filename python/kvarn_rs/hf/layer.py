@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NoReturn
 
 import torch
 
 from kvarn_rs.errors import CalibrationError, ConfigError, DeviceError, DtypeError, UnsupportedError
 
-from .compat import CacheLayerMixin
+from .compat import CacheLayerMixin, dense_layer
 from .group import LayerGroup
 from .store import PageStore
 
@@ -138,3 +139,27 @@ class KvarnLayer(CacheLayerMixin):
         raise UnsupportedError("call this on the cache: the layers of a group share their block tables")
 
     reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _not_alone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheLayerMixin:
+        """The layer of a copy of the whole cache, or an empty one of transformers' own: by itself it has no pages.
+
+        Models that run layers more than once add copies to a new cache: those stay unquantized, counted and warned of.
+
+        Raises:
+            UnsupportedError: by itself, and the cache is strict or the layer has tokens.
+        """
+        store = memo.get(id(self.store))
+        if store is not None:
+            return KvarnLayer(store, copy.deepcopy(self.group, memo), self.ordinal, self.layer_idx)
+        if self.get_seq_length():
+            self._refuse_copy()
+        self.store.count_fallback("copied_layer")
+        return dense_layer(self.group.window)
+
+    def _refuse_copy(self, *args: Any) -> NoReturn:
+        raise UnsupportedError(
+            f"layer {self.layer_idx} was to be copied by itself, but the layers of a cache share their pages: copy the "
+            "whole cache; where the model copies layers, use an unquantized cache"
+        )
+
+    __copy__ = __reduce_ex__ = _refuse_copy  # a whole cache is pickled as a file

@@ -26,6 +26,7 @@ def told(cache: KvarnCache) -> dict[str, Any]:
         )
         for name in ("saturation", "drift", "out_of_range_tokens")
     }
+    added = dict.fromkeys(range(cache._num_layers, len(cache.layers)), "added by the model")
     states = [core["calibrated"] for core in cores]
     return {
         "fused_calls": store.fused_calls,
@@ -34,7 +35,7 @@ def told(cache: KvarnCache) -> dict[str, Any]:
         "dropped_forwards": store.dropped_forwards,
         "paged_layers": store.num_layers,
         "unpaged_layers": len(cache.layers) - store.num_layers,
-        "unpaged": dict(sorted((cache._never_paged | cache._unpaged).items())),
+        "unpaged": dict(sorted((cache._never_paged | cache._unpaged | added).items())),
         "notices": list(cache._notices),
         **{
             name: sum(core[name] for core in cores)

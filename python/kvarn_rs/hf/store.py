@@ -22,7 +22,7 @@ import torch
 from kvarn_rs.errors import KvarnError, OpenStepError, RollbackError, ShapeError, StaleStepError, UnsupportedError
 
 from . import calls
-from .gradients import REFUSAL, is_in_backward, lost_source, needs_gradient, refusing
+from .gradients import REFUSAL, is_in_backward, lost_source, needs_gradient, refuse_transforms, refusing
 from .group import LayerGroup
 from .handle import Forward, KvHandle, Pending
 
@@ -57,6 +57,11 @@ FALLBACKS = {
     ),
     "not_causal": ("attention is not causal", "use an unquantized cache for this model"),
     "position_bias": ("attention adds a position bias", "use an unquantized cache for this model"),
+    "copied_layer": (
+        "an empty cache layer was copied by itself, as by models that run layers more than once: the copy stays "
+        "unquantized",
+        "use an unquantized cache for such a model; to copy a cache, copy all of it",
+    ),
     "unsupported_shape": ("{detail}", "use an unquantized cache for this model"),
 }
 
@@ -146,11 +151,13 @@ class PageStore:
         Raises:
             ShapeError: another batch size, or number of new positions, than the cache or this forward has.
             DtypeError: a dtype that the pages cannot hold.
-            RollbackError, UnsupportedError: see `enter`.
+            RollbackError: see `enter`.
+            UnsupportedError: see `enter`, and `refuse_transforms`.
         """
         batch_size, num_kv_heads, num_new, head_dim = k.shape
         forward = self.enter(layer_idx, num_new)
         try:
+            refuse_transforms(k, v)
             group.prepare(k, v)
             group.set_batch(batch_size)
         except KvarnError:

@@ -116,11 +116,16 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     stem, extra = ALL_FAMILIES[family]
     names = ["vocab_size", *(name for name in TINY if name.endswith("token_id"))] if stem == "GPT2" else TINY
     settings = {**{name: TINY[name] for name in names}, **extra, **overrides}
-    config = _class(f"{stem}TextConfig", f"{stem}Config")(**settings, attn_implementation="eager")
+    config = _class(f"{stem}TextConfig", f"{stem}Config")(**settings)
+    return random_model(_class(f"{stem}ForCausalLM", f"{stem}LMHeadModel"), config, seed)
+
+
+def random_model(model_class: Any, config: Any, seed: int = 0) -> Any:
+    """A model of a class whose attention matters to its tokens: eager, float32, in eval mode. Nothing stops early."""
     torch.manual_seed(seed)
-    model = _class(f"{stem}ForCausalLM", f"{stem}LMHeadModel")(config).eval()
+    model = model_class._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        # Larger than the usual initialisation, biases and sinks included: attention must matter to the tokens.
+        # Larger than the usual initialisation, biases and sinks included.
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(0, 0.15)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers
 from transformers import DynamicCache
 
-from hf.families import PAD, TINY, VOCAB
+from hf.families import TINY, VOCAB, random_model
 
 IMAGE_TOKEN = VOCAB - 1
 
@@ -19,19 +18,7 @@ def make_other(stem: str, head: str = "ForCausalLM", **settings: Any) -> Any:
     config = getattr(transformers, f"{stem}Config")(
         **{name: value for name, value in wanted.items() if value is not None}
     )
-    return finished(getattr(transformers, f"{stem}{head}"), config)
-
-
-def finished(model_class: Any, config: Any) -> Any:
-    torch.manual_seed(0)
-    model = model_class._from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # larger than the usual initialisation: attention must matter
-            if parameter.dim() >= 2:
-                parameter.normal_(0, 0.15)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = PAD
-    return model
+    return random_model(getattr(transformers, f"{stem}{head}"), config)
 
 
 def latent(stem: str, **settings: Any) -> Any:
@@ -94,7 +81,7 @@ def llava() -> Any:
         vision_feature_layer=-1,
         tie_word_embeddings=False,
     )
-    return finished(transformers.LlavaForConditionalGeneration, config)
+    return random_model(transformers.LlavaForConditionalGeneration, config)
 
 
 def implementations(model: Any) -> dict[str, str]:

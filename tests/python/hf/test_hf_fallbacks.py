@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -21,6 +19,7 @@ from hf.families import (
     prompt,
     reference_cache,
 )
+from hf.other_models import dynamic, latent, make_other
 from kvarn_rs.errors import ConfigError, UnsupportedError
 from kvarn_rs.hf import DenseFallbackWarning, KvarnCache
 from kvarn_rs.hf.attention import kvarn_attention
@@ -201,32 +200,7 @@ def test_reading_keys_and_values_warns_and_gives_what_a_dynamic_cache_holds(mode
 
 def test_k_and_v_that_pages_cannot_hold_stay_with_transformers():
     """MLA caches a latent and a rotated key, of different widths."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=64,
-            moe_intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            n_routed_experts=4,
-            n_group=1,
-            topk_group=1,
-            num_experts_per_tok=2,
-            kv_lora_rank=32,
-            q_lora_rank=16,
-            qk_rope_head_dim=16,
-            qk_nope_head_dim=16,
-            v_head_dim=16,
-            initializer_range=0.15,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    ).eval()
+    model = latent("DeepseekV3")
     batch = left_padded([50, 33])
     expected = generate(model, reference_cache(model), **batch, num_beams=2)
     cache = kvarn_cache(model)
@@ -252,20 +226,13 @@ def test_a_head_dim_that_pages_cannot_hold_is_named():
 
 
 def test_a_model_with_its_own_attention_is_told_of():
-    from transformers import BloomConfig, BloomForCausalLM
-
-    torch.manual_seed(0)
-    config = BloomConfig(
-        vocab_size=128, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.15, eos_token_id=None, pad_token_id=0
-    )
-    model: Any = BloomForCausalLM(config).eval()
-    ids = prompt(1, 30)
-    expected = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False)
+    model = make_other("Bloom")
+    batch = {"input_ids": prompt(1, 30)}
+    expected = generate(model, dynamic(model), **batch)
     with pytest.warns(DenseFallbackWarning, match="BloomForCausalLM has its own attention"):
         cache = KvarnCache(model, "raw", block_size=16)
-    actual = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False, **{CACHE_NAME: cache})
-    assert torch.equal(actual, expected)
-    assert cache.stats()["fallback_reasons"] == {"own_attention": 2 * 20}
+    assert torch.equal(generate(model, cache, **batch), expected)
+    assert cache.stats()["fallback_reasons"] == {"own_attention": 2 * 30}
     with pytest.raises(UnsupportedError, match="BloomForCausalLM"):
         KvarnCache(model, "raw", strict=True)
 

@@ -26,6 +26,7 @@ from hf.families import (
     make_model,
     prompt,
     pruned,
+    random_model,
     recomputed,
 )
 from hf.modes import MODES, REWINDS
@@ -126,15 +127,13 @@ def test_a_decoder_shallower_than_its_absent_encoder_remembers():
         "decoder_attention_heads": 4,
         "decoder_ffn_dim": 64,
         "encoder_ffn_dim": 64,
-        "init_std": 0.3,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": None,
     }
-    torch.manual_seed(0)
     for stem in ("Whisper", "Bart", "MBart", "PLBart", "Pegasus", "Marian"):
         config = getattr(transformers, f"{stem}Config")(**settings)
-        model = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
+        model = random_model(getattr(transformers, f"{stem}ForCausalLM"), config)
         expected = recomputed(model, prompt(1, 30), 20)
         cache = kvarn_cache(model)
         assert torch.equal(decode(model, cache, prompt(1, 30), 20), expected), stem
@@ -142,7 +141,6 @@ def test_a_decoder_shallower_than_its_absent_encoder_remembers():
 
 
 def test_cross_attention_layers_may_be_skipped_for_text():
-    torch.manual_seed(0)
     config = transformers.models.mllama.MllamaTextConfig(
         vocab_size=128,
         hidden_size=64,
@@ -152,11 +150,10 @@ def test_cross_attention_layers_may_be_skipped_for_text():
         num_key_value_heads=2,
         cross_attention_layers=[1, 3],
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        initializer_range=0.2,
         pad_token_id=0,
         eos_token_id=None,
     )
-    model = transformers.MllamaForCausalLM(config).eval()
+    model = random_model(transformers.MllamaForCausalLM, config)
     expected = recomputed(model, prompt(1, 30), 20)
     cache = kvarn_cache(model)
     with pytest.warns(UserWarning, match="keys or values"):  # the model looks whether there are some

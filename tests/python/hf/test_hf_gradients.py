@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from hf.families import CACHE_NAME, decode, kvarn_cache, make_model, prompt
 from kvarn_rs.errors import UnsupportedError
 from kvarn_rs.hf import KvarnCache
+from kvarn_rs.hf.attention import kvarn_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvarn_rs.hf.DenseFallbackWarning")
 
@@ -206,3 +208,52 @@ def test_gradients_asked_for_by_name_are_told():
     assert head.abs().sum() > 0
     with pytest.raises(UnsupportedError, match="unquantized cache"):
         torch.autograd.grad(loss, [model.model.layers[0].self_attn.v_proj.weight], allow_unused=True)
+
+
+@pytest.mark.parametrize("learned", ["scaling", "softcap"])
+def test_a_learned_scale_is_told(learned):
+    cache = kvarn_cache(make_model("llama"))
+    q, k, v = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
+    key, value = cache.update(k, v, 0)
+    scale = {learned: torch.tensor(0.5, requires_grad=True)}
+    out, _ = kvarn_attention(torch.nn.Identity().eval(), q, key, value, None, **scale)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnsupportedError, match="unquantized cache"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("is_grad_enabled", [True, False])
+@pytest.mark.parametrize("implementation", ["kvarn", "eager"])
+def test_tangents_are_refused_and_change_nothing(implementation, is_grad_enabled):
+    model = make_model("llama")
+    cache = kvarn_cache(model)
+    model.set_attn_implementation(implementation)
+    embedded = model.get_input_embeddings()(prompt(1, LENGTH)).detach()
+    with torch.set_grad_enabled(is_grad_enabled), forward_ad.dual_level():
+        dual = forward_ad.make_dual(embedded, torch.ones_like(embedded))
+        with pytest.raises(UnsupportedError, match="unquantized cache"):
+            model(inputs_embeds=dual, **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == 0
+
+
+def test_a_tangent_of_the_queries_alone_is_refused():
+    cache = kvarn_cache(make_model("llama"))
+    q, k, v = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
+    with forward_ad.dual_level():
+        key, value = cache.update(k, v, 0)
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(UnsupportedError, match="unquantized cache"):
+            kvarn_attention(torch.nn.Identity().eval(), dual, key, value, None)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_transforms_of_functions_are_refused(transform):
+    model = make_model("llama")
+    cache = kvarn_cache(model)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=x[None], **{CACHE_NAME: cache}).logits.sum()
+
+    embedded = model.get_input_embeddings()(prompt(1, LENGTH)).detach()
+    with pytest.raises(UnsupportedError, match="unquantized cache"):
+        transform(run)(embedded if transform is torch.func.vmap else embedded[0])
+    assert cache.get_seq_length() == 0

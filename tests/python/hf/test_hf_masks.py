@@ -7,9 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, sdpa_mask, sliding_window_causal_mask_function
 
-from hf.families import WINDOW, decode, forward, generate, kvarn_cache, left_padded, make_model, prompt, reference_cache
+from hf.families import (
+    CACHE_NAME,
+    WINDOW,
+    decode,
+    forward,
+    generate,
+    kvarn_cache,
+    left_padded,
+    make_model,
+    prompt,
+    reference_cache,
+)
 from kvarn_rs.errors import DtypeError, KvarnError, ShapeError, UnsupportedError
 from kvarn_rs.hf import DenseFallbackWarning, KvarnCache, register
 from kvarn_rs.hf.masks import KvarnMask, kvarn_mask
@@ -119,6 +132,16 @@ def test_a_mask_that_does_not_fit_is_refused_and_changes_nothing(model_of, mask,
     assert cache.get_seq_length() == 0
     assert cache.stats()["bytes_in_use"] == 0
     torch.testing.assert_close(forward(model, cache, ids), forward(model, kvarn_cache(model), ids))
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_mask_that_is_no_tensor_is_refused(model_of, other):
+    model = model_of("llama")
+    cache = kvarn_cache(model)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, LENGTH, LENGTH, device="cpu")
+    with pytest.raises(UnsupportedError, match="not BlockMask"):
+        model(prompt(1, LENGTH), attention_mask=mask, **{CACHE_NAME: DynamicCache() if other else cache})
+    assert cache.get_seq_length() == 0
 
 
 def test_a_model_whose_layers_disagree_with_its_mask_follows_the_mask():

@@ -6,11 +6,12 @@ Models with K biases as Qwen2 and 2.5 have them: channels of 100 to 300 beside c
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from hf.families import CACHE_NAME, make_model
 from kvarn_rs import Calibration
 from kvarn_rs.hf import KvarnCache
 
@@ -20,23 +21,18 @@ CHANCE = 0.05
 
 
 @cache
-def biased_model() -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=128,
+def biased_model() -> Any:
+    model = make_model(
+        "qwen2",
         hidden_size=128,
-        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
+        head_dim=64,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
-    model = Qwen2ForCausalLM(config).eval()
     for layer in model.model.layers:  # six slowly rotating pairs of channels
         biases = torch.randn(2, 2, 6).sign() * (100 + 200 * torch.rand(2, 2, 6))
-        layer.self_attn.k_proj.bias.data.view(2, 2, 32)[:, :, 26:] = biases  # pyright: ignore
+        layer.self_attn.k_proj.bias.data.view(2, 2, 32)[:, :, 26:] = biases
     return model
 
 
@@ -46,9 +42,9 @@ def likeliest(format: str, first: int) -> torch.Tensor:
     model = biased_model()
     token_ids = torch.randint(2, 128, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     kept = KvarnCache(model, format, calibration=Calibration())
-    model(token_ids[:, :first], past_key_values=kept)
+    model(token_ids[:, :first], **{CACHE_NAME: kept})
     found = [
-        model(token_ids[:, position : position + 1], past_key_values=kept).logits.argmax(-1)
+        model(token_ids[:, position : position + 1], **{CACHE_NAME: kept}).logits.argmax(-1)
         for position in range(first, LENGTH)
     ]
     return torch.cat(found, 1)
@@ -73,12 +69,12 @@ def test_stats_tell_what_the_first_page_was_opened_with() -> None:
     seen = []
     with torch.no_grad():
         for count in (5, 1, 1, 1, 20, 30):
-            model(torch.full((1, count), 7), past_key_values=kept)
+            model(torch.full((1, count), 7), **{CACHE_NAME: kept})
             kept.crop(0)  # ends the forward
             seen.append(kept.stats()["first_page_tokens"])
     assert seen == [5, 5, 5, 8, 28, 58]
     unquantized = KvarnCache(model, "raw")
     with torch.no_grad():
-        model(torch.full((1, 5), 7), past_key_values=unquantized)
+        model(torch.full((1, 5), 7), **{CACHE_NAME: unquantized})
     unquantized.crop(0)
     assert unquantized.stats()["first_page_tokens"] is None

@@ -23,6 +23,22 @@ def rwkv() -> Any:
     return make_other("Rwkv", attention_hidden_size=64, context_length=128, num_attention_heads=None)
 
 
+def reformer() -> Any:
+    """States and buckets in a cache of its own."""
+    return make_other(
+        "Reformer",
+        "ModelWithLMHead",
+        attn_layers=["local", "lsh"],
+        axial_pos_embds=False,
+        is_decoder=True,
+        attention_head_size=16,
+        num_key_value_heads=None,
+        head_dim=None,
+        intermediate_size=None,
+        num_hidden_layers=None,
+    )
+
+
 def assert_told(model: Any, told: str, unpaged: dict[int, str], paged_layers: int) -> Any:
     """Checks the warning, `stats` and strict refusal of a model and its config; returns a cache of the model."""
     before = implementations(model)
@@ -72,15 +88,21 @@ def test_a_model_without_any_k_and_v_is_told_of():
     assert_told(mamba(), "nothing to quantize", {}, 0)
 
 
-def test_a_model_that_takes_no_cache_is_told_of():
-    model = rwkv()
-    why = "RwkvForCausalLM hands no K and V to a cache"
+@pytest.mark.parametrize(("make", "name"), [(rwkv, "RwkvForCausalLM"), (reformer, "ReformerModelWithLMHead")])
+def test_a_model_that_takes_no_cache_is_told_of(make, name):
+    model = make()
+    why = f"{name}, as it is now, hands no K and V to a cache"
+    expected = generate(model, dynamic(model), input_ids=prompt(1, 30))
     with pytest.raises(UnsupportedError, match=why):
         KvarnCache(model, "raw", strict=True)
-    with pytest.warns(DenseFallbackWarning, match=why) as caught:
+    with pytest.warns(DenseFallbackWarning) as caught:
         cache = KvarnCache(model, "raw")
-    assert len(caught) == 1
+    assert [str(warning.message) for warning in caught] == [
+        f"2 of 2 layers (0, 1) are not paged and stay unquantized: {why}"
+    ]
     assert cache.stats()["unpaged"] == {0: why, 1: why}
+    assert torch.equal(generate(model, cache, input_ids=prompt(1, 30)), expected)
+    assert cache.stats()["paged_layers"] == cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize(
@@ -176,6 +198,7 @@ class Wrapped(torch.nn.Module):
         torch.nn.Linear(2, 2),
         Wrapped(),
         transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
         None,
     ],
     ids=lambda other: type(other).__name__,
