@@ -10,8 +10,8 @@
 //!              or abort: nothing happened
 //! ```
 //!
-//! Sequences in an open step cannot be forked, freed, truncated or stepped. Committed tokens change no more
-//! once their block is full and their sequence has 32; before, their K is rounded anew when a first page is refitted or sealed.
+//! Sequences in an open step cannot be forked, freed, truncated or stepped. Committed tokens change when their block is
+//! sealed, and, in a first page, when it is refitted: until half of it is written.
 
 mod build;
 pub mod file;

@@ -215,7 +215,9 @@ def test_a_fork_shares_blocks_until_one_of_the_two_writes(format, length) -> Non
     assert cache.stats()["cow_copies"] == (length % BLOCK_SIZE > 0)
     assert same(contents(cache, parent), before)
     held = contents(cache, child)
-    assert same((held[0][:, :, :length], held[1][:, :, :length]), before)
+    is_refitted = format != "raw" and length < BLOCK_SIZE // 2  # the first page is not half written
+    agree = same_but_refitted if is_refitted else same
+    assert agree((held[0][:, :, :length], held[1][:, :, :length]), before)
 
     extend(cache, parent, *keys_and_values(3, 2))
     assert same(contents(cache, child), held)
