@@ -7,6 +7,8 @@
 
 #[path = "paging_model/model.rs"]
 mod model;
+#[path = "paging_model/operation.rs"]
+mod operation;
 #[path = "paging_model/predict.rs"]
 mod predict;
 #[path = "paging_model/prefixes.rs"]
@@ -16,77 +18,15 @@ use std::cell::RefCell;
 use std::ops::RangeInclusive;
 
 use model::{Model, Outcomes};
+use operation::{MAX_SEQUENCES, NO_SEQUENCE, Operation, Pages, Setup};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
-const NUM_RUNS: u32 = 2_000;
-/// Of one run; short ones are for shrinking.
+/// Of one run; short ones are for shrinking. There are 256 runs, or as many as `PROPTEST_CASES` says.
 const OPERATIONS: RangeInclusive<usize> = 1..=250;
-const MIN_OPERATIONS: usize = 100_000;
-const MAX_SEQUENCES: usize = 8;
-const NO_SEQUENCE: usize = 4 * MAX_SEQUENCES;
-
-/// Do blocks seal, and out of how many pages?
-#[derive(Debug, Clone, Copy)]
-enum Pages {
-    OfEveryBlock,
-    Growing,
-    Bounded(usize),
-}
-
-impl Pages {
-    fn seals(self) -> bool {
-        !matches!(self, Self::OfEveryBlock)
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Setup {
-    block_size: usize,
-    num_blocks: Option<usize>,
-    window: Option<usize>,
-    pages: Pages,
-}
-
-/// Sequences are picked by number, see `Model::pick`; `bits` are token ids, one a bit, so that prefixes often agree.
-#[derive(Debug, Clone)]
-enum Operation {
-    New,
-    Clear,
-    Fork {
-        pick: usize,
-    },
-    Free {
-        pick: usize,
-    },
-    Truncate {
-        pick: usize,
-        back: usize,
-    },
-    /// Requests (pick, `num_new`, bits); the same sequence again is left out unless `raw`.
-    Begin {
-        requests: Vec<(usize, usize, u32)>,
-        raw: bool,
-    },
-    /// `None`: all that are open.
-    Commit {
-        picks: Option<Vec<usize>>,
-    },
-    Abort {
-        picks: Option<Vec<usize>>,
-    },
-    Match {
-        pick: Option<usize>,
-        len: usize,
-        bits: u32,
-    },
-    Publish {
-        pick: usize,
-        short: bool,
-    },
-}
-
-fn setup() -> impl Strategy<Value = Setup> {
+/// A run has 125 operations on average.
+const MIN_OPERATIONS_PER_RUN: usize = 100;
+fn any_setup() -> impl Strategy<Value = Setup> {
     let bound = prop_oneof![1 => Just(None), 2 => (2_usize..=40).prop_map(Some)];
     let window = prop_oneof![1 => Just(None), 2 => (1_usize..=12).prop_map(Some)];
     let bounded = (2_usize..=12).prop_map(Pages::Bounded);
@@ -99,7 +39,7 @@ fn setup() -> impl Strategy<Value = Setup> {
     })
 }
 
-fn operation() -> impl Strategy<Value = Operation> {
+fn any_operation() -> impl Strategy<Value = Operation> {
     use Operation::*;
     let pick = || 0..=NO_SEQUENCE;
     let picks = || prop::option::weighted(0.3, prop::collection::vec(0..MAX_SEQUENCES, 1..=2));
@@ -120,8 +60,9 @@ fn operation() -> impl Strategy<Value = Operation> {
 
 #[test]
 fn random_operations_read_back_what_was_written() {
-    let config = ProptestConfig { cases: NUM_RUNS, failure_persistence: None, ..ProptestConfig::default() };
-    let runs = (setup(), prop::collection::vec(operation(), OPERATIONS));
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    let num_runs = config.cases as usize;
+    let runs = (any_setup(), prop::collection::vec(any_operation(), OPERATIONS));
     let total = RefCell::new(Outcomes::new());
     let result = TestRunner::new(config).run(&runs, |(setup, operations)| {
         let mut model = Model::new(setup);
@@ -139,7 +80,7 @@ fn random_operations_read_back_what_was_written() {
         panic!("{failure}");
     }
     let total = total.into_inner();
-    assert!(total["operations"] >= MIN_OPERATIONS, "too few operations: {total:?}");
+    assert!(total["operations"] >= num_runs * MIN_OPERATIONS_PER_RUN, "too few operations: {total:?}");
     assert_eq!(total.len(), 18, "an outcome never occurred: {total:?}");
-    assert!(total.values().all(|&times| times > NUM_RUNS as usize / 10), "an outcome is rare: {total:?}");
+    assert!(total.values().all(|&times| times > num_runs / 10), "an outcome is rare: {total:?}");
 }

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use kvarn::error::Error;
 use kvarn::paging::{BlockId, PageId, Paging, SequenceId, StepRequest};
 
+use super::operation::{MAX_SEQUENCES, NO_SEQUENCE, Operation, Pages, Setup};
 use super::predict::{distinct_blocks, slots};
-use super::{MAX_SEQUENCES, NO_SEQUENCE, Operation, Pages, Setup};
 
 const POISON: u32 = u32::MAX;
 

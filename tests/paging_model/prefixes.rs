@@ -3,8 +3,8 @@
 use kvarn::error::Error;
 use kvarn::paging::{BlockId, SequenceId};
 
-use super::MAX_SEQUENCES;
 use super::model::{Model, Tokens};
+use super::operation::MAX_SEQUENCES;
 
 impl Model {
     /// Looks for `len` tokens: those of a sequence if one is picked, then random ones.
