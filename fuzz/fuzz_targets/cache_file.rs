@@ -1,7 +1,7 @@
 //! Any bytes as a cache file: caches that work, or a refusal.
 //!
 //! Caches that were read are written again to the same bytes twice, take a token more in
-//! every sequence, and what attention makes of what they hold is finite.
+//! every sequence, and what attention makes of quantized ones is finite.
 
 #![no_main]
 
@@ -65,7 +65,8 @@ fn step(cache: &mut PagedKvCache) {
             cache.append(&open, layer, fresh, None)?;
             let (q, out_view) = (fresh.k, TensorViewMut::from_slice("out", &mut out, shape)?);
             cache.attend(&open, layer, q, Some(fresh), AttendOptions::PLAIN, out_view)?;
-            assert!(out.iter().all(|x| x.is_finite()), "{out:?}");
+            // `raw` pages hold any finite number: those near the largest have sums beyond it.
+            assert!(format == Format::Raw || out.iter().all(|x| x.is_finite()), "{out:?}");
             Ok(())
         });
         made.and_then(|()| cache.commit(&open)).expect("a step that has begun");
