@@ -145,6 +145,9 @@ impl PagedKvCache {
     }
     #[pyo3(signature = (sequence, length, *, unseal = false))]
     fn truncate(&self, py: Python<'_>, sequence: Whole, length: Whole, unseal: bool) -> Result<()> {
+        if unseal {
+            check_process()?;
+        }
         let (sequence, length) = (SequenceId(sequence.0), length.count());
         py.detach(|| {
             let mut cache = lock(&self.inner);

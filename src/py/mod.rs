@@ -99,6 +99,7 @@ fn simd_level() -> Result<&'static str> {
 /// Threads that the kernels use (`RAYON_NUM_THREADS`, or one a core).
 #[pyfunction]
 fn num_threads() -> usize {
+    step::kernel_process(); // asking starts them
     rayon::current_num_threads()
 }
 

@@ -23,10 +23,15 @@ impl Step {
     }
 }
 
+/// The process that kernel threads belong to, from the first call on that may start them.
+pub(super) fn kernel_process() -> u32 {
+    static FIRST: OnceLock<u32> = OnceLock::new();
+    *FIRST.get_or_init(std::process::id)
+}
+
 /// Kernel threads do not survive `fork`: a child that asked them for work would wait for ever.
 pub(super) fn check_process() -> Result<()> {
-    static FIRST: OnceLock<u32> = OnceLock::new();
-    let (first, own) = (*FIRST.get_or_init(std::process::id), std::process::id());
+    let (first, own) = (kernel_process(), std::process::id());
     if first == own {
         return Ok(());
     }

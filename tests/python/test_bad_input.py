@@ -286,22 +286,3 @@ def test_a_token_id_beyond_32_bits_is_refused(token_id) -> None:
     for use in (cache.match_prefix, lambda ids: cache.publish_prefix(sequence, ids)):
         with refused(cache, ConfigError, token_id):
             use([token_id])
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_is_told_that_it_has_no_kernel_threads() -> None:
-    code = f"""
-import os, sys, numpy as np, kvarn_rs
-cache = kvarn_rs.PagedKvCache(**{SETTINGS!r})
-cache.begin_step([cache.new_sequence()], 1).abort()
-child = os.fork()
-if child == 0:
-    try:
-        kvarn_rs.PagedKvCache(**{SETTINGS!r}).begin_step([], 0)
-    except kvarn_rs.UnsupportedError as error:
-        os._exit(0 if "forked" in str(error) else 3)
-    os._exit(4)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr[:300]

@@ -1,0 +1,81 @@
+"""Kernel threads do not survive `fork`: a child is told so, by whichever call would have waited for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kvarn_rs
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+NUM_TOKENS = 40
+"""Two sealed blocks and a page, of blocks of 16."""
+
+SETUP = """
+import os, signal, sys, numpy as np, kvarn_rs
+cache = kvarn_rs.PagedKvCache.load(sys.argv[1])
+sequence, other = cache.sequences()[0], cache.new_sequence()
+rows = np.ones((1, 2, 1, 16), np.float32)
+"""
+STARTS = {
+    "begin_step": "cache.begin_step([cache.new_sequence()], 1).abort()",
+    "truncate": "cache.truncate(cache.fork(sequence), 5, unseal=True)",
+    "num_threads": "kvarn_rs._core.num_threads()",
+}
+"""What a parent does first, each of which starts its threads."""
+
+REFUSED = {
+    "begin_step": "cache.begin_step([other], 1)",
+    "append": "step.append(0, rows, rows)",
+    "attend": "step.attend(0, rows, rows, rows)",
+    "truncate": "cache.truncate(sequence, 5, unseal=True)",
+}
+"""What its child cannot do."""
+
+CHILD = """
+if os.fork() == 0:
+    signal.alarm(30)  # of a child that waits for threads
+    try:
+        {call}
+    except kvarn_rs.UnsupportedError as error:
+        os._exit(0 if "forked" in str(error) else 3)
+    os._exit(4)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    cache = kvarn_rs.PagedKvCache(num_layers=1, num_kv_heads=2, head_dim=16, block_size=16)
+    step = cache.begin_step([cache.new_sequence()], NUM_TOKENS)
+    rows = np.ones((1, 2, NUM_TOKENS, 16), np.float32)
+    step.append(0, rows, rows)
+    step.commit()
+    cache.save(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def run(saved: Path, code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SETUP + code, saved], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, (done.returncode, done.stderr[-600:])
+
+
+@pytest.mark.parametrize("call", REFUSED)
+def test_a_forked_child_is_told_that_it_has_no_kernel_threads(saved, call) -> None:
+    run(saved, f"step = cache.begin_step([other], 1){CHILD.format(call=REFUSED[call])}")
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_whatever_starts_the_threads_is_remembered(saved, start) -> None:
+    run(saved, STARTS[start] + CHILD.format(call=REFUSED["begin_step"]))
+
+
+def test_a_forked_child_may_go_back_to_a_page(saved) -> None:
+    call = f"cache.truncate(sequence, {NUM_TOKENS - 1}); os._exit(0)"
+    run(saved, STARTS["begin_step"] + CHILD.format(call=call))
