@@ -55,6 +55,9 @@
 //! # Ok::<(), kvarn::Error>(())
 //! ```
 
+#[cfg(target_endian = "big")]
+compile_error!("records and files are little-endian, and are used as they lie in memory: there is no big-endian build");
+
 pub mod archive;
 pub mod backend;
 pub mod cache;
