@@ -6,7 +6,7 @@ Queries, keys, values and outputs are used where they lie.
 from collections.abc import Callable, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, final
+from typing import Literal, TypedDict, final, type_check_only
 
 from typing_extensions import Self, TypeVar
 
@@ -46,6 +46,101 @@ QUERY_TOKENS: int
 """Query tokens after which a layer's calibration is frozen."""
 
 _Tensor = TypeVar("_Tensor")
+_State = Literal["no", "own prompt", "frozen", "file"]
+
+@type_check_only
+class LayerSummary(TypedDict):
+    """What is known of a layer of a calibration."""
+
+    layer: int
+    """The model's number of it."""
+    num_kv_heads: int
+    head_dim: int
+    query_tokens: int
+    """Seen; from a file, those of the layer that had seen the fewest."""
+    state: _State
+    rotated_heads: int | None
+    """Heads in whose rotated frame rounding is expected to cost less; `None` while there is nothing to tell by."""
+
+@type_check_only
+class CacheStats(TypedDict):
+    """Blocks and bytes of a cache; lists have an entry a layer."""
+
+    blocks_in_use: int
+    peak_blocks: int
+    free_blocks: int | None
+    """`None` when the pool grows."""
+    open_blocks: int
+    """Blocks with room left."""
+    open_pages: int
+    """Of blocks that are not sealed; 0 in formats that never are."""
+    peak_open_pages: int
+    bytes_in_use: int
+    """Of blocks at rest, and open pages."""
+    peak_bytes: int
+    allocated_bytes: int
+    """Address space: a page takes memory when it is first used."""
+    bytes_per_block: int
+    bytes_per_open_page: int
+    bytes_per_token: float
+    """At rest."""
+    num_sequences: int
+    cow_copies: int
+    sealed: int
+    """Blocks, so far."""
+    unsealed: int
+    first_page_tokens: int | None
+    """What the statistics of the first page of a sequence that was opened or refitted last were taken over; `None`
+    before there is one, and in `raw`.
+    """
+    calibrated: _State
+    """The least of the layers."""
+    saturation: list[float | None]
+    """The share of the K codes of tiles that were clamped to the ends of their grid; `None` before there is a tile."""
+    drift: list[float | None]
+    """The deviation of K over the one that its pages were opened with, over the latest 128 or so tokens: 1 where it
+    fits, `None` before there is anything to tell.
+    """
+    out_of_range_tokens: list[int]
+    """Tokens that are stored wrong because float16 does not hold the scale or zero point of their K or V (V beyond
+    65,504 or all within some 1e-4 of each other, K as large in a tile), counted where they are written to a page and
+    again where their block is sealed.
+    """
+
+@type_check_only
+class CacheSummary(TypedDict):
+    """What a file holds of a cache: its settings, and bytes of all layers together."""
+
+    format: str
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    num_blocks: int | None
+    num_open_pages: int | None
+    window: int | None
+    sequences: list[tuple[int, int, int]]
+    """Id, tokens, first token held."""
+    sealed_blocks: int
+    open_blocks: int
+    tile_bytes: int
+    page_bytes: int
+    bytes_per_token: float
+    """At rest."""
+
+@type_check_only
+class Capacity(TypedDict):
+    """What fits in a memory."""
+
+    sequence_bytes: int
+    """Of one running sequence, whole blocks and its open pages."""
+    open_bytes: int
+    """The part of it that no token in reach uses at rest."""
+    open_page_bytes: int
+    """The part of that which is open pages, two in every layer and key/value head of formats that seal."""
+    tokens: int
+    sequences: int
 
 @final
 class Calibration:
@@ -91,13 +186,8 @@ class Calibration:
     @property
     def model(self) -> str | None:
         """The model's name in its file; `None` if it is from no file."""
-    def layers(self) -> list[dict[str, Any]]:
-        """The layers seen or loaded, in order.
-
-        `layer` (the model's number), `num_kv_heads`, `head_dim`, `query_tokens` (seen; from a file, of the layer that
-        had seen the fewest), `state`, `rotated_heads` (heads in whose rotated frame rounding is expected to cost less;
-        `None` while there is nothing to tell by).
-        """
+    def layers(self) -> list[LayerSummary]:
+        """The layers seen or loaded, in order."""
     def wanted(self, layer: int) -> int:
         """Query tokens that a layer would still take: `QUERY_TOKENS` less those seen, 0 once frozen or loaded."""
     def freeze(self) -> None:
@@ -262,23 +352,8 @@ class PagedKvCache:
             ShapeError: tokens that the sequence does not hold.
             UnknownSequenceError, DtypeError, StrideError, DeviceError
         """
-    def stats(self) -> dict[str, Any]:
-        """Blocks and bytes; bytes are of whole blocks, every layer together.
-
-        `blocks_in_use`, `peak_blocks`, `free_blocks` (`None` when the pool grows), `open_blocks` (with room left),
-        `open_pages` and `peak_open_pages` (of blocks that are not sealed; 0 in formats that never are),
-        `bytes_in_use` and `peak_bytes` (blocks at rest, and open pages), `allocated_bytes` (address space: a page takes
-        memory when it is first used), `bytes_per_block`, `bytes_per_open_page`, `bytes_per_token` (at rest),
-        `num_sequences`, `cow_copies`, `sealed`, `unsealed` (blocks, so far),
-        `first_page_tokens` (what the statistics of the first page of a sequence that was opened or refitted last were
-        taken over; `None` before there is one, and in `raw`), `calibrated` (`no`, `own prompt`, `frozen`
-        or `file`: the least of the layers), and lists with an entry a layer: `saturation`, the share of the K codes of
-        tiles that were clamped to the ends of their grid, and `drift`, the deviation of K over the one that its pages
-        were opened with, over the latest 128 or so tokens (1 where it fits), both `None` before there is anything to
-        tell; `out_of_range_tokens`, how many tokens are stored wrong because float16 does not hold the scale or zero
-        point of their K or V (V beyond 65,504 or all within some 1e-4 of each other, K as large in a tile), counted
-        where they are written to a page and again where their block is sealed.
-        """
+    def stats(self) -> CacheStats:
+        """Blocks and bytes; bytes are of whole blocks, every layer together."""
     def save(self, path: str | PathLike[str]) -> None:
         """Writes every sequence, to the bit, into a file, whole or not at all; `load` has them again.
 
@@ -444,13 +519,8 @@ def caches_from_bytes(data: bytes) -> tuple[list[PagedKvCache], str]:
         CacheFileError, OutOfMemoryError
     """
 
-def inspect_caches(path: str | PathLike[str]) -> tuple[list[dict[str, Any]], str]:
-    """Checks a file of caches, every byte of it, without taking memory for them.
-
-    Returns:
-        Of each cache: `format`, `dtype`, `num_layers`, `num_kv_heads`, `head_dim`, `block_size`, `num_blocks`,
-        `num_open_pages`, `window`; `sequences`, a list of (id, tokens, first token held); `sealed_blocks`,
-        `open_blocks`, `tile_bytes`, `page_bytes` (all layers together), `bytes_per_token` (at rest). And the text.
+def inspect_caches(path: str | PathLike[str]) -> tuple[list[CacheSummary], str]:
+    """Checks a file of caches, every byte of it, without taking memory for them; gives what it holds, and the text.
 
     Raises:
         CacheFileError, OutOfMemoryError
@@ -500,7 +570,7 @@ def capacity(
     context: int,
     memory_bytes: int,
     max_sequences: int | None = None,
-) -> dict[str, int]:
+) -> Capacity:
     """What fits in a memory when every sequence is `context` tokens long.
 
     Args:
@@ -510,11 +580,6 @@ def capacity(
         context: tokens of a sequence.
         memory_bytes: memory for the cache.
         max_sequences: sequences that may run at once; `None`: as many as fit.
-
-    Returns:
-        `sequence_bytes`: of one running sequence, whole blocks and its open pages; `open_bytes`: the part of it that no
-        token in reach uses at rest; `open_page_bytes`: the part of that which is open pages, two in every layer and
-        key/value head of formats that seal; `tokens` and `sequences` that fit.
 
     Raises:
         UnknownFormatError, UnsupportedError, ConfigError

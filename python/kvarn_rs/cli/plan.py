@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, UnknownFormatError, UnsupportedError
 from .console import Console, add_output_options
 from .model_shape import LayerGroup, ModelShape, model_shape, read_config
 from .sizes import format_bytes, format_count, parse_bytes, parse_count, parse_names
+
+if TYPE_CHECKING:
+    from .. import _core
 
 # What an engine's own cache is kept in; the baseline is the first.
 DENSE_FORMATS = ("bf16", "fp8")
@@ -142,7 +145,7 @@ def capacity(
     context: int,
     memory: int,
     max_sequences: int | None,
-) -> dict[str, int]:
+) -> _core.Capacity:
     """`_core.capacity` of groups by what they are stored in, together."""
     from .. import _core
 
@@ -152,11 +155,13 @@ def capacity(
     ]
     if len(parts) == 1:
         return parts[0]
-    fits = {name: sum(part[name] for part in parts) for name in ("sequence_bytes", "open_bytes", "open_page_bytes")}
-    sequences = memory // fits["sequence_bytes"]
+    sequence_bytes = sum(part["sequence_bytes"] for part in parts)
+    sequences = memory // sequence_bytes
     return {
-        **fits,
-        "tokens": memory * context // fits["sequence_bytes"],
+        "sequence_bytes": sequence_bytes,
+        "open_bytes": sum(part["open_bytes"] for part in parts),
+        "open_page_bytes": sum(part["open_page_bytes"] for part in parts),
+        "tokens": memory * context // sequence_bytes,
         "sequences": sequences if max_sequences is None else min(sequences, max_sequences),
     }
 
