@@ -1,9 +1,11 @@
 //! The bytes of sealed tiles, against those that `tests/golden/make_sealed_tiles.py` computes in float64 from the
 //! description alone, and what holds of any tile.
 
+mod common;
 #[path = "golden/inputs.rs"]
 mod inputs;
 
+use common::Random;
 use half::f16;
 use inputs::{deviation, keys, loud_keys, query_moment, transposed, turned, values};
 use kvarn::format::SealedTile;
@@ -259,32 +261,58 @@ fn wider_instructions_give_the_same_bytes() {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+/// The factors that a row's width is drawn in by to be the width of a grid of V, of which the best is taken.
+const V_SHRINKS: [(u32, &[f32]); 3] =
+    [(4, &[1.0]), (3, &[1.0, 0.95, 0.9, 0.85, 0.8, 0.7]), (2, &[1.0, 0.9, 0.8, 0.7, 0.6, 0.5])];
+
+/// How far two parameters in f16 that are the same but for the order of f32 arithmetic may be apart, relative to the
+/// row's width: two units in the last place. Neighbouring factors are 25 times as far apart.
+const PARAMETER_TOLERANCE: f32 = 2e-3;
+
+/// A grid whose error is beyond the best one's by no more than this is as good: sums are made in another order.
+const ERROR_TOLERANCE: f64 = 1e-3;
+
+/// Rows of every shape are asked, of uniform values to a few far from all others: these alone want the narrowest grids.
+/// Without them, and with a bound on the error instead of a look at the grid, the test passed with the factors of 2 bits
+/// in place of those of 3: uniform rows never took 0.6 or 0.5, which the code does not have, and where it took 0.95 or 0.85,
+/// which the test did not have, it was better than the best one known.
 #[test]
-#[ignore = "prints times: cargo test --release --test quant_tile -- --ignored --nocapture"]
-fn times_of_encoding() {
-    let micros = |f: &mut dyn FnMut() -> Tile| {
-        let mut best = f64::INFINITY;
-        for _ in 0..200 {
-            let start = std::time::Instant::now();
-            std::hint::black_box(f());
-            best = best.min(start.elapsed().as_secs_f64() * 1e6);
-        }
-        best
-    };
-    for n in [64, 128, 256] {
-        let (k, v) = (keys(n, 128), values(n, 128));
-        for (name, feedback) in [("feedback", head_feedback(&k, n, n / 4)), ("none", HeadFeedback::none(n))] {
-            for bits in [4, 2] {
-                let base = micros(&mut || encode_tile(&k, &v, n, bits, &feedback, None));
-                // SAFETY: of a machine that times are taken on.
-                let avx2 = micros(&mut || unsafe { wide::avx2(&k, &v, n, bits, &feedback) });
-                // SAFETY: of a machine that times are taken on.
-                let avx512 = micros(&mut || unsafe { wide::avx512(&k, &v, n, bits, &feedback) });
-                println!("head_dim {n}, {bits} bits, {name}: {base:.0} us, AVX2 {avx2:.0} us, AVX-512 {avx512:.0} us");
+fn a_row_of_v_takes_the_best_width_of_its_bits_and_each_width_is_some_row_s() {
+    let (n, mut random) = (64, Random(5));
+    for (bits, shrinks) in V_SHRINKS {
+        let mut taken = vec![0; shrinks.len()];
+        for power in [0, 1, 2, 3, 5, 8].repeat(32) {
+            let v: Vec<f32> = (0..n * 16).map(|_| (random.normal() / 4.0).powi(2 * power + 1) * 4.0).collect();
+            let tile = encode_tile(&vec![0.0; v.len()], &v, n, bits, &HeadFeedback::none(n), None);
+            for (t, row) in v.chunks_exact(n).enumerate() {
+                let (lo, hi) = row.iter().fold((f32::MAX, f32::MIN), |(lo, hi), &x| (lo.min(x), hi.max(x)));
+                let code_max = ((1 << bits) - 1) as f32;
+                let grids = shrinks.iter().map(|shrink| {
+                    let margin = (hi - lo) * (1.0 - shrink) / 2.0;
+                    [(hi - lo) * shrink / code_max, lo + margin].map(|x| f16::from_f32(x).to_f32())
+                });
+                let grids: Vec<[f32; 2]> = grids.collect();
+                let errors: Vec<f64> = grids.iter().map(|&grid| squared_error(row, grid, code_max)).collect();
+                let ours = [tile.v_token_scale[t].to_f32(), tile.v_token_zero_point[t].to_f32()];
+                let is_ours = |grid: &[f32; 2]| {
+                    let distance = ((grid[0] - ours[0]) * code_max).abs().max((grid[1] - ours[1]).abs());
+                    distance <= PARAMETER_TOLERANCE * (hi - lo)
+                };
+                let found =
+                    grids.iter().position(is_ours).unwrap_or_else(|| panic!("{bits} bits: {ours:?}, {grids:?}"));
+                let best = errors.iter().copied().fold(f64::INFINITY, f64::min);
+                assert!(errors[found] <= best * (1.0 + ERROR_TOLERANCE), "{bits} bits: factor {found} of {errors:?}");
+                taken[found] += 1;
             }
         }
+        assert!(taken.iter().all(|&times| times > 0), "{bits} bits: {taken:?}");
     }
+}
+
+fn squared_error(row: &[f32], [scale, zero_point]: [f32; 2], code_max: f32) -> f64 {
+    let (scale, zero_point, code_max) = (f64::from(scale), f64::from(zero_point), f64::from(code_max));
+    let error = |x: f64| x - ((x - zero_point) / scale).round_ties_even().clamp(0.0, code_max) * scale - zero_point;
+    row.iter().map(|&x| error(f64::from(x)).powi(2)).sum()
 }
 
 /// A tile's tokens and channels of any accepted size, with values whose channels have centres of their own.
@@ -325,38 +353,18 @@ proptest! {
     }
 
     #[test]
-    fn v_of_four_bits_is_within_half_a_code_and_fewer_bits_take_the_best_width(v in vec(-50f32..50.0, 64 * 16)) {
-        let zeros = vec![0.0; v.len()];
-        let mut back = zeros.clone();
-        for bits in [4, 3, 2] {
-            let tile = encode_tile(&zeros, &v, 64, bits, &HeadFeedback::none(64), None);
-            decode_tile_v(&tile, &mut back);
-            for t in 0..16 {
-                let (row, back) = (&v[t * 64..][..64], &back[t * 64..][..64]);
-                let (a, z) = (tile.v_token_scale[t].to_f32(), tile.v_token_zero_point[t].to_f32());
-                let code_max = ((1 << bits) - 1) as f32;
-                let (lo, hi) = row.iter().fold((f32::MAX, f32::MIN), |(lo, hi), &x| (lo.min(x), hi.max(x)));
-                let squared = |scale: f64, zero: f64| -> f64 {
-                    row.iter().map(|&x| {
-                        let code = ((f64::from(x) - zero) / scale).round_ties_even().clamp(0.0, f64::from(code_max));
-                        (f64::from(x) - code * scale - zero).powi(2)
-                    }).sum()
-                };
-                let shrinks: &[f64] = if bits == 4 { &[1.0] } else { &[1.0, 0.9, 0.8, 0.7, 0.6, 0.5] };
-                let best = shrinks.iter().map(|shrink| {
-                    let (middle, half) = (f64::from(lo + hi) / 2.0, f64::from(hi - lo) / 2.0 * shrink);
-                    let scale = f16::from_f64(2.0 * half / f64::from(code_max));
-                    squared(scale.to_f64(), f16::from_f64(middle - half).to_f64())
-                }).fold(f64::INFINITY, f64::min);
-                let ours: f64 = row.iter().zip(back).map(|(&x, &y)| f64::from(x - y).powi(2)).sum();
-                prop_assert!(ours <= best * 1.01, "{bits} bits: {ours} for {best}");
-                if bits == 4 {
-                    prop_assert_eq!((a, z), (f16::from_f32((hi - lo) / 15.0).to_f32(), f16::from_f32(lo).to_f32()));
-                    for (x, y) in row.iter().zip(back) {
-                        let inside = (0.0..=code_max).contains(&((x - z) / a));
-                        prop_assert!(!inside || (x - y).abs() <= a / 2.0 * (1.0 + 1.0 / 512.0));
-                    }
-                }
+    fn v_of_four_bits_is_within_half_a_code(v in vec(-50f32..50.0, 64 * 16)) {
+        let tile = encode_tile(&vec![0.0; v.len()], &v, 64, 4, &HeadFeedback::none(64), None);
+        let mut back = vec![0.0; v.len()];
+        decode_tile_v(&tile, &mut back);
+        for t in 0..16 {
+            let (row, back) = (&v[t * 64..][..64], &back[t * 64..][..64]);
+            let (a, z) = (tile.v_token_scale[t].to_f32(), tile.v_token_zero_point[t].to_f32());
+            let (lo, hi) = row.iter().fold((f32::MAX, f32::MIN), |(lo, hi), &x| (lo.min(x), hi.max(x)));
+            prop_assert_eq!((a, z), (f16::from_f32((hi - lo) / 15.0).to_f32(), f16::from_f32(lo).to_f32()));
+            for (x, y) in row.iter().zip(back) {
+                let inside = (0.0..=15.0).contains(&((x - z) / a));
+                prop_assert!(!inside || (x - y).abs() <= a / 2.0 * (1.0 + 1.0 / 512.0));
             }
         }
     }
