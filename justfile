@@ -67,6 +67,23 @@ models *OPTIONS="": dev
 bench *OPTIONS="": dev
     kvarn bench attend {{ OPTIONS }}
 
+# Paging, planning, sealing and attention in Rust (criterion's options and names)
+bench-rust *OPTIONS="":
+    cargo bench --bench paging --bench plan --bench seal --bench attend -- {{ OPTIONS }}
+
+# Fuzz a target of fuzz/ from its corpus (libFuzzer's options; a nightly toolchain, cargo-fuzz). New finds go to target/fuzz
+fuzz TARGET *OPTIONS="-max_total_time=60":
+    mkdir -p target/fuzz/{{ TARGET }}
+    RAYON_NUM_THREADS=1 cargo +nightly fuzz run {{ TARGET }} target/fuzz/{{ TARGET }} fuzz/corpus/{{ TARGET }} -- -max_len=8192 {{ OPTIONS }}
+
+# Rust's own tests of everything but the kernels under Miri (a nightly toolchain with it)
+miri *NAMES="archive:: format:: paging:: plan:: quant::":
+    MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --lib -- {{ NAMES }}
+
+# What Miri cannot run, kernels and files, under the address sanitizer (a nightly toolchain)
+asan *OPTIONS="--lib --test backend_parity --test sealing --test sealing_model --test cache_file --test cache_errors":
+    RUSTFLAGS="-Zsanitizer=address" cargo +nightly test --target x86_64-unknown-linux-gnu --target-dir target/asan {{ OPTIONS }}
+
 # The release wheel, installed into an empty environment and started there: no torch, no numpy
 wheel: setup
     rm -rf target/wheels

@@ -7,7 +7,6 @@ use kvarn::Error;
 use kvarn::calibration::{Calibration, FIRST_TOKENS, HeadShape, LayerCalibration, QUERY_TOKENS, State};
 use kvarn::quant::{Feedback, HeadFeedback, rotate};
 use std::sync::Arc;
-use std::time::Instant;
 
 const SHAPE: HeadShape = HeadShape { num_q_heads: 6, num_kv_heads: 2, head_dim: 16 };
 
@@ -339,29 +338,4 @@ fn layers_learn_side_by_side_and_pool_workers_do_not_wait_for_themselves() {
     assert!(sealed.iter().all(|found| found == &Ok(expected.clone())));
     let same = |task: usize| Arc::as_ptr(sealed[task].as_ref().expect("factors").as_ref().expect("512 tokens"));
     assert!((0..64).all(|task| same(task) == same(task % 4)), "one answer for each layer");
-}
-
-/// Says what learning costs (`--nocapture`). The bound is some hundred times the cost, for busy machines: it tells a loop
-/// over all pairs of something from one over rows.
-#[test]
-fn learning_is_cheap() {
-    for (num_q_heads, num_kv_heads, head_dim) in [(9, 3, 64), (32, 8, 128)] {
-        let tokens = Tokens::new(HeadShape { num_q_heads, num_kv_heads, head_dim }, 512, 14);
-        let calibration = Calibration::new();
-        let start = Instant::now();
-        for _ in 0..3 {
-            tokens.show(&calibration, 0, 0, 512);
-        }
-        let observed = start.elapsed().as_secs_f64() / 1536.0;
-        let start = Instant::now();
-        calibration.freeze().expect("1,536 tokens");
-        let factored = start.elapsed().as_secs_f64() / num_kv_heads as f64;
-        println!(
-            "{num_q_heads} query and {num_kv_heads} kv heads of {head_dim}: {:.1} us a token and layer, factored in \
-             {:.2} ms a head",
-            observed * 1e6,
-            factored * 1e3
-        );
-        assert!(observed < 2e-3 && factored < 0.2, "{observed} s a token and layer, {factored} s a head");
-    }
 }
