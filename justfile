@@ -78,7 +78,7 @@ fuzz TARGET *OPTIONS="-max_total_time=60":
 
 # Rust's own tests of everything but the kernels under Miri (a nightly toolchain with it)
 miri *NAMES="archive:: format:: paging:: plan:: quant::":
-    MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --lib -- {{ NAMES }}
+    PROPTEST_CASES=8 MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --lib -- {{ NAMES }}
 
 # What Miri cannot run, kernels and files, under the address sanitizer (a nightly toolchain)
 asan *OPTIONS="--lib --test backend_parity --test sealing --test sealing_model --test cache_file --test cache_errors":

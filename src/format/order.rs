@@ -136,9 +136,11 @@ mod tests {
 
     #[test]
     fn every_order_is_a_bijection() {
+        // Miri is some thousand times as slow: the smallest and the largest.
+        let step = if cfg!(miri) { MAX_HEAD_DIM - HEAD_DIM_MULTIPLE } else { HEAD_DIM_MULTIPLE };
         for order in CodeOrder::ALL {
             for block_size in BLOCK_SIZES {
-                for head_dim in (HEAD_DIM_MULTIPLE..=MAX_HEAD_DIM).step_by(HEAD_DIM_MULTIPLE) {
+                for head_dim in (HEAD_DIM_MULTIPLE..=MAX_HEAD_DIM).step_by(step) {
                     assert_bijection(|t, d| order.k_code([block_size, head_dim], t, d), block_size, head_dim);
                     assert_bijection(|t, d| order.v_code([block_size, head_dim], t, d), block_size, head_dim);
                     assert_bijection(|t, d| order.raw_k([block_size, head_dim], t, d), block_size, head_dim);
