@@ -550,8 +550,10 @@ def simd_level() -> str:
     """The SIMD level of new caches: the machine's fastest, or the one that `KVARN_SIMD` names."""
 
 def is_prefill(block_size: int, context_len: int, num_new: int) -> bool:
-    """Whether `num_new` tokens after `context_len` are a prefill, whose tokens attend to each other unquantized: more than
-    `DECODE_TOKENS`, or the first half of a sequence's first block."""
+    """Whether `num_new` tokens after `context_len` are a prefill: they attend to each other unquantized.
+
+    True for more than `DECODE_TOKENS`, and while half of a sequence's first block is not written.
+    """
 
 def num_threads() -> int:
     """Threads that the kernels use: `RAYON_NUM_THREADS`, or one a core."""
