@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaForCausalLM, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from ..hf.compat import attention_of
 from ..hf.layer import KvarnLayer
 
 # The argument that takes the cache; transformers renamed it for all models at once.
@@ -51,13 +52,13 @@ class _Clock(BaseStreamer):
             self.text.end()
 
 
-def attention_name(model: Any) -> str:
+def attention_name(model: Any) -> str | None:
     """The attention implementation that the model uses now."""
-    return model.config.get_text_config()._attn_implementation
+    return attention_of(model.config.get_text_config())
 
 
 @contextmanager
-def attention(model: Any, name: str) -> Iterator[None]:
+def attention(model: Any, name: str | None) -> Iterator[None]:
     """The model with another attention implementation."""
     before = attention_name(model)
     model.set_attn_implementation(name)

@@ -1,4 +1,4 @@
-"""Did the model's call that brought K and V return, raise, or does it still run?
+"""The calls of a model: whether the one that brought K and V has returned, has raised, or still runs.
 
 A cache sees K and V come and not what becomes of the forward that brought them: one that raised after layer 2 of 4
 looks like one of a model of two layers. Two hooks on the model tell when a call begins and when it returns. What began,
@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from .compat import PreTrainedModel
-
-_CALL = torch.nn.Module._call_impl.__code__
+from .compat import CALL_CODE, PreTrainedModel, has_pre_hook
 
 
 class Call:
@@ -68,7 +66,7 @@ _calls = _Calls()
 def watch(model: torch.nn.Module) -> None:
     """Has the calls of a model, and of the models within it, noted from the next one on."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and _begin not in module._forward_pre_hooks.values():
+        if isinstance(module, PreTrainedModel) and not has_pre_hook(module, _begin):
             module.register_forward_pre_hook(_begin)
             module.register_forward_hook(_end)
 
@@ -118,6 +116,6 @@ def _modules_on_stack(thread: int) -> Iterator[torch.nn.Module]:
     """The modules whose calls a thread is within, from the innermost."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
-        if frame.f_code is _CALL:
+        if frame.f_code is CALL_CODE:
             yield frame.f_locals["self"]
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""The pages of one `KvarnCache` and the forward that is writing to them.
+"""Forwards: the new K and V of a cache's layers, from `update` until they are committed or dropped.
 
 A forward is a chain of calls that transformers makes layer by layer: `arrive` (K and V come), then attention, which
 appends and attends, or some other operation, which gets the dense tensors. Nobody says which layers it has: models
@@ -15,80 +15,103 @@ Reading (lengths, `keys`, `stats`) does neither: it tells what each layer has, a
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 
 import torch
 
 from kvarn_rs.errors import KvarnError, OpenStepError, RollbackError, ShapeError, StaleStepError, UnsupportedError
 
 from . import calls
-from .gradients import REFUSAL, is_in_backward, lost_source, needs_gradient, refuse_transforms, refusing
-from .group import LayerGroup
-from .handle import Forward, KvHandle, Pending
+from .compat import is_in_backward
+from .fallback import Fallbacks
+from .gradients import REFUSAL, lost_source, needs_gradient, refuse_transforms, refusing
+from .group import GroupPlan, LayerGroup
+from .positions import first_visible
 
 
-class DenseFallbackWarning(UserWarning):
-    """Attention left the pages: correct, but with the memory and speed of an unquantized cache for that call."""
+class NewTokens:
+    """The new K and V [B, num_kv_heads, T, head_dim] of one layer in one forward.
 
-
-# reason: (what happened, what to do about it)
-FALLBACKS = {
-    "other_operation": (
-        "{detail} read K and V outside kvarn attention",
-        "call model.set_attn_implementation('kvarn'), or pass the model to KvarnCache; where the model itself does it "
-        "then, use an unquantized cache",
-    ),
-    "keys_values": ("the keys or values of a cache layer were read", "use the cache through the model only"),
-    "custom_mask": (
-        "the attention mask is neither causal nor a sliding window with padding",
-        "pass a 2-D attention_mask, or none",
-    ),
-    "hidden_tokens": (
-        "the attention mask hides tokens that are stored",
-        "pass the attention_mask of the earlier forwards, and new columns",
-    ),
-    "padding_in_window": (
-        "padding between tokens under a sliding window",
-        "pad prompts on the left, and batch turns of equal length",
-    ),
-    "other_window": (
-        "the attention mask shows more than the window of a layer",
-        "use an unquantized cache for this model",
-    ),
-    "not_causal": ("attention is not causal", "use an unquantized cache for this model"),
-    "position_bias": ("attention adds a position bias", "use an unquantized cache for this model"),
-    "copied_layer": (
-        "an empty cache layer was copied by itself, as by models that run layers more than once: the copy stays "
-        "unquantized",
-        "use an unquantized cache for such a model; to copy a cache, copy all of it",
-    ),
-    "unsupported_shape": ("{detail}", "use an unquantized cache for this model"),
-}
-
-
-class PageStore:
-    """All layer groups of one cache, the forward in progress, and what is counted.
+    Lives as long as its handles do: the forward lets go of it once it is appended, so that a prefill's K and V are not
+    all kept until the forward is over.
 
     Attributes:
-        behind: the layers that were left out of a forward, and how many positions they have.
-        need_gradients: the layers that hold K or V which needed gradients.
+        index: the layer's number in its group; layer_idx: in the model.
+        appended: whether K and V are in the pages.
+        other_half: dense K or V, decoded beside the other one and not asked for yet: (whether it is V, the tensor).
     """
 
-    def __init__(self, groups: list[LayerGroup], strict: bool) -> None:
-        self.groups = groups
-        self.strict = strict
+    __slots__ = ("appended", "forward", "group", "index", "k", "layer_idx", "other_half", "v")
+
+    def __init__(
+        self, forward: Forward, group: LayerGroup, index: int, layer_idx: int, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        self.forward = forward
+        self.group = group
+        self.index = index
+        self.layer_idx = layer_idx
+        self.k = k
+        self.v = v
+        self.appended = False
+        self.other_half: tuple[bool, torch.Tensor] | None = None
+
+
+class Forward:
+    """The layers that came in one forward.
+
+    Attributes:
+        num_new: new positions.
+        arrived: by layer, its `NewTokens` until its K and V are appended, then None.
+        calls: the model's calls that brought them, without repetition; none where the cache is filled by hand.
+        need_gradients: the layers whose K or V needed gradients.
+    """
+
+    __slots__ = ("arrived", "calls", "need_gradients", "num_new")
+
+    def __init__(self, num_new: int) -> None:
+        self.num_new = num_new
+        self.arrived: dict[int, NewTokens | None] = {}
+        self.calls: list[calls.Call] = []
+        self.need_gradients: set[int] = set()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the model still computes."""
+        return any(call.is_running for call in self.calls)
+
+    @property
+    def has_raised(self) -> bool:
+        """Whether an exception ended the model's call."""
+        return any(call.has_raised for call in self.calls)
+
+
+class Forwards:
+    """The forward in progress, and what the earlier ones left: the layer groups of one cache.
+
+    Attributes:
+        plans: all groups.
+        groups: those whose first K came.
+        fallbacks: attention that left the pages.
+        forward: the one in progress; None between forwards.
+        behind: the layers that were left out of a forward, and how many positions they have.
+        need_gradients: the layers that hold K or V which needed gradients.
+        fused_calls: attention calls on pages.
+        dropped_forwards: forwards that did not come to their end.
+    """
+
+    def __init__(self, plans: list[GroupPlan], strict: bool) -> None:
+        self.plans = plans
+        self.groups: dict[GroupPlan, LayerGroup] = {}
+        self.fallbacks = Fallbacks(strict)
         self.forward: Forward | None = None
         self.behind: dict[int, int] = {}
         self.need_gradients: set[int] = set()
         self.fused_calls = 0
-        self.fallbacks: Counter[str] = Counter()
         self.dropped_forwards = 0
-        self.own_attention = False  # the model attends with code of its own: told once, when the cache was made
 
     @property
     def num_layers(self) -> int:
         """Paged layers."""
-        return sum(group.num_layers for group in self.groups)
+        return sum(len(plan.layers) for plan in self.plans)
 
     # A forward ---------------------------------------------------------------------------------------------------
 
@@ -140,13 +163,8 @@ class PageStore:
             )
         return forward
 
-    def arrive(
-        self, group: LayerGroup, ordinal: int, layer_idx: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[KvHandle, KvHandle]:
+    def arrive(self, plan: GroupPlan, index: int, layer_idx: int, k: torch.Tensor, v: torch.Tensor) -> NewTokens:
         """Takes the K and V [B, num_kv_heads, T, head_dim] of a layer, to be appended once its mask is known.
-
-        Returns:
-            Handles that look like K and V of all visible positions and are valid until the next forward.
 
         Raises:
             ShapeError: another batch size, or number of new positions, than the cache or this forward has.
@@ -154,33 +172,36 @@ class PageStore:
             RollbackError: see `enter`.
             UnsupportedError: see `enter`, and `refuse_transforms`.
         """
-        batch_size, num_kv_heads, num_new, head_dim = k.shape
-        forward = self.enter(layer_idx, num_new)
+        forward = self.enter(layer_idx, k.shape[2])
         try:
             refuse_transforms(k, v)
-            group.prepare(k, v)
-            group.set_batch(batch_size)
+            group = self.group_for(plan, k, v)
+            group.set_batch(k.shape[0])
         except KvarnError:
             self.abort()
             raise
         if needs_gradient(k) or needs_gradient(v):
             forward.need_gradients.add(layer_idx)
-        pending = Pending(forward, group, ordinal, layer_idx, k.detach(), v.detach())
-        forward.arrived[layer_idx] = pending
-        size = (batch_size, num_kv_heads, group.length - group.first_visible + num_new, head_dim)
-        past = lost_source() if layer_idx in self.need_gradients else None
-        return (
-            refusing(lambda: KvHandle(self, pending, False, size), k, past),
-            refusing(lambda: KvHandle(self, pending, True, size), v, past),
-        )
+        new = NewTokens(forward, group, index, layer_idx, k.detach(), v.detach())
+        forward.arrived[layer_idx] = new
+        return new
 
-    def append(self, pending: Pending, query: torch.Tensor | None = None) -> None:
+    def group_for(self, plan: GroupPlan, k: torch.Tensor, v: torch.Tensor) -> LayerGroup:
+        """The group of a plan, with pages for K and V like these: see `LayerGroup.for_kv` and `adapt`."""
+        group = self.groups.get(plan)
+        if group is None:
+            group = self.groups[plan] = LayerGroup.for_kv(plan, k, v)
+        else:
+            group.adapt(k, v)
+        return group
+
+    def append(self, new: NewTokens, query: torch.Tensor | None = None) -> None:
         """Writes the K and V of a layer to the pages. query: see `LayerGroup.append`."""
-        pending.group.append(pending.ordinal, pending.forward.num_new, pending.k, pending.v, query)
-        pending.forward.arrived[pending.layer_idx] = None
-        pending.appended = True
+        new.group.append(new.index, new.forward.num_new, new.k, new.v, query)
+        new.forward.arrived[new.layer_idx] = None
+        new.appended = True
 
-    def dense(self, pending: Pending, reason: str, detail: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    def dense(self, new: NewTokens, reason: str, detail: str = "") -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantized K and V of all visible positions for one layer of the current forward.
 
         Raises:
@@ -189,23 +210,23 @@ class PageStore:
         """
         if is_in_backward():
             raise UnsupportedError(REFUSAL)
-        self.check_current(pending)
+        self.check_current(new)
         try:
-            self.count_fallback(reason, detail)
-            if not pending.appended:
-                self.append(pending)
-            group, fresh = pending.group, (pending.k, pending.v)
-            end = group.length + pending.forward.num_new
-            return group.dequantize(pending.ordinal, group.first_visible, end, (fresh[0].dtype, fresh[1].dtype), fresh)
+            self.fallbacks.count(reason, detail)
+            if not new.appended:
+                self.append(new)
+            group = new.group
+            end = group.length + new.forward.num_new
+            return group.dequantize(new.index, group.first_visible, end, (new.k.dtype, new.v.dtype), (new.k, new.v))
         except KvarnError:
             self.abort()
             raise
 
-    def check_current(self, pending: Pending) -> None:
+    def check_current(self, new: NewTokens) -> None:
         """StaleStepError if a handle's forward is over."""
-        if pending.forward is not self.forward:
+        if new.forward is not self.forward:
             raise StaleStepError(
-                f"the K and V of layer {pending.layer_idx} belong to a forward that is over: the cache has moved on"
+                f"the K and V of layer {new.layer_idx} belong to a forward that is over: the cache has moved on"
             )
 
     def settle(self) -> None:
@@ -225,29 +246,29 @@ class PageStore:
                 "the cache once the forward is over"
             )
         try:
-            for pending in list(forward.arrived.values()):
-                if pending is not None:
-                    self.append(pending)
-            for group in self.groups:
-                for ordinal, layer_idx in enumerate(group.layers):
-                    if group.step is not None and layer_idx not in forward.arrived:
-                        group.append_nothing(ordinal)
+            for new in list(forward.arrived.values()):
+                if new is not None:
+                    self.append(new)
+            for group in self.groups.values():
+                group.append_missing(forward.arrived)
         except KvarnError:
             self.abort()
             raise
         self.forward = None
         self.need_gradients |= forward.need_gradients
-        for group in self.groups if forward.arrived else []:
-            for layer_idx in group.layers:
+        if not forward.arrived:
+            return
+        for plan in self.plans:
+            for layer_idx in plan.layers:
                 if layer_idx not in forward.arrived:
-                    self.behind.setdefault(layer_idx, group.length)
-            if group.step is not None:
-                group.commit()
+                    self.behind.setdefault(layer_idx, self._length_of(plan))
+        for group in self.groups.values():
+            group.commit()
 
     def settle_for_copy(self) -> None:
         """Settles, unless the forward can be copied as it is: by hand, and nothing of it is in the pages."""
         forward = self.forward
-        is_open = any(group.step is not None for group in self.groups)
+        is_open = any(group.step is not None for group in self.groups.values())
         if forward is None or forward.calls or is_open:
             self.settle()
 
@@ -271,14 +292,14 @@ class PageStore:
 
     def _drop(self) -> None:
         if self.forward is not None:
-            self.forward.arrived.clear()  # a Pending and its forward hold each other
+            self.forward.arrived.clear()  # a NewTokens and its forward hold each other
             self.forward = None
-        for group in self.groups:
+        for group in self.groups.values():
             group.abort()
 
     def crop(self, length: int) -> None:
         """Keeps the first `length` positions of a settled cache."""
-        for group in self.groups:
+        for group in self.groups.values():
             group.crop(length)
         self.behind = {layer_idx: held for layer_idx, held in self.behind.items() if held < length}
 
@@ -287,12 +308,13 @@ class PageStore:
         self._drop()
         self.behind.clear()
         self.need_gradients.clear()
-        for group in self.groups:
+        for group in self.groups.values():
             group.reset()
 
-    def remove(self, group: LayerGroup) -> None:
+    def remove(self, plan: GroupPlan) -> None:
         """Forgets a group whose layers cannot be paged."""
-        self.groups.remove(group)
+        self.plans.remove(plan)
+        self.groups.pop(plan, None)
 
     # Reading -----------------------------------------------------------------------------------------------------
 
@@ -304,52 +326,41 @@ class PageStore:
     @property
     def length(self) -> int:
         """Committed positions."""
-        return max((group.length for group in self.groups), default=0)
+        return max((group.length for group in self.groups.values()), default=0)
+
+    def _length_of(self, plan: GroupPlan) -> int:
+        group = self.groups.get(plan)
+        return 0 if group is None else group.length
 
     @property
     def is_in_call(self) -> bool:
         """Whether the model still computes the forward in progress."""
         return self.forward is not None and self.forward.is_running
 
-    def lengths_of(self, group: LayerGroup) -> dict[int, int]:
+    def lengths_of(self, plan: GroupPlan) -> dict[int, int]:
         """The positions that each layer of a group has, those of the forward in progress once the layer has come."""
-        forward = self._live
+        forward, length = self._live, self._length_of(plan)
         arrived, num_new = ({}, 0) if forward is None else (forward.arrived, forward.num_new)
         return {
-            layer_idx: self.behind.get(layer_idx, group.length + (num_new if layer_idx in arrived else 0))
-            for layer_idx in group.layers
+            layer_idx: self.behind.get(layer_idx, length + (num_new if layer_idx in arrived else 0))
+            for layer_idx in plan.layers
         }
 
-    def has_come(self, group: LayerGroup, layer_idx: int) -> bool:
+    def has_come(self, plan: GroupPlan, layer_idx: int) -> bool:
         """Whether K and V of a layer came since the cache was empty; True of all layers before any has."""
         if layer_idx in self.behind:
             return self.behind[layer_idx] > 0
         forward = self._live
-        return forward is None or group.length > 0 or layer_idx in forward.arrived
+        return forward is None or self._length_of(plan) > 0 or layer_idx in forward.arrived
 
-    def read(self, group: LayerGroup, ordinal: int, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, group: LayerGroup, index: int, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantized K and V of what the next query of a layer sees, in the dtypes of the last that came."""
         forward = self._live
-        pending = None if forward is None else forward.arrived.get(layer_idx)
-        end = self.lengths_of(group)[layer_idx]
-        first = group.first_visible_after(end)
-        fresh = None if pending is None else (pending.k, pending.v)
-        k, v = group.dequantize(ordinal, first, end, group.dtypes, fresh, is_appended=False)
+        new = None if forward is None else forward.arrived.get(layer_idx)
+        end = self.lengths_of(group.plan)[layer_idx]
+        first = first_visible(end, group.window)
+        fresh = None if new is None else (new.k, new.v)
+        k, v = group.dequantize(index, first, end, group.dtypes, fresh, is_appended=False)
         asked = self.need_gradients if forward is None else self.need_gradients | forward.need_gradients
         lost = lost_source() if layer_idx in asked else None
         return refusing(lambda: k, lost), refusing(lambda: v, lost)
-
-    # Counting ----------------------------------------------------------------------------------------------------
-
-    def count_fallback(self, reason: str, detail: str = "") -> None:
-        """Counts a dense fallback and warns of its reason's first; UnsupportedError if the cache is strict."""
-        if reason == "other_operation" and self.own_attention:
-            self.fallbacks["own_attention"] += 1
-            return
-        what, remedy = FALLBACKS[reason]
-        message = f"kvarn: {what.format(detail=detail)}. Remedy: {remedy}."
-        if self.strict:
-            raise UnsupportedError(message)
-        self.fallbacks[reason] += 1
-        if self.fallbacks[reason] == 1:
-            warnings.warn(message, DenseFallbackWarning, stacklevel=2)
