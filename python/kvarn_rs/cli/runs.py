@@ -52,13 +52,13 @@ class _Clock(BaseStreamer):
             self.text.end()
 
 
-def attention_name(model: Any) -> str | None:
+def attention_name(model: Any) -> str:
     """The attention implementation that the model uses now."""
-    return attention_of(model.config.get_text_config())
+    return str(attention_of(model.config.get_text_config()))
 
 
 @contextmanager
-def attention(model: Any, name: str | None) -> Iterator[None]:
+def attention(model: Any, name: str) -> Iterator[None]:
     """The model with another attention implementation."""
     before = attention_name(model)
     model.set_attn_implementation(name)
