@@ -85,7 +85,7 @@ def kvarn_attention(
 
     Raises:
         UnsupportedError: dropout with pages, gradients in training; in eval mode, a later backward that would need
-            gradients of what came out of pages; keyword arguments that ask for another attention.
+            gradients of what was computed from pages; keyword arguments that ask for another attention.
         ConfigError: a mask that shows padding which was not stored.
         ShapeError, DtypeError: a mask that does not fit.
         StaleStepError: handles of an earlier forward.
@@ -158,7 +158,7 @@ def _check_options(options: dict[str, Any], mask: torch.Tensor | None) -> None:
     if options.get("output_attentions"):
         warnings.warn("kvarn attention has no attention weights to return: use eager attention", stacklevel=3)
     harmless = HARMLESS if _is_packed(options) and (mask is None or _is_plain(mask)) else HARMLESS | PACKED
-    unknown = [name for name, given in options.items() if not (given is None or given is False or name in harmless)]
+    unknown = [name for name, value in options.items() if not (value is None or value is False or name in harmless)]
     if unknown:
         raise UnsupportedError(
             f"the model asks attention for {', '.join(unknown)}, which kvarn attention does not do; call "

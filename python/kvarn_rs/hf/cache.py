@@ -27,6 +27,7 @@ from .group import GroupPlan
 from .layer import KvarnLayer
 from .settings import PageSettings
 from .stats import stats_of
+from .unpaged import UnpagedLayers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,7 +44,7 @@ class KvarnCache(Cache):
     when it comes later. Reading (lengths, `keys`, `stats`) within a forward changes nothing; changing the cache there
     is an error.
     A forward that raises leaves the cache as before it, and can be repeated; where a model also has layers that are not
-    paged (linear or chunked attention), call `reset` after that. Hooks on the model tell how a call ends. A cache made
+    paged (linear or chunked attention), call `reset` after that. Hooks on the model note how a call ends. A cache made
     from a config puts them there when the first K and V come, and does not see that very forward raise: call `reset`.
 
     Args:
@@ -94,7 +95,7 @@ class KvarnCache(Cache):
         origin = Origin(decoder.config.model_type, decoder.model)
         self._assemble(Forwards(plans, strict), decoder.default_layers, origin)
         self._config = weakref.ref(decoder.config)
-        self._never_paged = decoder.unpaged
+        self._unpaged = UnpagedLayers(self._forwards, decoder.unpaged)
         self._notices = notices
         self._forwards.fallbacks.own_attention = decoder.own_attention is not None
         if decoder.model is not None:
@@ -105,11 +106,8 @@ class KvarnCache(Cache):
         self._origin = origin
         self._forwards = forwards
         self._config: weakref.ref[Any] | None = None  # the decoder's, whose attention may change at any time
-        self._never_paged: dict[int, str] = {}  # layers with K and V that were not to be paged, and why
-        self._unpaged: dict[int, str] = {}  # layers that were, and why they are not
+        self._unpaged = UnpagedLayers(forwards, {})
         self._notices: list[str] = []
-        self._dropped_forwards = 0
-        self._last_call: calls.Call | None = None  # that changed a layer which is not paged
         paged = {
             layer_idx: KvarnLayer(forwards, plan, index)
             for plan in forwards.plans
@@ -157,42 +155,30 @@ class KvarnCache(Cache):
     def _update_other(
         self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_not_paged()
-        if layer_idx in self._unpaged:
-            self._forwards.fallbacks.count("unsupported_shape", self._unpaged[layer_idx])
+        self._unpaged.check()
+        if layer_idx in self._unpaged.refused:
+            self._forwards.fallbacks.count("unsupported_shape", self._unpaged.refused[layer_idx])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, for linear attention; RollbackError after a forward that raised."""
-        self._check_not_paged()
+        self._unpaged.check()
         return super().update_conv_state(*args, **kwargs)
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, for linear attention; RollbackError after a forward that raised."""
-        self._check_not_paged()
+        self._unpaged.check()
         return super().update_recurrent_state(*args, **kwargs)
-
-    def _check_not_paged(self) -> None:
-        """RollbackError if layers that are not paged have seen a forward which the paged ones have not."""
-        last = self._last_call
-        if last is None or not calls.is_innermost(last):
-            self._last_call = calls.innermost()
-            if last is not None and last.has_raised:
-                self._dropped_forwards = -1  # until reset
-        if self._dropped_forwards != self._forwards.dropped_forwards:
-            raise RollbackError(
-                "a forward stopped half-way, and layers that are not paged cannot undo their part of it; call reset()"
-            )
 
     def _unpage(self, plan: GroupPlan, reason: str) -> None:
         """Replaces the layers of a group that pages cannot hold by transformers' own."""
         for layer_idx in plan.layers:
             self.layers[layer_idx] = dense_layer(plan.window)
-            self._unpaged[layer_idx] = reason
+            self._unpaged.refused[layer_idx] = reason
         self._forwards.remove(plan)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions that a layer has seen, padding included; within a forward, the new ones once its K and V came.
+        """Positions that a layer has seen, padding included; within a forward, the new ones once its K and V arrived.
 
         By default of the whole cache: of the first layer, or of those that the model runs if it leaves that one out.
         """
@@ -274,8 +260,7 @@ class KvarnCache(Cache):
     def reset(self) -> None:
         """Empties the cache; its memory goes back to the pool. A forward in progress is dropped."""
         self._forwards.reset()
-        self._dropped_forwards = self._forwards.dropped_forwards
-        self._last_call = None
+        self._unpaged.reset()
         for layer in self._default_layers().values():
             layer.reset()
 
@@ -378,8 +363,8 @@ class KvarnCache(Cache):
         added = dict.fromkeys(range(self._num_layers, len(self.layers)), "added by the model")
         return {
             **stats_of(self._forwards, self.calibration),
-            "unpaged_layers": len(self.layers) - self._forwards.num_layers,
-            "unpaged": dict(sorted((self._never_paged | self._unpaged | added).items())),
+            "unpaged_layers": len(self.layers) - num_layers,
+            "unpaged": dict(sorted((self._unpaged.planned | self._unpaged.refused).items())),
             "notices": list(self._notices),
         }
 

@@ -88,7 +88,7 @@ def calibrate(
 
 
 def _forward_options(model: Any, cache: Any) -> dict[str, Any]:
-    """How a forward is told of the cache, and not to make logits that nobody reads."""
+    """The keyword arguments of a forward: the cache, and only one position's logits, since nobody reads them."""
     known = inspect.signature(model.forward).parameters
     options = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
     return {**options, "logits_to_keep": 1} if "logits_to_keep" in known else options
@@ -104,16 +104,16 @@ def _attention_restored(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _token_ids(model: Any, given: str | Sequence[int] | torch.Tensor | None, tokenizer: Any) -> torch.Tensor:
+def _token_ids(model: Any, text: str | Sequence[int] | torch.Tensor | None, tokenizer: Any) -> torch.Tensor:
     """Token ids [1, T], at most as many as a calibration takes and the model has positions for."""
-    if given is None:
-        given = Path(__file__).with_name("calibration_text.txt").read_text(encoding="utf-8")
-    if isinstance(given, str):
-        given = (tokenizer or _tokenizer_of(model))(given, verbose=False)["input_ids"]
+    if text is None:
+        text = Path(__file__).with_name("calibration_text.txt").read_text(encoding="utf-8")
+    if isinstance(text, str):
+        text = (tokenizer or _tokenizer_of(model))(text, verbose=False)["input_ids"]
     try:
-        token_ids = torch.as_tensor(given)
+        token_ids = torch.as_tensor(text)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"expected a text or token ids, got {type(given).__name__}: {error}") from error
+        raise ConfigError(f"expected a text or token ids, got {type(text).__name__}: {error}") from error
     shape = list(token_ids.shape)
     whole = token_ids.dtype in _WHOLE or not token_ids.numel()  # an empty list is made a float tensor
     if not whole or not shape or shape[:-1] not in ([], [1]):
@@ -122,10 +122,10 @@ def _token_ids(model: Any, given: str | Sequence[int] | torch.Tensor | None, tok
     token_ids = token_ids.reshape(1, -1)[:, : min(limit, QUERY_TOKENS)].long()
     if token_ids.shape[1] < FIRST_TOKENS:
         raise ConfigError(f"{token_ids.shape[1]} tokens are too few to calibrate with: {FIRST_TOKENS} are needed")
-    known = model.get_input_embeddings().num_embeddings
+    num_known = model.get_input_embeddings().num_embeddings
     lowest, highest = int(token_ids.min()), int(token_ids.max())
-    if lowest < 0 or highest >= known:
-        raise ConfigError(f"token ids from {lowest} to {highest}, the model knows {known}")
+    if lowest < 0 or highest >= num_known:
+        raise ConfigError(f"token ids from {lowest} to {highest}, the model knows {num_known}")
     return token_ids
 
 

@@ -18,13 +18,13 @@ from .implementation import AttentionSettings, cache_limit, own_attention, takes
 
 
 class Decoder:
-    """A model, or as much of one as its config tells.
+    """The decoder of a model, or of a config alone.
 
     Attributes:
-        model: the model, or None.
+        model: the model; None where only the config is known.
         config: the config of its decoder.
         plans: one for each of its layers, in order.
-        own_attention: the attention that the model has kept, if `prepare` could not set kvarn's; None.
+        own_attention: the attention that the model keeps, if `prepare` could not set kvarn's; else None.
 
     Raises:
         ConfigError: neither, or an encoder-decoder model.
@@ -77,11 +77,11 @@ class Decoder:
         """Sets a model to kvarn attention if its layers are paged and its code can use it; else leaves it as it is.
 
         Returns:
-            What will not use pages, and why. One DenseFallbackWarning has told of all of it.
+            What will not use pages, and why; also the text of one DenseFallbackWarning.
 
         Raises:
-            UnsupportedError: `strict`, and there is something to tell; or a model that has kvarn attention set already
-                and cannot use it. The model is as it was.
+            UnsupportedError: `strict`, and something will not use pages; or a model that cannot use kvarn attention and
+                has it set already. The model is as it was.
         """
         notices = self._unpaged_layers()
         settings = None

@@ -188,9 +188,9 @@ class SavedCache:
         num_rows = max(rows for _, rows in sizes)
         for group in self.groups:
             # One whose layers were all left out has fewer positions, and no rows if they never came.
-            held = max(self.behind.get(layer_idx, length) for layer_idx in group.layers)
-            if group.length != held or len(group.sequences) not in ({num_rows} if held else {0, num_rows}):
-                _refuse(f"groups of different (positions, rows): {sizes}, of which layers {group.layers} have {held}")
+            wanted = max(self.behind.get(layer_idx, length) for layer_idx in group.layers)
+            if group.length != wanted or len(group.sequences) not in ({num_rows} if wanted else {0, num_rows}):
+                _refuse(f"groups of different (positions, rows): {sizes}, of which layers {group.layers} have {wanted}")
         forwards.behind = self.behind
 
 

@@ -1,15 +1,15 @@
 """Forwards: the new K and V of a cache's layers, from `update` until they are committed or dropped.
 
-A forward is a chain of calls that transformers makes layer by layer: `arrive` (K and V come), then attention, which
-appends and attends, or some other operation, which gets the dense tensors. Nobody says which layers it has: models
-leave layers out, stop early, or have fewer than their config. So it goes on while layers come that have not come yet,
-and is over when one comes again, or when something else is written (`crop`, `reorder_cache`, ...). Then
+transformers calls layer by layer: `arrive` with the new K and V, then attention, which appends and attends, or some
+other operation, which gets dense tensors. Nothing says which layers a forward has: models leave layers out, stop early,
+or have fewer than their config. So a forward lasts until a layer arrives for the second time, or until the cache is
+changed otherwise (`crop`, `reorder_cache`, ...). Then
 
-* it is dropped, by every group, if the model's call raised;
-* else `settle` commits it with the layers that came. A layer that did not come lacks those positions: its K and V are
-  refused from then on, until `crop` has taken the positions back.
+* every group drops it, if the model's call raised;
+* else `settle` commits it with the layers that arrived. The others lack its positions: their K and V are refused from
+  then on, until `crop` removes the positions from all layers.
 
-Reading (lengths, `keys`, `stats`) does neither: it tells what each layer has, as transformers' own caches do.
+Reading (lengths, `keys`, `stats`) does neither: it shows what each layer has, as the caches of transformers do.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .positions import first_visible
 class NewTokens:
     """The new K and V [B, num_kv_heads, T, head_dim] of one layer in one forward.
 
-    Lives as long as its handles do: the forward lets go of it once it is appended, so that a prefill's K and V are not
-    all kept until the forward is over.
+    Lives as long as its handles: the forward drops its reference when they are appended, so that a prefill does not
+    keep the K and V of all layers until its end.
 
     Attributes:
         index: the layer's number in its group; layer_idx: in the model.
         appended: whether K and V are in the pages.
-        other_half: dense K or V, decoded beside the other one and not asked for yet: (whether it is V, the tensor).
+        other_half: K and V are decoded together; the one that was not asked for, as (whether it is V, the tensor).
     """
 
     __slots__ = ("appended", "forward", "group", "index", "k", "layer_idx", "other_half", "v")
@@ -56,12 +56,12 @@ class NewTokens:
 
 
 class Forward:
-    """The layers that came in one forward.
+    """The layers that arrived in one forward.
 
     Attributes:
         num_new: new positions.
         arrived: by layer, its `NewTokens` until its K and V are appended, then None.
-        calls: the model's calls that brought them, without repetition; none where the cache is filled by hand.
+        calls: the model's calls that they arrived in, each once; none where the cache is filled by hand.
         need_gradients: the layers whose K or V needed gradients.
     """
 
@@ -89,13 +89,13 @@ class Forwards:
 
     Attributes:
         plans: all groups.
-        groups: those whose first K came.
+        groups: those whose first K arrived.
         fallbacks: attention that left the pages.
         forward: the one in progress; None between forwards.
         behind: the layers that were left out of a forward, and how many positions they have.
         need_gradients: the layers that hold K or V which needed gradients.
         fused_calls: attention calls on pages.
-        dropped_forwards: forwards that did not come to their end.
+        dropped_forwards: forwards that were not committed.
     """
 
     def __init__(self, plans: list[GroupPlan], strict: bool) -> None:
@@ -121,7 +121,7 @@ class Forwards:
         Raises:
             ShapeError: another number of new positions than the forward has.
             RollbackError: the layer was left out of an earlier forward.
-            UnsupportedError: the layer came already in this call of the model, or comes within a backward.
+            UnsupportedError: the second arrival of the layer in one call of the model, or an arrival within a backward.
         """
         if torch.is_grad_enabled() and is_in_backward():
             raise UnsupportedError(f"K and V came within a backward (checkpointing): {REFUSAL}")
@@ -147,18 +147,18 @@ class Forwards:
         if call is not None and call not in forward.calls:
             forward.calls.append(call)
         if num_new != forward.num_new:
-            came = list(forward.arrived)
+            layers = list(forward.arrived)
             self.abort()
             raise ShapeError(
-                f"layer {layer_idx} has {num_new} new positions, layers {came} had {forward.num_new}; for K and V of "
+                f"layer {layer_idx} has {num_new} new positions, layers {layers} had {forward.num_new}; for K and V of "
                 "something else than the tokens (cross-attention), use an unquantized cache"
             )
         if layer_idx in self.behind:
             self.abort()
-            held = self.behind[layer_idx]
+            has = self.behind[layer_idx]
             raise RollbackError(
-                f"layer {layer_idx} has {held} of {self.length} positions: a forward left it out, or raised before it. "
-                f"If it raised, {f'crop({held})' if held else 'reset()'} takes back what other layers got, and it can "
+                f"layer {layer_idx} has {has} of {self.length} positions: a forward left it out, or raised before it. "
+                f"If it raised, {f'crop({has})' if has else 'reset()'} takes back what other layers got, and it can "
                 "be repeated; for a model that leaves layers out at times, use an unquantized cache"
             )
         return forward
@@ -205,7 +205,7 @@ class Forwards:
         """Dequantized K and V of all visible positions for one layer of the current forward.
 
         Raises:
-            StaleStepError: the forward is over.
+            StaleStepError: the forward has ended.
             UnsupportedError: the cache is strict, or a backward wants them.
         """
         if is_in_backward():
@@ -223,18 +223,18 @@ class Forwards:
             raise
 
     def check_current(self, new: NewTokens) -> None:
-        """StaleStepError if a handle's forward is over."""
+        """StaleStepError if the forward of a handle has ended."""
         if new.forward is not self.forward:
             raise StaleStepError(
                 f"the K and V of layer {new.layer_idx} belong to a forward that is over: the cache has moved on"
             )
 
     def settle(self) -> None:
-        """Ends the forward in progress: commits it with the layers that came, or drops it if the model gave up.
+        """Ends the forward in progress: drops it if the model's call raised, else commits the layers that arrived.
 
         Raises:
             OpenStepError: the model still computes it; nothing was changed.
-            NonFiniteError and others of the core: K or V that no attention had read yet; the forward is dropped.
+            NonFiniteError and others of the core: K or V that no attention has read; the forward is dropped.
         """
         self._drop_if_raised()
         forward = self.forward
@@ -301,7 +301,7 @@ class Forwards:
         """Keeps the first `length` positions of a settled cache."""
         for group in self.groups.values():
             group.crop(length)
-        self.behind = {layer_idx: held for layer_idx, held in self.behind.items() if held < length}
+        self.behind = {layer_idx: has for layer_idx, has in self.behind.items() if has < length}
 
     def reset(self) -> None:
         """Drops the forward in progress and every token."""
@@ -320,7 +320,7 @@ class Forwards:
 
     @property
     def _live(self) -> Forward | None:
-        """The forward in progress, unless the model gave up."""
+        """The forward in progress, unless the model's call raised."""
         return None if self.forward is None or self.forward.has_raised else self.forward
 
     @property
@@ -338,7 +338,7 @@ class Forwards:
         return self.forward is not None and self.forward.is_running
 
     def lengths_of(self, plan: GroupPlan) -> dict[int, int]:
-        """The positions that each layer of a group has, those of the forward in progress once the layer has come."""
+        """The positions that each layer of a group has, those of the forward in progress once the layer has arrived."""
         forward, length = self._live, self._length_of(plan)
         arrived, num_new = ({}, 0) if forward is None else (forward.arrived, forward.num_new)
         return {
@@ -346,15 +346,15 @@ class Forwards:
             for layer_idx in plan.layers
         }
 
-    def has_come(self, plan: GroupPlan, layer_idx: int) -> bool:
-        """Whether K and V of a layer came since the cache was empty; True of all layers before any has."""
+    def has_arrived(self, plan: GroupPlan, layer_idx: int) -> bool:
+        """Whether a layer has arrived since the cache was empty; True for every layer before the first arrival."""
         if layer_idx in self.behind:
             return self.behind[layer_idx] > 0
         forward = self._live
         return forward is None or self._length_of(plan) > 0 or layer_idx in forward.arrived
 
     def read(self, group: LayerGroup, index: int, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dequantized K and V of what the next query of a layer sees, in the dtypes of the last that came."""
+        """Dequantized K and V of what the next query of a layer sees, in the dtypes of the last that arrived."""
         forward = self._live
         new = None if forward is None else forward.arrived.get(layer_idx)
         end = self.lengths_of(group.plan)[layer_idx]

@@ -28,7 +28,7 @@ class _Refuse(torch.autograd.Function):
 
 
 def refusing(make: Callable[[], AnyTensor], *sources: torch.Tensor | None) -> AnyTensor:
-    """The new tensor that `make` returns. A forward goes on with it; a backward through it to the sources raises.
+    """The new tensor that `make` returns. A forward can use it; a backward through it to the sources raises.
 
     sources: what it was computed from, outside of the graph; those that need no gradient, and None, do not count.
     """
@@ -51,5 +51,5 @@ def lost_source() -> torch.Tensor:
 
 
 def needs_gradient(x: torch.Tensor) -> bool:
-    """Whether a backward of what comes of x would want to reach it."""
+    """Whether a backward of what is computed from x would reach it."""
     return x.requires_grad and torch.is_grad_enabled()

@@ -24,12 +24,12 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(eq=False)
 class GroupPlan:
-    """Layers that are alike, and what is known of their pages before the first K tells its shape.
+    """Layers that are alike, and what is known of their pages before the first K arrives.
 
     Attributes:
         layers: their numbers in the model.
         window: positions that a query sees, itself included; None: all.
-        shape: (num_kv_heads, head_dim) as the config says, possibly None: a hint.
+        shape: (num_kv_heads, head_dim) as the config says, possibly None: a hint; the first K decides.
         settings: those of the cache.
         calibration: the model's.
         record_past: keep what leaves the window, so that `LayerGroup.crop` can go back to it.
@@ -103,7 +103,7 @@ class LayerGroup:
         positions: committed ones.
         grew: since the last crop.
         page_dtype: of the elements of `raw` pages.
-        dtypes: of the last K and V that came.
+        dtypes: of the last K and V that arrived.
         step: the open step, from the first attention of a forward on; None between forwards.
     """
 
@@ -204,7 +204,7 @@ class LayerGroup:
     def admit(self, mask: torch.Tensor | None, num_new: int, window: int | None) -> str | None:
         """Opens the step if need be, and says why a mask keeps attention off the pages; None if it does not.
 
-        The first mask of a forward tells which of its new rows are padding.
+        The first mask of a forward says which of its new positions are padding.
 
         Raises:
             ConfigError: the mask lets a query see padding that was not stored.
@@ -251,7 +251,7 @@ class LayerGroup:
         step.core.append(index, k, v, query)
 
     def append_missing(self, arrived: Container[int]) -> None:
-        """Appends zeros to the open step, if there is one, for the layers that are not among those that came.
+        """Appends zeros to the open step, if there is one, for the layers that did not arrive.
 
         The core commits a step of all its layers: they share their block tables.
         """
@@ -276,11 +276,11 @@ class LayerGroup:
         """K and V of the positions first..end of one layer, [B, num_kv_heads, end - first, head_dim], contiguous; zero
         where padding is.
 
-        new: K and V of the open forward, which `end` is the end of. Rows with a prefill show them as they came, like
-        the core's attention; all rows do if they are not appended.
+        new: K and V of the open forward, which `end` is the end of. Rows with a prefill show them as they arrived,
+        like the core's attention; all rows do if they are not appended.
         """
         positions = self.positions if self.step is None else self.step.positions
-        if positions.length < end:  # no mask has told yet which new rows are padding
+        if positions.length < end:  # no mask has said yet which new positions are padding
             positions = positions.extended(end - positions.length)
         all_tokens = positions.tokens()
         size = (len(self.sequences), self.core.num_kv_heads, end - first, self.core.head_dim)
@@ -290,8 +290,8 @@ class LayerGroup:
             num_paged = end - first
             if new is not None and (not is_appended or self._is_prefill(row)):
                 num_paged = max(self.length, first) - first
-                for dense, came in zip((k, v), new, strict=True):
-                    dense[row, :, num_paged:] = came[row, :, first + num_paged - end :]
+                for dense, arrived in zip((k, v), new, strict=True):
+                    dense[row, :, num_paged:] = arrived[row, :, first + num_paged - end :]
                     if tokens is not None:
                         dense[row, :, num_paged:].masked_fill_(~tokens[first + num_paged : end, None], 0)
             if tokens is None:
@@ -339,11 +339,11 @@ class LayerGroup:
             return
         num_tokens = [self.positions.num_tokens(row, length) for row in range(len(self.sequences))]
         for sequence, num_kept in zip(self.sequences, num_tokens, strict=True):
-            needed, held = first_visible(num_kept, self.window), self.core.first_held(sequence)
-            if held > needed:
+            needed, first = first_visible(num_kept, self.window), self.core.first_held(sequence)
+            if first > needed:
                 raise RollbackError(
                     f"cannot crop to {length} of {self.length} positions: a window of {self.window} needs tokens from "
-                    f"{needed} on, those before {held} were released; call activate_past_recording before the forward"
+                    f"{needed} on, those before {first} were released; call activate_past_recording before the forward"
                 )
         self.core.check_truncate(self.sequences, num_tokens)
 

@@ -1,7 +1,7 @@
 """Tensors without storage that stand for the K and V of one layer in one forward.
 
-`Cache.update` must return tensors and attention gets nothing but them, so they carry what attention on pages needs.
-kvarn attention recognises them; any other operation reaches `__torch_dispatch__` and works on real, dense tensors.
+`Cache.update` must return tensors, and attention gets nothing else: so they carry what attention on pages needs. kvarn
+attention recognises them; any other operation reaches `__torch_dispatch__` and works on real, dense tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class KvHandle(torch.Tensor):
 
     Attributes:
         forwards: the cache's.
-        new_tokens: the K and V that came with it.
+        new_tokens: the K and V that it was made for.
     """
 
     forwards: Forwards
@@ -69,7 +69,7 @@ class KvHandle(torch.Tensor):
 
 
 def handles(forwards: Forwards, new: NewTokens, k: torch.Tensor, v: torch.Tensor) -> tuple[KvHandle, KvHandle]:
-    """The handles of a layer's K and V; k, v: as they came, with their part of the graph."""
+    """The handles of a layer's K and V; k, v: as they arrived, with their part of the graph."""
     group = new.group
     batch_size, num_kv_heads, num_new, head_dim = k.shape
     size = (batch_size, num_kv_heads, group.length - group.first_visible + num_new, head_dim)

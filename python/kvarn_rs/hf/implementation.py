@@ -1,7 +1,7 @@
 """The attention implementation of a model, and whether its code can use kvarn's.
 
-`set_attn_implementation` sets a name on every part of a model, whether or not its code looks at it; and some code takes
-a name that it does not know for a kernel with abilities of its own. So the code is looked at before the name is set.
+`set_attn_implementation` sets a name on every part of a model, whether or not its code reads it; and some code takes an
+unknown name for a kernel with more abilities. So the code is inspected before the name is set.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _caching_code(model: Any) -> list[tuple[CodeType, str]]:
 
 
 def cache_limit(model: Any, config: Any) -> int | None:
-    """Positions beyond which `generate` of a model lets go of the cache that it was given; None: it never does.
+    """Positions beyond which `generate` of a model drops the cache that it was passed; None: it never does.
 
     Models with two sets of rotary frequencies compute everything again when they change from one to the other.
     """

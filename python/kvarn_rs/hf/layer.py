@@ -72,8 +72,8 @@ class KvarnLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether there are batch rows, and K and V of this layer if any came at all: some models leave layers out."""
-        return self._num_rows > 0 and self.forwards.has_come(self.plan, self.layer_idx)
+        """Whether there are batch rows, and this layer has arrived if any has: some models leave layers out."""
+        return self._num_rows > 0 and self.forwards.has_arrived(self.plan, self.layer_idx)
 
     @property
     def batch_size(self) -> int:
@@ -89,7 +89,7 @@ class KvarnLayer(CacheLayerMixin):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """dtype of the last K that came; None before the first."""
+        """dtype of the last K that arrived; None before the first."""
         return None if self.group is None else self.group.dtypes[0]
 
     def get_seq_length(self) -> int:
@@ -125,7 +125,7 @@ class KvarnLayer(CacheLayerMixin):
     def keys(self) -> torch.Tensor | None:
         """All visible keys dequantized, [B, num_kv_heads, positions, head_dim]: a copy. None when empty.
 
-        In the dtype of the last K that came. Within a forward, the new ones are there from the layer's update on.
+        In the dtype of the last K that arrived. Within a forward, the new ones are there from the layer's update on.
         """
         return self._dense(0)
 

@@ -33,7 +33,7 @@ class KvarnMask(torch.Tensor):
 
     Attributes:
         is_causal: whether a query sees the tokens up to itself within `window`, where the queries are the last T of
-            the kv_len positions. If not, only `whole` tells.
+            the kv_len positions. If not, `whole` is needed.
         tokens: bool [B, kv_len], True = token, False = padding; None: all are tokens.
         window: positions that a query sees, itself included; None: all.
     """
@@ -83,7 +83,7 @@ class KvarnMask(torch.Tensor):
         return func(*tree_map(whole, args), **tree_map(whole, kwargs or {}))
 
     def whole(self) -> torch.Tensor:
-        """The real mask; kept, since every layer of a forward has the same one."""
+        """The real mask, made once: every layer of a forward has the same one."""
         if self._whole is None:
             self._whole = self._make()
         return self._whole
@@ -182,7 +182,7 @@ def check_mask(mask: torch.Tensor, size: tuple[int, int, int, int]) -> None:
         ShapeError: it is not broadcast to `size`.
         DtypeError: neither bool nor added to the scores.
     """
-    if mask.dim() != 4 or any(given not in (1, wanted) for given, wanted in zip(mask.shape, size, strict=True)):
+    if mask.dim() != 4 or any(found not in (1, wanted) for found, wanted in zip(mask.shape, size, strict=True)):
         raise ShapeError(
             f"attention mask {list(mask.shape)}, expected [batch, heads, queries, keys] {list(size)}, or 1 for some"
         )

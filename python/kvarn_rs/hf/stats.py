@@ -21,7 +21,7 @@ def stats_of(forwards: Forwards, calibration: Calibration) -> dict[str, Any]:
                 (layer, x)
                 for group, core in paged
                 for layer, x in zip(group.layers, core[name], strict=True)
-                if forwards.behind.get(layer) != 0  # never came
+                if forwards.behind.get(layer) != 0  # never arrived
             )
         )
         for name in ("saturation", "drift", "out_of_range_tokens")
