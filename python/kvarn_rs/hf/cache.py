@@ -141,7 +141,7 @@ class KvarnCache(Cache):
         layer = self.layers[layer_idx]
         if type(layer) is not KvarnLayer:
             return self._update_other(layer_idx, key_states, value_states, *args, **kwargs)
-        if layer.group is None:
+        if layer.plan not in self._forwards.groups:
             reason = layer.why_not_paged(key_states, value_states)
             if reason is not None:
                 self._unpage(layer.plan, reason)

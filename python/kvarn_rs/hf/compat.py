@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -135,9 +136,8 @@ def window_of(mask_function: Callable) -> int | None:
     return overlay.__closure__[0].cell_contents
 
 
-def attention_of(config: Any) -> str | None:
-    """The attention implementation that a config has, by its name."""
-    return config._attn_implementation
+# The name of a config's attention implementation, or None.
+attention_of: Callable[[Any], str | None] = attrgetter("_attn_implementation")
 
 
 def put_attention_back(config: Any, name: str | None) -> None:
@@ -156,11 +156,8 @@ WITHOUT_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 CALL_CODE = torch.nn.Module._call_impl.__code__
 
 
-def tensor_without_storage(
-    kind: type[AnyTensor], size: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
-) -> AnyTensor:
-    """A tensor of a subclass whose operations are all its own; device: None for the CPU."""
-    return torch.Tensor._make_wrapper_subclass(kind, size, dtype=dtype, device=device)  # pyright: ignore[reportReturnType]
+# A tensor of a subclass whose operations are all its own: (class, shape, *, dtype, device of the CPU unless given).
+tensor_without_storage: Any = torch.Tensor._make_wrapper_subclass
 
 
 def is_in_backward() -> bool:

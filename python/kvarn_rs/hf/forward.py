@@ -174,8 +174,9 @@ class Forwards:
         """
         forward = self.enter(layer_idx, k.shape[2])
         try:
-            refuse_transforms(k, v)
-            group = self.group_for(plan, k, v)
+            group = self.groups.get(plan)
+            if group is None or group.dtypes != (k.dtype, v.dtype):
+                group = self.group_for(plan, k, v)
             group.set_batch(k.shape[0])
         except KvarnError:
             self.abort()

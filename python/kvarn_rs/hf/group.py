@@ -180,6 +180,12 @@ class LayerGroup:
         """The first position that the next query, or the first one of the open step, sees."""
         return first_visible(self.positions.length, self.window)
 
+    @property
+    def num_visible(self) -> int:
+        """How many committed positions that query sees."""
+        length = self.positions.length
+        return length if self.window is None else min(length, self.window - 1)
+
     # One forward: begin, (append, attend)*, commit or abort ------------------------------------------------------
 
     def begin(self, num_new: int, tokens: torch.Tensor | None) -> GroupStep:
@@ -213,14 +219,13 @@ class LayerGroup:
         step = self.step
         if step is not None and mask is step.mask:
             return step.reason
-        first = self.first_visible
         seen = None if mask is None else attended_columns(mask)
         if seen is not None:
-            seen = seen.expand(len(self.sequences), self.length - first + num_new)
+            seen = seen.expand(len(self.sequences), self.num_visible + num_new)
         if step is None:
             tokens = None if seen is None else seen[:, -num_new:]
             step = self.begin(num_new, None if tokens is None or tokens.all() else tokens.contiguous())
-        step.reason = reason_against_mask(mask, seen, step.positions, first, window, num_new)
+        step.reason = reason_against_mask(mask, seen, step.positions, self.first_visible, window, num_new)
         step.mask = mask
         return step.reason
 
@@ -245,7 +250,7 @@ class LayerGroup:
 
         query: the queries of the same positions, which the calibration learns from.
         """
-        step = self.open_step(num_new)
+        step = self.begin(num_new, None) if self.step is None else self.step
         if self.plan.settings.format == "raw":  # wide enough for both
             k, v = k.to(self.page_dtype), v.to(self.page_dtype)
         step.core.append(index, k, v, query)

@@ -33,7 +33,7 @@ class KvHandle(torch.Tensor):
     @staticmethod
     def __new__(cls, forwards: Forwards, new: NewTokens, is_value: bool, size: tuple[int, ...]) -> KvHandle:
         """A handle of shape `size` for the K, or the V, of a layer."""
-        handle = tensor_without_storage(cls, size, (new.v if is_value else new.k).dtype)
+        handle = tensor_without_storage(cls, size, dtype=(new.v if is_value else new.k).dtype)
         handle.forwards = forwards
         handle.new_tokens = new
         handle._is_value = is_value
@@ -70,9 +70,8 @@ class KvHandle(torch.Tensor):
 
 def handles(forwards: Forwards, new: NewTokens, k: torch.Tensor, v: torch.Tensor) -> tuple[KvHandle, KvHandle]:
     """The handles of a layer's K and V; k, v: as they arrived, with their part of the graph."""
-    group = new.group
     batch_size, num_kv_heads, num_new, head_dim = k.shape
-    size = (batch_size, num_kv_heads, group.length - group.first_visible + num_new, head_dim)
+    size = (batch_size, num_kv_heads, new.group.num_visible + num_new, head_dim)
     past = lost_source() if new.layer_idx in forwards.need_gradients else None
     return (
         refusing(lambda: KvHandle(forwards, new, False, size), k, past),

@@ -55,7 +55,7 @@ class KvarnMask(torch.Tensor):
         window: int | None = None,
     ) -> KvarnMask:
         """A mask of shape `size` that `make` returns when it is asked for."""
-        mask = tensor_without_storage(cls, size, torch.bool, torch.device(device))
+        mask = tensor_without_storage(cls, size, dtype=torch.bool, device=torch.device(device))
         mask._make = make
         mask._whole = None
         mask.is_causal = is_causal
