@@ -363,8 +363,8 @@ class KvarnCache(Cache):
         added = dict.fromkeys(range(self._num_layers, len(self.layers)), "added by the model")
         return {
             **stats_of(self._forwards, self.calibration),
-            "unpaged_layers": len(self.layers) - num_layers,
-            "unpaged": dict(sorted((self._unpaged.planned | self._unpaged.refused).items())),
+            "unpaged_layers": len(self.layers) - self._forwards.num_layers,
+            "unpaged": dict(sorted((self._unpaged.planned | self._unpaged.refused | added).items())),
             "notices": list(self._notices),
         }
 

@@ -165,9 +165,8 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def is_transforming() -> bool:
-    """Whether a transform of `torch.func` runs in this thread."""
-    return torch._C._are_functorch_transforms_active()
+# Whether a transform of `torch.func` runs in this thread.
+is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def has_pre_hook(module: torch.nn.Module, hook: Callable) -> bool:

@@ -174,6 +174,7 @@ class Forwards:
         """
         forward = self.enter(layer_idx, k.shape[2])
         try:
+            refuse_transforms(k, v)
             group = self.groups.get(plan)
             if group is None or group.dtypes != (k.dtype, v.dtype):
                 group = self.group_for(plan, k, v)
