@@ -3,6 +3,8 @@
 //! [`check`] takes `(path, text)` pairs and returns what is wrong with them, so the tests below can hand it a violation
 //! of each kind and see it found, and then the real tree. The rules are the three tables; `docs/design/` says why.
 
+#[path = "architecture/circles.rs"]
+mod circles;
 #[path = "architecture/python_source.rs"]
 mod python_source;
 #[path = "architecture/rust_source.rs"]

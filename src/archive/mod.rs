@@ -15,10 +15,12 @@
 mod checksum;
 mod disk;
 mod read;
+mod source;
 mod write;
 
 pub use disk::{kind_of, open, save};
-pub use read::{Archive, Source, Tensor};
+pub use read::{Archive, Tensor};
+pub use source::Source;
 pub use write::{Header, to_bytes};
 
 use crate::error::Error;

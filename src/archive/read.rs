@@ -1,48 +1,12 @@
 //! Reading a file: its header first, each tensor when it is asked for.
 
-use super::{Element, Kind, LENGTH_BYTES, checksum};
+use super::{Element, Kind, LENGTH_BYTES, Source, checksum};
 use crate::error::Result;
 use safetensors::tensor::Metadata;
-use std::fs::File;
-use std::io::{Error as IoError, Read, Result as IoResult, Seek, SeekFrom};
+use std::io::Error as IoError;
 
 /// The largest header that safetensors allows.
 const MAX_HEADER_BYTES: usize = 100_000_000;
-
-/// Where the bytes of a file are.
-pub trait Source {
-    /// How many there are.
-    fn num_bytes(&self) -> IoResult<u64>;
-
-    /// Reads those from `offset` on; an error if there are fewer than `out` takes.
-    fn read_at(&self, offset: u64, out: &mut [u8]) -> IoResult<()>;
-}
-
-impl Source for &[u8] {
-    fn num_bytes(&self) -> IoResult<u64> {
-        Ok(self.len() as u64)
-    }
-
-    fn read_at(&self, offset: u64, out: &mut [u8]) -> IoResult<()> {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let found = self.get(start..).and_then(|rest| rest.get(..out.len()));
-        out.copy_from_slice(found.ok_or_else(|| IoError::other("it ends before that"))?);
-        Ok(())
-    }
-}
-
-/// On disk; one reader at a time.
-impl Source for File {
-    fn num_bytes(&self) -> IoResult<u64> {
-        Ok(self.metadata()?.len())
-    }
-
-    fn read_at(&self, offset: u64, out: &mut [u8]) -> IoResult<()> {
-        let mut file = self;
-        file.seek(SeekFrom::Start(offset))?;
-        file.read_exact(out)
-    }
-}
 
 /// A well-formed file of a kind: its tensors lie one after the other and fill it, and its bytes are those written.
 pub struct Archive<'a> {

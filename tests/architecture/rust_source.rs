@@ -1,5 +1,7 @@
 //! Just enough of Rust's syntax to see which paths a file names: no comments, no literals, no test-only items.
 
+use std::collections::BTreeMap;
+
 /// A file as its rules see it.
 pub struct Source {
     /// The module that the file is: `["backend", "cpu"]`; empty for the crate root.
@@ -64,6 +66,20 @@ impl Source {
             }
         }
         paths.into_iter().map(|(_, path)| resolve(&[], &path)).collect()
+    }
+
+    /// The names that `use` items bring into this module, and the paths from the crate root that they stand for.
+    ///
+    /// A path that starts with another word is taken for one of a part of this module.
+    pub fn imports(&self) -> BTreeMap<String, Vec<String>> {
+        let (mut paths, mut at, mut depth) = (Vec::new(), 0, 0_usize);
+        while at < self.tokens.len() {
+            let text = self.text(at);
+            depth = (depth + usize::from(text == "{")).saturating_sub(usize::from(text == "}"));
+            at = if text == "use" && depth == 0 { self.expand(at + 1, &[], &mut paths) } else { at + 1 };
+        }
+        let resolved = paths.into_iter().map(|(_, path)| resolve(&self.module, &path));
+        resolved.filter_map(|path| Some((path.last()?.clone(), path))).collect()
     }
 
     fn text(&self, index: usize) -> &str {

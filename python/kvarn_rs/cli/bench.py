@@ -27,13 +27,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, KvarnError
 from . import bench_seal
 from .console import Console, add_output_options
 from .generate import check_format
+from .machine import cpu_name
 from .models import require
 from .sizes import format_bytes, format_count, parse_bytes, parse_count, parse_names
 
@@ -308,15 +308,6 @@ def _quartiles(seconds: list[float]) -> tuple[float, float]:
         return seconds[0], seconds[0]
     q1, _, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
     return q1, q3
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _print(report: dict[str, Any], console: Console) -> None:

@@ -21,6 +21,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .console import Console, add_output_options
+from .machine import cpu_name
 from .models import require
 from .sizes import parse_count
 
@@ -48,7 +49,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Measures, checks, and prints."""
     require("torch")
     from .. import _core
-    from .bench import cpu_name
 
     cases = [(name, head_dim, known) for head_dim in _HEAD_DIMS for name in TOLERANCES for known in (False, True)]
     results = []

@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
     from .. import Calibration
     from .._core import QUERY_TOKENS
-    from ..hf.calibration import calibrate, calibration_path
+    from ..hf import calibrate
+    from ..hf.calibration import calibration_path
 
     file = arguments.out or calibration_path(model)
     start = time.perf_counter()

@@ -36,7 +36,8 @@ def ladder(scores: dict[str, Scores], reference_bytes: int, block_size: int) -> 
 def _row(name: str, scores: Scores, reference_bytes: int, block_size: int) -> dict[str, Any]:
     cache = scores.cache
     if name in CODECS:
-        cores = [layer.group.core for layer in cache.layers if isinstance(layer, KvarnLayer)]
+        groups = [layer.group for layer in cache.layers if isinstance(layer, KvarnLayer)]
+        cores = [group.core for group in groups if group is not None]
         at_rest = sum(
             core.num_kv_heads * _core.codec_bytes_per_token(name, core.head_dim, block_size) for core in cores
         )

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaForCausalLM, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from ..hf.compat import attention_of
 from ..hf.layer import KvarnLayer
 
 # The argument that takes the cache; transformers renamed it for all models at once.
@@ -53,7 +54,7 @@ class _Clock(BaseStreamer):
 
 def attention_name(model: Any) -> str:
     """The attention implementation that the model uses now."""
-    return model.config.get_text_config()._attn_implementation
+    return str(attention_of(model.config.get_text_config()))
 
 
 @contextmanager

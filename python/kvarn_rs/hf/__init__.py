@@ -3,16 +3,16 @@
     from kvarn_rs.hf import KvarnCache
     out = model.generate(**batch, past_key_values=KvarnCache(model, "int8"))    # `cache=` from transformers 5.24 on
 
-How a call travels: transformers asks `masks` for the mask of a forward and `cache` for lengths; each layer hands its K
-and V to `cache`, which returns `handle`s; `attention` recognises them and works on the pages of their `group`; `store`
-keeps the groups of a cache and its forward together.
+How a call travels: transformers asks `masks` for the mask of a forward and `cache` for lengths; each `layer` takes
+its K and V into the `forward` in progress and returns `handle`s; `attention` recognises them and works on the pages of
+their `group`, which maps `positions` to tokens; what pages cannot do is a `fallback` to `dense` attention.
 """
 
 from __future__ import annotations
 
 from .attention import register
 from .cache import KvarnCache
-from .calibration import calibrate
-from .store import DenseFallbackWarning
+from .calibrate import calibrate
+from .fallback import DenseFallbackWarning
 
 __all__ = ["DenseFallbackWarning", "KvarnCache", "calibrate", "register"]

@@ -1,4 +1,4 @@
-"""The attention that transformers calls for `attn_implementation="kvarn"`: on pages when it can, dense when not."""
+"""The attention function of `attn_implementation="kvarn"`: on pages when they can serve a call, dense when not."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import warnings
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from kvarn_rs.errors import KvarnError, UnsupportedError
 
 from .compat import AttentionInterface, AttentionMaskInterface
+from .dense import dense_attention
+from .forward import Forwards, NewTokens
 from .gradients import refuse_transforms, refusing
-from .handle import KvHandle, Pending
-from .masks import KvarnMask, causal_window, check_mask, kvarn_mask
-from .store import PageStore
+from .handle import KvHandle
+from .masks import KvarnMask, check_mask, kvarn_mask
 
 ATTENTION_NAME = "kvarn"
 
@@ -85,7 +85,7 @@ def kvarn_attention(
 
     Raises:
         UnsupportedError: dropout with pages, gradients in training; in eval mode, a later backward that would need
-            gradients of what came out of pages; keyword arguments that ask for another attention.
+            gradients of what was computed from pages; keyword arguments that ask for another attention.
         ConfigError: a mask that shows padding which was not stored.
         ShapeError, DtypeError: a mask that does not fit.
         StaleStepError: handles of an earlier forward.
@@ -95,9 +95,9 @@ def kvarn_attention(
     if isinstance(attention_mask, KvarnMask) and attention_mask.is_causal:
         causal, sliding_window = True, attention_mask.window
     size = (max(query.shape[0], key.shape[0]), query.shape[1], query.shape[2], key.shape[2])
-    if type(key) is KvHandle and type(value) is KvHandle and key.pending is value.pending:
-        store, pending = key.store, key.pending
-        store.check_current(pending)
+    if type(key) is KvHandle and type(value) is KvHandle and key.new_tokens is value.new_tokens:
+        forwards, new = key.forwards, key.new_tokens
+        forwards.check_current(new)
         # The scale and the cap of scores may be learned, too.
         given = [x for x in (query, s_aux, scaling, softcap) if isinstance(x, torch.Tensor)]
         sources = [*given, key, value]
@@ -111,15 +111,15 @@ def kvarn_attention(
                     "attention on pages has neither dropout nor gradients: call model.eval(), or train with an "
                     "unquantized cache"
                 )
-            reason = _reason_against_pages(pending, attention_mask, sliding_window, causal, position_bias)
+            reason = _reason_against_pages(new, attention_mask, sliding_window, causal, position_bias)
         except KvarnError:
-            store.abort()
+            forwards.abort()
             raise
         if reason is None:
-            window = _narrower(pending.group.window, sliding_window)
-            out = _paged_attention(store, pending, query, scaling, window, softcap, s_aux)
+            window = _narrower(new.group.window, sliding_window)
+            out = _paged_attention(forwards, new, query, scaling, window, softcap, s_aux)
             return refusing(lambda: out, *sources), None
-        dense_key, dense_value = (x.to(query.dtype) for x in store.dense(pending, reason))
+        dense_key, dense_value = (x.to(query.dtype) for x in forwards.dense(new, reason))
         key, value = refusing(lambda: dense_key, key), refusing(lambda: dense_value, value)
     else:
         _check_options(kwargs, attention_mask)
@@ -158,7 +158,7 @@ def _check_options(options: dict[str, Any], mask: torch.Tensor | None) -> None:
     if options.get("output_attentions"):
         warnings.warn("kvarn attention has no attention weights to return: use eager attention", stacklevel=3)
     harmless = HARMLESS if _is_packed(options) and (mask is None or _is_plain(mask)) else HARMLESS | PACKED
-    unknown = [name for name, given in options.items() if not (given is None or given is False or name in harmless)]
+    unknown = [name for name, value in options.items() if not (value is None or value is False or name in harmless)]
     if unknown:
         raise UnsupportedError(
             f"the model asks attention for {', '.join(unknown)}, which kvarn attention does not do; call "
@@ -179,15 +179,15 @@ def _is_plain(mask: torch.Tensor) -> bool:
 
 
 def _reason_against_pages(
-    pending: Pending,
+    new: NewTokens,
     mask: torch.Tensor | None,
     window: int | None,
     causal: bool,
     position_bias: torch.Tensor | None,
 ) -> str | None:
-    """Opens the group's step if need be, and tells why the pages cannot serve this call; None if they can."""
-    group, num_new = pending.group, pending.forward.num_new
-    own, narrower = group.window, _narrower(group.window, window)
+    """Opens the group's step if need be, and says why the pages cannot serve this call; None if they can."""
+    group, num_new = new.group, new.forward.num_new
+    narrower = _narrower(group.window, window)
     reason = group.admit(mask, num_new, narrower)
     if not causal:
         return "not_causal"
@@ -195,7 +195,7 @@ def _reason_against_pages(
         return "position_bias"
     # A mask may show more than the layer's window. A single query sees what the layer keeps, in any case.
     is_wider = mask is not None and narrower != window
-    if is_wider and own is not None and num_new > 1 and group.length + num_new > own:
+    if is_wider and group.window is not None and num_new > 1 and group.length + num_new > group.window:
         return reason or "other_window"
     return reason
 
@@ -205,8 +205,8 @@ def _narrower(one: int | None, other: int | None) -> int | None:
 
 
 def _paged_attention(
-    store: PageStore,
-    pending: Pending,
+    forwards: Forwards,
+    new: NewTokens,
     query: torch.Tensor,
     scale: float | None,
     window: int | None,
@@ -214,21 +214,20 @@ def _paged_attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     query = query.detach()
-    num_new = pending.forward.num_new
+    num_new = new.forward.num_new
     num_queries = query.shape[2]
     if num_queries != num_new:  # models that share K and V between layers may ask for the last positions only
         query = torch.nn.functional.pad(query, (0, 0, num_new - num_queries, 0))
     batch_size, num_heads, _, head_dim = query.shape
     out = torch.empty((batch_size, num_new, num_heads, head_dim), dtype=query.dtype)
-    group = pending.group
     try:
-        if not pending.appended:
-            store.append(pending, query if num_queries == num_new else None)
-        group.step.attend(
-            pending.ordinal,
+        if not new.appended:
+            forwards.append(new, query if num_queries == num_new else None)
+        new.group.open_step(num_new).core.attend(
+            new.index,
             query,
-            pending.k,
-            pending.v,
+            new.k,
+            new.v,
             out.transpose(1, 2),
             scale=_detached(scale),
             window=window,
@@ -236,67 +235,11 @@ def _paged_attention(
             sinks=_detached(sinks),
         )
     except KvarnError:
-        store.abort()
+        forwards.abort()
         raise
-    store.fused_calls += 1
+    forwards.fused_calls += 1
     return out if num_queries == num_new else out[:, num_new - num_queries :].contiguous()
 
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, torch.Tensor) else x
-
-
-def dense_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    window: int | None = None,
-    causal: bool = True,
-    dropout: float = 0.0,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention on tensors: query [B, num_q_heads, T, head_dim], key and value [B, num_kv_heads, kv_len, ...].
-
-    mask: used as it is, bool or added to the scores. None: if `causal`, the queries are the last T of the kv_len
-    positions and see `window` of them.
-
-    Returns:
-        [B, T, num_q_heads, head_dim of value], contiguous.
-    """
-    num_queries, kv_len = query.shape[2], key.shape[2]
-    by_torch = softcap is None and sinks is None and position_bias is None
-    # torch takes no other masks; the smallest number of another dtype may be infinite in the query's.
-    by_torch = by_torch and (mask is None or mask.dtype in (torch.bool, torch.float32, query.dtype))
-    # torch's own causal mask starts at the first key, so it fits where every key has its query.
-    torch_causal = by_torch and causal and mask is None and num_queries == kv_len and (window or kv_len) >= kv_len
-    if causal and mask is None and not torch_causal:
-        seen = causal_window(num_queries, kv_len, window)
-        mask = None if seen is None else seen[None, None].to(query.device)
-    if by_torch:
-        grouped = query.shape[1] != key.shape[1]
-        out = scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=torch_causal, scale=scale, enable_gqa=grouped
-        )
-        return out.transpose(1, 2).contiguous()
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if position_bias is not None:
-        scores = scores + position_bias
-    if mask is not None:
-        # The smallest finite number and not -inf: a padding query sees nothing, and must not become NaN.
-        hidden = torch.finfo(scores.dtype).min
-        scores = torch.where(mask, scores, hidden) if mask.dtype == torch.bool else scores + mask
-    if sinks is not None:
-        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, num_queries, 1)
-        scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., :kv_len]
-    weights = torch.nn.functional.dropout(weights, dropout)
-    return (weights @ value).transpose(1, 2).contiguous()

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvarn_rs import Calibration
+from kvarn_rs import Calibration, PagedKvCache, _core
 from kvarn_rs.errors import ConfigError, RollbackError, ShapeError
 
-from . import calls, file, stats
+from . import calls, file
 from .attention import ATTENTION_NAME
-from .calibration import resolve
-from .compat import Cache, dense_layer
-from .decoder import Decoder, Origin, check_pages, group_layers
-from .group import LayerGroup
+from .calibration import of_fingerprint, resolve
+from .compat import Cache, attention_of, dense_layer
+from .decoder import Decoder
+from .fingerprint import Origin
+from .forward import Forwards
+from .group import GroupPlan
 from .layer import KvarnLayer
-from .store import PageStore
+from .settings import PageSettings
+from .stats import stats_of
+from .unpaged import UnpagedLayers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,7 +44,7 @@ class KvarnCache(Cache):
     when it comes later. Reading (lengths, `keys`, `stats`) within a forward changes nothing; changing the cache there
     is an error.
     A forward that raises leaves the cache as before it, and can be repeated; where a model also has layers that are not
-    paged (linear or chunked attention), call `reset` after that. Hooks on the model tell how a call ends. A cache made
+    paged (linear or chunked attention), call `reset` after that. Hooks on the model note how a call ends. A cache made
     from a config puts them there when the first K and V come, and does not see that very forward raise: call `reset`.
 
     Args:
@@ -82,48 +86,34 @@ class KvarnCache(Cache):
         strict: bool = False,
     ) -> None:
         decoder = Decoder(model_or_config)
-        check_pages(format, block_size, num_blocks, num_open_pages, codec)
+        settings = PageSettings(format, block_size, num_blocks, num_open_pages, codec)
         self.calibration = resolve(decoder.model, calibration)
         notices = decoder.prepare(strict)
-        groups = [
-            LayerGroup(
-                layers,
-                window,
-                shape=shape,
-                format=format,
-                block_size=block_size,
-                num_blocks=num_blocks,
-                num_open_pages=num_open_pages,
-                calibration=self.calibration,
-                codec=codec,
-            )
-            for layers, window, shape in group_layers(decoder.plans)
+        plans = [
+            GroupPlan(layers, window, shape, settings, self.calibration) for layers, window, shape in decoder.groups()
         ]
-        own_layers = {layer_idx: plan.own_layer for layer_idx, plan in enumerate(decoder.plans) if not plan.paged}
-        self._take(groups, own_layers, Origin(decoder.config.model_type, decoder.model), strict)
+        origin = Origin(decoder.config.model_type, decoder.model)
+        self._assemble(Forwards(plans, strict), decoder.default_layers, origin)
         self._config = weakref.ref(decoder.config)
-        self._never_paged = decoder.unpaged
+        self._unpaged = UnpagedLayers(self._forwards, decoder.unpaged)
         self._notices = notices
-        self._store.own_attention = decoder.own_attention is not None
+        self._forwards.fallbacks.own_attention = decoder.own_attention is not None
         if decoder.model is not None:
             calls.watch(decoder.model)
 
-    def _take(self, groups: list[LayerGroup], own_layers: dict[int, Any], origin: Origin, strict: bool) -> None:
-        """Makes the layers of all groups, and those that stay transformers' own, the cache's."""
+    def _assemble(self, forwards: Forwards, default_layers: dict[int, Any], origin: Origin) -> None:
+        """Makes the layers: those of all groups, and those that stay transformers'."""
         self._origin = origin
-        self._store = PageStore(groups, strict)
+        self._forwards = forwards
         self._config: weakref.ref[Any] | None = None  # the decoder's, whose attention may change at any time
-        self._never_paged: dict[int, str] = {}  # layers with K and V that were not to be paged, and why
-        self._unpaged: dict[int, str] = {}  # layers that were, and why they are not
+        self._unpaged = UnpagedLayers(forwards, {})
         self._notices: list[str] = []
-        self._dropped_forwards = 0
-        self._last_call: calls.Call | None = None  # that changed a layer which is not paged
         paged = {
-            layer_idx: KvarnLayer(self._store, group, ordinal, layer_idx)
-            for group in groups
-            for ordinal, layer_idx in enumerate(group.layers)
+            layer_idx: KvarnLayer(forwards, plan, index)
+            for plan in forwards.plans
+            for index, layer_idx in enumerate(plan.layers)
         }
-        super().__init__(layers=[layer for _, layer in sorted((own_layers | paged).items())])
+        super().__init__(layers=[layer for _, layer in sorted((default_layers | paged).items())])
         self._num_layers = len(self.layers)  # of the config; models may add some
 
     # A forward ---------------------------------------------------------------------------------------------------
@@ -151,64 +141,51 @@ class KvarnCache(Cache):
         layer = self.layers[layer_idx]
         if type(layer) is not KvarnLayer:
             return self._update_other(layer_idx, key_states, value_states, *args, **kwargs)
-        if layer.group.core is None:
+        if layer.plan not in self._forwards.groups:
             reason = layer.why_not_paged(key_states, value_states)
             if reason is not None:
-                self._unpage(layer.group, reason)
+                self._unpage(layer.plan, reason)
                 return self._update_other(layer_idx, key_states, value_states, *args, **kwargs)
         key, value = layer.update(key_states, value_states)
         config = None if self._config is None else self._config()
-        if config is None or config._attn_implementation in _TAKE_HANDLES:
+        if config is None or attention_of(config) in _TAKE_HANDLES:
             return key, value
         return key.clone(), value.clone()
 
     def _update_other(
         self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_not_paged()
-        if layer_idx in self._unpaged:
-            self._store.count_fallback("unsupported_shape", self._unpaged[layer_idx])
+        self._unpaged.check()
+        if layer_idx in self._unpaged.refused:
+            self._forwards.fallbacks.count("unsupported_shape", self._unpaged.refused[layer_idx])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, for linear attention; RollbackError after a forward that raised."""
-        self._check_not_paged()
+        self._unpaged.check()
         return super().update_conv_state(*args, **kwargs)
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, for linear attention; RollbackError after a forward that raised."""
-        self._check_not_paged()
+        self._unpaged.check()
         return super().update_recurrent_state(*args, **kwargs)
 
-    def _check_not_paged(self) -> None:
-        """RollbackError if layers that are not paged have seen a forward which the paged ones have not."""
-        last = self._last_call
-        if last is None or not calls.is_innermost(last):
-            self._last_call = calls.innermost()
-            if last is not None and last.has_raised:
-                self._dropped_forwards = -1  # until reset
-        if self._dropped_forwards != self._store.dropped_forwards:
-            raise RollbackError(
-                "a forward stopped half-way, and layers that are not paged cannot undo their part of it; call reset()"
-            )
-
-    def _unpage(self, group: LayerGroup, reason: str) -> None:
-        """Gives the layers of a group that pages cannot hold back to transformers."""
-        for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, KvarnLayer) and layer.group is group:
-                self.layers[layer_idx] = dense_layer(group.window)
-                self._unpaged[layer_idx] = reason
-        self._store.remove(group)
+    def _unpage(self, plan: GroupPlan, reason: str) -> None:
+        """Replaces the layers of a group that pages cannot hold by transformers' own."""
+        for layer_idx in plan.layers:
+            self.layers[layer_idx] = dense_layer(plan.window)
+            self._unpaged.refused[layer_idx] = reason
+        self._forwards.remove(plan)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions that a layer has seen, padding included; within a forward, the new ones once its K and V came.
+        """Positions that a layer has seen, padding included; within a forward, the new ones once its K and V arrived.
 
         By default of the whole cache: of the first layer, or of those that the model runs if it leaves that one out.
         """
         length = super().get_seq_length(layer_idx)
-        if length or layer_idx or self._store.is_in_call:
+        if length or layer_idx or self._forwards.is_in_call:
             return length
-        lengths = (max(self._store.lengths_of(group).values()) for group in self._store.groups)
+        lengths = (max(self._forwards.lengths_of(plan).values()) for plan in self._forwards.plans)
         return max(lengths, default=0)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -217,9 +194,6 @@ class KvarnCache(Cache):
         return sum(layer.get_mask_sizes(0)) if type(layer) is KvarnLayer else super().get_query_offset(layer_idx)
 
     # Between forwards --------------------------------------------------------------------------------------------
-
-    def _other_layers(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, KvarnLayer)]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last -n positions (n <= 0), or keeps the first n (n > 0).
@@ -232,29 +206,29 @@ class KvarnCache(Cache):
             OutOfBlocksError: no room for a page of a sealed block that the end is within; nothing was changed.
             OpenStepError: in the middle of a forward, as for all that changes the cache; nothing was changed.
         """
-        store = self._store
-        store.settle()
+        forwards = self._forwards
+        forwards.settle()
         change = int(tokens_to_remove)  # some releases pass a tensor
         length = self.get_seq_length()
         target = length + change if change <= 0 else min(change, length)
         if target < 0:
             raise RollbackError(f"cannot remove {-change} positions of {length}")
-        for group in store.groups:
+        for group in forwards.groups.values():
             group.check_crop(target)
-        for layer in self._other_layers():
+        for layer in self._default_layers().values():
             layer.crop(target - length)
-        store.crop(target)
+        forwards.crop(target)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Batch row i becomes what row beam_idx[i] was. beam_idx: integers [B]. Blocks are shared, not copied."""
         self._select(beam_idx.tolist())
-        for layer in self._other_layers():
+        for layer in self._default_layers().values():
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every batch row becomes `repeats` rows. Blocks are shared, not copied."""
         self._select([row for row in range(self._batch_size()) for _ in range(repeats)])
-        for layer in self._other_layers():
+        for layer in self._default_layers().values():
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -265,30 +239,29 @@ class KvarnCache(Cache):
             except IndexError as error:
                 raise ShapeError(f"rows of a batch of {batch_size}: {error}") from error
             self._select(rows)
-        for layer in self._other_layers():
+        for layer in self._default_layers().values():
             layer.batch_select_indices(indices)
 
     def _batch_size(self) -> int:
-        return max((len(group.sequences) for group in self._store.groups), default=0)
+        return max((len(group.sequences) for group in self._forwards.groups.values()), default=0)
 
     def _select(self, rows: list[int]) -> None:
-        self._store.settle()
+        self._forwards.settle()
         batch_size = self._batch_size()
         if batch_size:
             wrong = [row for row in rows if not 0 <= row < batch_size]
             if wrong or not rows:
                 what = f"row {wrong[0]}" if wrong else "no row at all"
                 raise ShapeError(f"{what} of a batch of {batch_size}: nothing was changed")
-        for group in self._store.groups:
+        for group in self._forwards.groups.values():
             if group.sequences:
                 group.select(rows)
 
     def reset(self) -> None:
         """Empties the cache; its memory goes back to the pool. A forward in progress is dropped."""
-        self._store.reset()
-        self._dropped_forwards = self._store.dropped_forwards
-        self._last_call = None
-        for layer in self._other_layers():
+        self._forwards.reset()
+        self._unpaged.reset()
+        for layer in self._default_layers().values():
             layer.reset()
 
     def __copy__(self) -> KvarnCache:
@@ -297,17 +270,17 @@ class KvarnCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KvarnCache:
         """An independent cache of the same tokens, its pages copied. OpenStepError in the middle of a forward."""
-        self._store.settle_for_copy()
+        self._forwards.settle_for_copy()
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        copy.deepcopy(self._store, memo)  # before the layers, which are copied with it alone
+        copy.deepcopy(self._forwards, memo)  # before the layers, which are copied with it alone
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
 
     # On disk -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes every token of every row into a file, to the bit and whole or not at all; `load` has them again.
+        """Writes every token of every row into a file, to the bit and whole or not at all; `load` reads it.
 
         Kept are the settings and all that later forwards depend on; not the calibration, which is the model's, and not
         what `stats` counts.
@@ -319,7 +292,14 @@ class KvarnCache(Cache):
             UnsupportedError: layers that are not paged, or pages that a codec quantizes in place.
             CacheFileError: the file cannot be written.
         """
-        file.save(self, path)
+        _core.save_caches(path, *self._contents())
+
+    def _contents(self) -> tuple[list[PagedKvCache], str]:
+        self._forwards.settle()
+        return file.contents(self._forwards, self._origin, self._default_layers())
+
+    def _default_layers(self) -> dict[int, Any]:
+        return {idx: layer for idx, layer in enumerate(self.layers) if not isinstance(layer, KvarnLayer)}
 
     @classmethod
     def load(
@@ -345,12 +325,22 @@ class KvarnCache(Cache):
             CacheFileError: not such a file, damaged, of another version, or of another model.
             CalibrationError, ConfigError, DeviceError, UnsupportedError: as the constructor.
         """
-        return file.load(cls, path, model_or_config, calibration=calibration, strict=strict)
+        cores, note = _core.load_caches(path)
+        decoder = Decoder(model_or_config)
+        with file.named(path):
+            saved = file.SavedCache(cores, note)
+            saved.check_decoder(decoder)
+            cache = cls(model_or_config, **vars(saved.settings), calibration=calibration, strict=strict)
+            saved.fill(cache._forwards)
+        if decoder.model is None:
+            cache._origin = saved.origin
+        return cache
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return file.reduced(self)
+        data = _core.caches_to_bytes(*self._contents())
+        return _restored, (type(self), data, self._default_layers(), self._forwards.fallbacks.strict)
 
-    # What is known about it --------------------------------------------------------------------------------------
+    # Figures ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
         """What the cache did and holds, all paged layers together.
@@ -370,8 +360,25 @@ class KvarnCache(Cache):
             layer, how many tokens are stored wrong because float16 does not hold the scale or zero
             point of their K or V, 0 unless a model's values are beyond 65,504 or next to nothing.
         """
-        return stats.told(self)
+        added = dict.fromkeys(range(self._num_layers, len(self.layers)), "added by the model")
+        return {
+            **stats_of(self._forwards, self.calibration),
+            "unpaged_layers": len(self.layers) - self._forwards.num_layers,
+            "unpaged": dict(sorted((self._unpaged.planned | self._unpaged.refused | added).items())),
+            "notices": list(self._notices),
+        }
 
 
 # Attention made of operations that handles turn into dense ones. A compiled one cannot be given handles.
 _TAKE_HANDLES = (ATTENTION_NAME, "eager", "sdpa", None)
+
+
+def _restored(cls: type[KvarnCache], data: bytes, default_layers: dict[int, Any], strict: bool) -> KvarnCache:
+    """A pickled cache, without its model: see `KvarnCache.load` about its calibration."""
+    saved = file.SavedCache(*_core.caches_from_bytes(data))
+    cache = cls.__new__(cls)
+    cache.calibration = of_fingerprint(saved.origin.fingerprint)
+    forwards = Forwards(saved.plans(cache.calibration), strict)
+    saved.fill(forwards)
+    cache._assemble(forwards, default_layers, saved.origin)
+    return cache

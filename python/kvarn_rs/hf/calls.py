@@ -1,8 +1,8 @@
-"""Did the model's call that brought K and V return, raise, or does it still run?
+"""The calls of a model: whether the one that brought K and V has returned, has raised, or still runs.
 
-A cache sees K and V come and not what becomes of the forward that brought them: one that raised after layer 2 of 4
-looks like one of a model of two layers. Two hooks on the model tell when a call begins and when it returns. What began,
-did not return and is not on the stack any more has raised (of a KeyboardInterrupt hooks are not told).
+A cache receives K and V but is not told how the forward ends: one that raised after layer 2 of 4 looks like one of a
+model of two layers. Two hooks on the model note when a call begins and when it returns. A call that began, did not
+return and is not on the stack any more has raised (hooks do not run on a KeyboardInterrupt).
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from typing import Any
 
 import torch
 
-from .compat import PreTrainedModel
-
-_CALL = torch.nn.Module._call_impl.__code__
+from .compat import CALL_CODE, PreTrainedModel, has_pre_hook
 
 
 class Call:
     """One call of a module.
 
     Attributes:
-        returned: whether it came to its end.
+        returned: whether it returned.
     """
 
     __slots__ = ("_is_watched", "_module", "_thread", "_was_left", "returned")
@@ -51,7 +49,7 @@ class Call:
         return self._is_watched and not self.returned and not self.is_running
 
     def leave(self) -> None:
-        """Notes that it is over: from then on the module on the stack is another call's."""
+        """Marks it as ended: if the module is on the stack after this, it is in another call."""
         self._was_left = True
 
 
@@ -66,9 +64,9 @@ _calls = _Calls()
 
 
 def watch(model: torch.nn.Module) -> None:
-    """Has the calls of a model, and of the models within it, noted from the next one on."""
+    """Notes the calls of a model, and of the models within it, from the next one on."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and _begin not in module._forward_pre_hooks.values():
+        if isinstance(module, PreTrainedModel) and not has_pre_hook(module, _begin):
             module.register_forward_pre_hook(_begin)
             module.register_forward_hook(_end)
 
@@ -118,6 +116,6 @@ def _modules_on_stack(thread: int) -> Iterator[torch.nn.Module]:
     """The modules whose calls a thread is within, from the innermost."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
-        if frame.f_code is _CALL:
+        if frame.f_code is CALL_CODE:
             yield frame.f_locals["self"]
         frame = frame.f_back

@@ -1,35 +1,30 @@
-"""What is a `KvarnCache` made for: which model, which of its layers are alike, which settings work?"""
+"""The decoder that a `KvarnCache` is made for: its layers, and its attention implementation."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-import kvarn_rs
-from kvarn_rs.errors import ConfigError, DeviceError, UnknownFormatError, UnsupportedError
+from kvarn_rs.errors import ConfigError, DeviceError, UnsupportedError
 
 from .attention import ATTENTION_NAME, register
-from .calibration import fingerprint
-from .compat import LayerPlan, plan_layers
+from .compat import attention_of, plan_layers
+from .fallback import DenseFallbackWarning
+from .group import Shape
 from .implementation import AttentionSettings, cache_limit, own_attention, takes_cache
-from .store import DenseFallbackWarning
-
-Shape = tuple[int | None, int | None]
 
 
 class Decoder:
-    """A model, or as much of one as its config tells.
+    """The decoder of a model, or of a config alone.
 
     Attributes:
-        model: the model, or None.
+        model: the model; None where only the config is known.
         config: the config of its decoder.
         plans: one for each of its layers, in order.
-        own_attention: the attention that the model has kept, if `prepare` could not set kvarn's; None.
+        own_attention: the attention that the model keeps, if `prepare` could not set kvarn's; else None.
 
     Raises:
         ConfigError: neither, or an encoder-decoder model.
@@ -65,15 +60,28 @@ class Decoder:
         """The layers whose K and V are not paged, and why."""
         return {layer_idx: plan.unpaged for layer_idx, plan in enumerate(self.plans) if plan.unpaged is not None}
 
+    @property
+    def default_layers(self) -> dict[int, Any]:
+        """The layers of transformers that stay, since nothing of them is paged."""
+        return {layer_idx: plan.default_layer for layer_idx, plan in enumerate(self.plans) if not plan.paged}
+
+    def groups(self) -> list[tuple[list[int], int | None, Shape]]:
+        """The paged layers that are alike: their numbers, window and shape, by the first of them."""
+        members: dict[tuple[int | None, Shape], list[int]] = {}
+        for layer_idx, plan in enumerate(self.plans):
+            if plan.paged:
+                members.setdefault((plan.window, plan.shape), []).append(layer_idx)
+        return [(layers, window, shape) for (window, shape), layers in members.items()]
+
     def prepare(self, strict: bool) -> list[str]:
         """Sets a model to kvarn attention if its layers are paged and its code can use it; else leaves it as it is.
 
         Returns:
-            What will not use pages, and why. One DenseFallbackWarning has told of all of it.
+            What will not use pages, and why; also the text of one DenseFallbackWarning.
 
         Raises:
-            UnsupportedError: `strict`, and there is something to tell; or a model that has kvarn attention set already
-                and cannot use it. The model is as it was.
+            UnsupportedError: `strict`, and something will not use pages; or a model that cannot use kvarn attention and
+                has it set already. The model is as it was.
         """
         notices = self._unpaged_layers()
         settings = None
@@ -102,11 +110,11 @@ class Decoder:
         ]
 
     def _set_attention(self, settings: AttentionSettings) -> list[str]:
-        before = self.config._attn_implementation
+        before = attention_of(self.config)
         self.own_attention = own_attention(self.model)
         if self.own_attention is None:
             settings.set(ATTENTION_NAME, self.config)
-            if self.config._attn_implementation == ATTENTION_NAME:
+            if attention_of(self.config) == ATTENTION_NAME:
                 return []
             settings.restore()
             self.own_attention = before
@@ -136,48 +144,4 @@ def _why_elsewhere(model: Any) -> str:
         "device_map='cpu'; or, if they come from disk when they are needed, call register(), "
         "model.set_attn_implementation('kvarn') and "
         "KvarnCache(model.config)"
-    )
-
-
-class Origin:
-    """Whose K and V a cache holds: a model's, while it lives, or what a file says of it."""
-
-    def __init__(self, model_type: str, model: Any = None, known: str | None = None) -> None:
-        self.model_type = model_type
-        self._model = None if model is None else weakref.ref(model)
-        self._known = known
-
-    @property
-    def fingerprint(self) -> str | None:
-        """The model's, if it is known."""
-        model = None if self._model is None else self._model()
-        return self._known if model is None else fingerprint(model)
-
-
-def group_layers(plans: Iterable[LayerPlan]) -> list[tuple[list[int], int | None, Shape]]:
-    """The paged layers that are alike: their numbers, window and shape, by the first of them."""
-    members: dict[tuple[int | None, Shape], list[int]] = {}
-    for layer_idx, plan in enumerate(plans):
-        if plan.paged:
-            members.setdefault((plan.window, plan.shape), []).append(layer_idx)
-    return [(layers, window, shape) for (window, shape), layers in members.items()]
-
-
-def check_pages(
-    format: str, block_size: int, num_blocks: int | None, num_open_pages: int | None, codec: str | None
-) -> None:
-    """Typed errors for settings that no model can use, before a model is touched."""
-    if format not in kvarn_rs.FORMATS:
-        raise UnknownFormatError(f"unknown format {format!r}; known: {', '.join(kvarn_rs.FORMATS)}")
-    if num_blocks is not None and num_blocks < 1:
-        raise ConfigError(f"num_blocks is {num_blocks}; it must be at least 1, or None")
-    # The core knows what it does: ask it with the smallest shape there is.
-    kvarn_rs.PagedKvCache(
-        num_layers=1,
-        num_kv_heads=1,
-        head_dim=16,
-        format=format,
-        block_size=block_size,
-        num_open_pages=num_open_pages,
-        codec=codec,
     )

@@ -1,4 +1,4 @@
-"""A `KvarnCache` as a file, and back.
+"""The file of a `KvarnCache`: what is written, and what is read, checked.
 
 The file is the core's (`kvarn_rs._core.save_caches`): one cache for each layer group, and a note of what the core does
 not know, as JSON::
@@ -6,14 +6,14 @@ not know, as JSON::
     {"writer": "kvarn_rs.hf", "version": 1, "model_type", "fingerprint" (of the model, or null),
      "format", "block_size", "num_blocks", "num_open_pages",
      "empty_layers": [int] (which use the K and V of others),
-     "behind": [[layer, positions that it has]] (the layers that forwards left out, see `store`),
+     "behind": [[layer, positions that it has]] (the layers that forwards left out, see `forward`),
      "groups": [{"layers": [int], "window", "shape": [num_kv_heads, head_dim] (as the config says),
                  "cache": index or null before the first forward, "length", "sequences": [id of each batch row],
                  "padding": ["1" for padding, "0" for a token, by position; of each batch row] or null,
                  "record_past", "grew"}]}
 
-Everything in it is checked before it is used: see `LayerGroup` for what the numbers of a group have to do with each
-other.
+Everything in it is checked before it is used: see `LayerGroup` and `Positions` for how the numbers of a group
+hang together.
 """
 
 from __future__ import annotations
@@ -21,215 +21,189 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 
-from kvarn_rs import Calibration, _core
+from kvarn_rs import Calibration, PagedKvCache
 from kvarn_rs.errors import CacheFileError, KvarnError, UnsupportedError
 
-from .calibration import fingerprint, of_fingerprint
 from .compat import keeps_nothing
-from .decoder import Decoder, Origin, check_pages, group_layers
-from .group import LayerGroup
-from .layer import KvarnLayer
-
-if TYPE_CHECKING:
-    from .cache import KvarnCache
-
-    AnyCache = TypeVar("AnyCache", bound=KvarnCache)
+from .decoder import Decoder
+from .fingerprint import Origin, fingerprint
+from .forward import Forwards
+from .group import GroupPlan, LayerGroup, Shape
+from .positions import Positions
+from .settings import PageSettings
 
 WRITER = "kvarn_rs.hf"
 VERSION = 1
 _SETTINGS = ("format", "block_size", "num_blocks", "num_open_pages")
 
 
-def save(cache: KvarnCache, path: str | os.PathLike[str]) -> None:
-    """See `KvarnCache.save`."""
-    cores, note = _contents(cache)
-    _core.save_caches(path, cores, note)
+def contents(forwards: Forwards, origin: Origin, default_layers: dict[int, Any]) -> tuple[list[PagedKvCache], str]:
+    """The core caches of the groups, and the note. default_layers: the cache's layers that are not paged.
 
-
-def reduced(cache: KvarnCache) -> tuple[Any, ...]:
-    """What a cache is pickled as."""
-    cores, note = _contents(cache)
-    own_layers = {idx: layer for idx, layer in enumerate(cache.layers) if type(layer) is not KvarnLayer}
-    return restored, (type(cache), _core.caches_to_bytes(cores, note), own_layers, cache._store.strict)
-
-
-def _contents(cache: KvarnCache) -> tuple[list[Any], str]:
-    """The core caches of the groups, and the note."""
-    cache._store.settle()
-    own_layers = {idx: layer for idx, layer in enumerate(cache.layers) if type(layer) is not KvarnLayer}
-    others = [f"{idx} ({type(layer).__name__})" for idx, layer in own_layers.items() if not keeps_nothing(layer)]
+    Raises:
+        UnsupportedError: one of those holds something.
+    """
+    others = [f"{idx} ({type(layer).__name__})" for idx, layer in default_layers.items() if not keeps_nothing(layer)]
     if others:
         raise UnsupportedError(f"layers that are not paged cannot be saved: {', '.join(others)}")
-    cores: list[Any] = []
+    cores: list[PagedKvCache] = []
     groups: list[dict[str, Any]] = []
-    for group in cache._store.groups:
-        padding = None if group.padding is None else ["".join(map(str, row)) for row in group.padding.int().tolist()]
+    for plan in forwards.plans:
+        group = forwards.groups.get(plan)
+        positions = Positions() if group is None else group.positions
+        padding = None if positions.padding is None else positions.padding.int().tolist()
         groups.append(
             {
-                "layers": group.layers,
-                "window": group.window,
-                "shape": group.shape,
-                "cache": None if group.core is None else len(cores),
-                "length": group.length,
-                "sequences": group.sequences,
-                "padding": padding,
-                "record_past": group.record_past,
-                "grew": group.grew,
+                "layers": plan.layers,
+                "window": plan.window,
+                "shape": plan.shape,
+                "cache": None if group is None else len(cores),
+                "length": positions.length,
+                "sequences": [] if group is None else group.sequences,
+                "padding": None if padding is None else ["".join(map(str, row)) for row in padding],
+                "record_past": plan.record_past,
+                "grew": group is not None and group.grew,
             }
         )
-        cores += [] if group.core is None else [group.core]
-    first = cache._store.groups[0]
+        cores += [] if group is None else [group.core]
     note = {
         "writer": WRITER,
         "version": VERSION,
-        "model_type": cache._origin.model_type,
-        "fingerprint": cache._origin.fingerprint,
-        **{name: getattr(first, name) for name in _SETTINGS},
-        "empty_layers": list(own_layers),
-        "behind": sorted(cache._store.behind.items()),
+        "model_type": origin.model_type,
+        "fingerprint": origin.fingerprint,
+        **{name: getattr(forwards.plans[0].settings, name) for name in _SETTINGS},
+        "empty_layers": list(default_layers),
+        "behind": sorted(forwards.behind.items()),
         "groups": groups,
     }
     return cores, json.dumps(note)
 
 
-def load(
-    cls: type[AnyCache],
-    path: str | os.PathLike[str],
-    model_or_config: Any,
-    *,
-    calibration: Calibration | str | os.PathLike[str] | None,
-    strict: bool,
-) -> AnyCache:
-    """See `KvarnCache.load`."""
-    cores, text = _core.load_caches(path)
-    decoder = Decoder(model_or_config)
+@contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the name of a file before what is wrong with it."""
     try:
-        note = Note(text)
-        note.check_decoder(decoder)
-        cache = cls(model_or_config, **note.settings, calibration=calibration, strict=strict)
-        note.fill(cache._store.groups, cores)
-        cache._store.behind = note.behind
+        yield
     except CacheFileError as error:
         raise CacheFileError(f"{os.fspath(path)}: {error}") from None
-    if decoder.model is None:
-        cache._origin = Origin(note.model_type, known=note.fingerprint)
-    return cache
 
 
-def restored(cls: type[AnyCache], data: bytes, own_layers: dict[int, Any], strict: bool) -> AnyCache:
-    """A pickled cache, without its model: see `KvarnCache.load` about its calibration."""
-    cores, text = _core.caches_from_bytes(data)
-    note = Note(text)
-    cache = cls.__new__(cls)
-    cache.calibration = of_fingerprint(note.fingerprint)
-    groups = [
-        LayerGroup(
-            group["layers"],
-            group["window"],
-            shape=group["shape"],
-            calibration=cache.calibration,
-            codec=None,
-            **note.settings,
-        )
-        for group in note.groups
-    ]
-    note.fill(groups, cores)
-    cache._take(groups, own_layers, Origin(note.model_type, known=note.fingerprint), strict)
-    cache._store.behind = note.behind
-    return cache
+@dataclass(frozen=True)
+class SavedGroup:
+    """The fields of a group, see the module, each of its type. cache: the number of its core cache, or None."""
+
+    layers: list[int]
+    window: int | None
+    shape: Shape
+    cache: int | None
+    length: int
+    sequences: list[int]
+    padding: list[str] | None
+    record_past: bool
+    grew: bool
 
 
-class Note:
-    """A file's note, whose fields have the types that they should.
+class SavedCache:
+    """The content of a file, whose fields have the types that they should.
 
     Attributes:
-        model_type: of the decoder's config.
-        fingerprint: of the model, or None.
-        settings: keyword arguments of `KvarnCache`.
-        groups: fields by name, see the module.
+        cores: the core caches.
+        origin: the model.
+        settings: those of the cache.
+        groups: its layer groups.
         behind: layers that lack positions, and how many they have.
 
     Raises:
         CacheFileError: naming what is odd.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, cores: list[PagedKvCache], note: str) -> None:
+        self.cores = cores
         try:
-            found = json.loads(text)
+            found = json.loads(note)
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or found.get("writer") != WRITER:
             _refuse("a cache file, but not of a KvarnCache: kvarn_rs.PagedKvCache.load reads those of one core cache")
         if found.get("version") != VERSION:
             _refuse(f"a KvarnCache of version {found.get('version')!r}, this release reads version {VERSION}")
-        self.model_type: str = _field(found, "model_type", str)
-        self.fingerprint: str | None = _field(found, "fingerprint", str, None)
-        if self.fingerprint is not None and not re.fullmatch("[0-9a-f]{64}", self.fingerprint):
-            _refuse(f"fingerprint is {self.fingerprint!r:.80}, not 64 hexadecimal digits")
-        self.settings: dict[str, Any] = {
-            "format": _field(found, "format", str),
-            "block_size": _field(found, "block_size", int),
-            "num_blocks": _field(found, "num_blocks", int, None),
-            "num_open_pages": _field(found, "num_open_pages", int, None),
-        }
-        try:
-            check_pages(**self.settings, codec=None)
-        except KvarnError as error:
-            _refuse(str(error))
-        self.groups: list[dict[str, Any]] = [_group(entry) for entry in _field(found, "groups", list)]
-        layers = [layer_idx for group in self.groups for layer_idx in group["layers"]]
+        model_type: str = _field(found, "model_type", str)
+        known: str | None = _field(found, "fingerprint", str, None)
+        if known is not None and not re.fullmatch("[0-9a-f]{64}", known):
+            _refuse(f"fingerprint is {known!r:.80}, not 64 hexadecimal digits")
+        self.origin = Origin(model_type, known=known)
+        self.settings = _settings(found)
+        self.groups = [_group(entry) for entry in _field(found, "groups", list)]
+        layers = [layer_idx for group in self.groups for layer_idx in group.layers]
         layers = sorted(layers + _numbers(found, "empty_layers", int))
-        if not layers or layers != list(range(len(layers))) or any(not group["layers"] for group in self.groups):
+        if not layers or layers != list(range(len(layers))) or any(not group.layers for group in self.groups):
             _refuse(f"groups of the layers {layers}: not one after the other from 0 on")
         self.behind: dict[int, int] = _behind(found, self.groups)
 
     def check_decoder(self, decoder: Decoder) -> None:
         """CacheFileError if the file is not of this model, as far as both are known."""
         model_type = decoder.config.model_type
-        if model_type != self.model_type:
-            _refuse(f"a cache of another model: of type {self.model_type!r}, this one is {model_type!r}")
-        own = [(layers, window, shape) for layers, window, shape in group_layers(decoder.plans)]
-        saved = [(group["layers"], group["window"], group["shape"]) for group in self.groups]
-        if own != saved:
+        if model_type != self.origin.model_type:
+            _refuse(f"a cache of another model: of type {self.origin.model_type!r}, this one is {model_type!r}")
+        expected = decoder.groups()
+        found = [(group.layers, group.window, group.shape) for group in self.groups]
+        if found != expected:
             _refuse(
                 "a cache of another model: its layers, windows and [num_kv_heads, head_dim] are "
-                f"{json.dumps(saved)}, this model's {json.dumps(own)}"
+                f"{json.dumps(found)}, this model's {json.dumps(expected)}"
             )
-        if self.fingerprint is not None and decoder.model is not None:
+        if self.origin.fingerprint is not None and decoder.model is not None:
             known = fingerprint(decoder.model)
-            if known != self.fingerprint:
-                _refuse(f"a cache of another model: of fingerprint {self.fingerprint}, this model's is {known}")
+            if known != self.origin.fingerprint:
+                _refuse(f"a cache of another model: of fingerprint {self.origin.fingerprint}, this model's is {known}")
 
-    def fill(self, groups: list[LayerGroup], cores: list[Any]) -> None:
-        """Gives each group its core cache and the positions that it holds; CacheFileError where they do not fit."""
-        used = [group["cache"] for group in self.groups if group["cache"] is not None]
-        if sorted(used) != list(range(len(cores))):
-            _refuse(f"{len(cores)} caches, and groups of the caches {used}")
-        for group, saved in zip(groups, self.groups, strict=True):
-            core = None if saved["cache"] is None else cores[saved["cache"]]
+    def plans(self, calibration: Calibration) -> list[GroupPlan]:
+        """The plans of the groups, for a cache whose model is not at hand."""
+        return [GroupPlan(group.layers, group.window, group.shape, self.settings, calibration) for group in self.groups]
+
+    def fill(self, forwards: Forwards) -> None:
+        """Makes the groups of a new cache, with the plans of this one; CacheFileError where numbers do not fit."""
+        used = [group.cache for group in self.groups if group.cache is not None]
+        if sorted(used) != list(range(len(self.cores))):
+            _refuse(f"{len(self.cores)} caches, and groups of the caches {used}")
+        for plan, saved in zip(forwards.plans, self.groups, strict=True):
+            plan.record_past = saved.record_past
+            core = None if saved.cache is None else self.cores[saved.cache]
             if core is not None:
-                _check_core(group, core)
-                core.set_calibration(group.calibration, group.layers)
-                group.core = core
-                group.page_dtype = getattr(torch, core.dtype)
-                group.dtypes = (group.page_dtype, group.page_dtype)
-            group.padding = _padding(saved, core)
-            group.sequences = saved["sequences"]
-            group.length = saved["length"]
-            group.record_past = saved["record_past"]
-            group.grew = saved["grew"]
-        length = max(group.length for group in groups)
-        sizes = sorted({(group.length, len(group.sequences)) for group in groups})
+                _check_core(plan, core)
+            _check_rows(saved, core)
+            if core is not None:
+                core.set_calibration(plan.calibration, plan.layers)
+                positions = Positions(saved.length, _padding(saved))
+                forwards.groups[plan] = LayerGroup(plan, core, saved.sequences, positions, saved.grew)
+        length = max(group.length for group in self.groups)
+        sizes = sorted({(group.length, len(group.sequences)) for group in self.groups})
         num_rows = max(rows for _, rows in sizes)
-        for group in groups:
+        for group in self.groups:
             # One whose layers were all left out has fewer positions, and no rows if they never came.
-            held = max(self.behind.get(layer_idx, length) for layer_idx in group.layers)
-            if group.length != held or len(group.sequences) not in ({num_rows} if held else {0, num_rows}):
-                _refuse(f"groups of different (positions, rows): {sizes}, of which layers {group.layers} have {held}")
+            wanted = max(self.behind.get(layer_idx, length) for layer_idx in group.layers)
+            if group.length != wanted or len(group.sequences) not in ({num_rows} if wanted else {0, num_rows}):
+                _refuse(f"groups of different (positions, rows): {sizes}, of which layers {group.layers} have {wanted}")
+        forwards.behind = self.behind
+
+
+def _settings(found: dict[str, Any]) -> PageSettings:
+    try:
+        return PageSettings(
+            format=_field(found, "format", str),
+            block_size=_field(found, "block_size", int),
+            num_blocks=_field(found, "num_blocks", int, None),
+            num_open_pages=_field(found, "num_open_pages", int, None),
+        )
+    except KvarnError as error:
+        raise CacheFileError(str(error)) from None
 
 
 def _refuse(why: str) -> NoReturn:
@@ -252,45 +226,46 @@ def _numbers(found: dict[str, Any], name: str, *allowed: Any) -> list[Any]:
     return [_field({name: entry}, name, *allowed) for entry in entries]
 
 
-def _behind(found: dict[str, Any], groups: list[dict[str, Any]]) -> dict[int, int]:
+def _behind(found: dict[str, Any], groups: list[SavedGroup]) -> dict[int, int]:
     entries: list[Any] = [_numbers({"behind": entry}, "behind", int) for entry in _field(found, "behind", list)]
-    paged = {layer_idx for group in groups for layer_idx in group["layers"]}
+    paged = {layer_idx for group in groups for layer_idx in group.layers}
     if any(len(entry) != 2 or entry[0] not in paged for entry in entries):
         _refuse(f"behind is {entries}: not of layers and positions")
     return dict(entries)
 
 
-def _group(found: Any) -> dict[str, Any]:
-    """The fields of a group, by themselves."""
+def _group(found: Any) -> SavedGroup:
     if not isinstance(found, dict):
         _refuse(f"a group is {found!r:.40}")
     shape = tuple(_numbers(found, "shape", int, None))
     if len(shape) != 2:
         _refuse(f"shape is {list(shape)}, not [num_kv_heads, head_dim]")
     padding = _field(found, "padding", list, None)
-    return {
-        "layers": _numbers(found, "layers", int),
-        "window": _field(found, "window", int, None),
-        "shape": shape,
-        "cache": _field(found, "cache", int, None),
-        "length": _field(found, "length", int),
-        "sequences": _numbers(found, "sequences", int),
-        "padding": None if padding is None else _numbers(found, "padding", str),
-        "record_past": _field(found, "record_past", bool),
-        "grew": _field(found, "grew", bool),
-    }
+    return SavedGroup(
+        layers=_numbers(found, "layers", int),
+        window=_field(found, "window", int, None),
+        shape=(shape[0], shape[1]),
+        cache=_field(found, "cache", int, None),
+        length=_field(found, "length", int),
+        sequences=_numbers(found, "sequences", int),
+        padding=None if padding is None else _numbers(found, "padding", str),
+        record_past=_field(found, "record_past", bool),
+        grew=_field(found, "grew", bool),
+    )
 
 
-def _check_core(group: LayerGroup, core: Any) -> None:
+def _check_core(plan: GroupPlan, core: PagedKvCache) -> None:
     names = ("num_layers", "window", *_SETTINGS)
-    own, saved = ({name: getattr(of, name) for name in names} for of in (group, core))
-    if own != saved:
-        _refuse(f"a cache of {saved} for the layers {group.layers} of {own}")
+    settings = {name: getattr(plan.settings, name) for name in _SETTINGS}
+    expected = {"num_layers": len(plan.layers), "window": plan.window, **settings}
+    found = {name: getattr(core, name) for name in names}
+    if found != expected:
+        _refuse(f"a cache of {found} for the layers {plan.layers} of {expected}")
 
 
-def _padding(saved: dict[str, Any], core: Any) -> torch.Tensor | None:
-    """The padding of a group whose rows have as many tokens and as much padding as its length says."""
-    length, sequences, rows = saved["length"], saved["sequences"], saved["padding"]
+def _check_rows(saved: SavedGroup, core: PagedKvCache | None) -> None:
+    """CacheFileError unless every row has as many tokens and as much padding as the group's length says."""
+    length, sequences, rows = saved.length, saved.sequences, saved.padding
     num_tokens_of = {} if core is None else {sequence: core.seq_len(sequence) for sequence in core.sequences()}
     if sorted(sequences) != list(num_tokens_of):
         _refuse(f"rows of the sequences {sequences}, its cache has {list(num_tokens_of)}")
@@ -306,4 +281,8 @@ def _padding(saved: dict[str, Any], core: Any) -> torch.Tensor | None:
         width = 0 if rows is None else len(rows[row])
         if num_tokens + num_padding != length or width > length:
             _refuse(f"row {row}: {num_tokens} tokens and {num_padding} of padding at {length} positions")
+
+
+def _padding(saved: SavedGroup) -> torch.Tensor | None:
+    rows = saved.padding
     return None if rows is None else torch.tensor([[position == "1" for position in row] for row in rows])

@@ -1,16 +1,16 @@
-"""Pages keep no graph: what is computed from them refuses a backward, which would miss a part."""
+"""The refusal of a backward through pages: they keep no graph, so its gradients would miss a part."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from kvarn_rs.errors import UnsupportedError
 
-AnyTensor = TypeVar("AnyTensor", bound=torch.Tensor)
+from .compat import AnyTensor, is_transforming
 
 REFUSAL = "attention on pages has no gradients; train with an unquantized cache, or with none"
 
@@ -28,7 +28,7 @@ class _Refuse(torch.autograd.Function):
 
 
 def refusing(make: Callable[[], AnyTensor], *sources: torch.Tensor | None) -> AnyTensor:
-    """The new tensor that `make` gives. A forward goes on with it; a backward through it to the sources raises.
+    """The new tensor that `make` returns. A forward can use it; a backward through it to the sources raises.
 
     sources: what it was computed from, outside of the graph; those that need no gradient, and None, do not count.
     """
@@ -41,7 +41,7 @@ def refusing(make: Callable[[], AnyTensor], *sources: torch.Tensor | None) -> An
 def refuse_transforms(*tensors: torch.Tensor | None) -> None:
     """UnsupportedError for tensors with tangents (forward-mode AD), and within `torch.func` transforms."""
     has_tangent = any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
-    if has_tangent or torch._C._are_functorch_transforms_active():
+    if has_tangent or is_transforming():
         raise UnsupportedError(REFUSAL)
 
 
@@ -51,10 +51,5 @@ def lost_source() -> torch.Tensor:
 
 
 def needs_gradient(x: torch.Tensor) -> bool:
-    """Whether a backward of what comes of x would want to reach it."""
+    """Whether a backward of what is computed from x would reach it."""
     return x.requires_grad and torch.is_grad_enabled()
-
-
-def is_in_backward() -> bool:
-    """Whether autograd runs a backward in this thread."""
-    return torch._C._current_graph_task_id() != -1

@@ -1,7 +1,7 @@
-"""Which attention implementation has a model, and can it have kvarn's?
+"""The attention implementation of a model, and whether its code can use kvarn's.
 
-`set_attn_implementation` sets a name on every part of a model, whether or not its code looks at it; and some code takes
-a name that it does not know for a kernel with abilities of its own. So the code is looked at before the name is set.
+`set_attn_implementation` sets a name on every part of a model, whether or not its code reads it; and some code takes an
+unknown name for a kernel with more abilities. So the code is inspected before the name is set.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from types import CodeType
 from typing import Any
 
-from .compat import PreTrainedModel
+from .compat import PreTrainedModel, attention_of, put_attention_back
 
 
 class AttentionSettings:
@@ -26,7 +26,7 @@ class AttentionSettings:
 
     def _add(self, config: Any) -> None:
         if id(config) not in self._before:
-            self._before[id(config)] = (config, config._attn_implementation)
+            self._before[id(config)] = (config, attention_of(config))
             for part in _parts(config):
                 self._add(part)
 
@@ -48,7 +48,7 @@ class AttentionSettings:
         kept = {id(config) for config in but}
         for key, (config, before) in self._before.items():
             if key not in kept:
-                config._attn_implementation_internal = before
+                put_attention_back(config, before)
 
 
 def _parts(config: Any) -> list[Any]:
@@ -101,7 +101,7 @@ def _caching_code(model: Any) -> list[tuple[CodeType, str]]:
 
 
 def cache_limit(model: Any, config: Any) -> int | None:
-    """Positions beyond which `generate` of a model lets go of the cache that it was given; None: it never does.
+    """Positions beyond which `generate` of a model drops the cache that it was passed; None: it never does.
 
     Models with two sets of rotary frequencies compute everything again when they change from one to the other.
     """

@@ -1,4 +1,4 @@
-"""One paged layer as transformers sees it: lengths and flags, nothing that holds tokens."""
+"""A paged layer as transformers sees it: lengths and flags, nothing that holds tokens."""
 
 from __future__ import annotations
 
@@ -10,47 +10,53 @@ import torch
 from kvarn_rs.errors import CalibrationError, ConfigError, DeviceError, DtypeError, UnsupportedError
 
 from .compat import CacheLayerMixin, dense_layer
-from .group import LayerGroup
-from .store import PageStore
+from .forward import Forwards
+from .group import GroupPlan, LayerGroup
+from .handle import handles
+from .positions import first_visible
 
 
 class KvarnLayer(CacheLayerMixin):
-    """A view of layer `ordinal` of a group. What changes tokens is done by the cache, for all layers at once."""
+    """The layer `index` of a group. What changes tokens is done by the cache, for all layers at once: see `_refuse`."""
 
     is_compileable = False
     is_croppable = True
     supports_early_init = True
     device = torch.device("cpu")
 
-    def __init__(self, store: PageStore, group: LayerGroup, ordinal: int, layer_idx: int) -> None:
+    def __init__(self, forwards: Forwards, plan: GroupPlan, index: int) -> None:
         # Not CacheLayerMixin.__init__: it sets keys, values and is_initialized, which are computed here.
-        self.store = store
-        self.group = group
-        self.ordinal = ordinal
-        self.layer_idx = layer_idx
-        self.is_sliding = group.window is not None
-        if group.window is not None:
-            self.sliding_window = group.window
+        self.forwards = forwards
+        self.plan = plan
+        self.index = index
+        self.layer_idx = plan.layers[index]
+        self.is_sliding = plan.window is not None
+        if plan.window is not None:
+            self.sliding_window = plan.window
+
+    @property
+    def group(self) -> LayerGroup | None:
+        """The pages of the layer and of those like it; None before the first K."""
+        return self.forwards.groups.get(self.plan)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Creates the pages for K and V like [B, num_kv_heads, any, head_dim]."""
-        self.group.prepare(key_states, value_states)
-        self.group.set_batch(key_states.shape[0])
+        self.forwards.group_for(self.plan, key_states, value_states).set_batch(key_states.shape[0])
 
     def why_not_paged(self, k: torch.Tensor, v: torch.Tensor) -> str | None:
-        """Makes the group's pages, for its first K and V; or tells why that cannot be.
+        """Makes the group's pages for its first K and V, [B, num_kv_heads, T, head_dim]; or says why that cannot be.
 
         Raises:
             DeviceError: tensors that are not on the CPU.
             CalibrationError: one of another model.
         """
-        self.store.enter(self.layer_idx, k.shape[2])
+        self.forwards.enter(self.layer_idx, k.shape[2])
         if k.device.type != "cpu":
             raise DeviceError(f"K and V on {k.device}; this release keeps them on the CPU only")
         if k.shape != v.shape:
             return f"K and V have different shapes, {list(k.shape)} and {list(v.shape)}"
         try:
-            self.group.prepare(k, v)
+            self.forwards.group_for(self.plan, k, v)
         except CalibrationError:
             raise  # not the shape's fault
         except (ConfigError, DtypeError, UnsupportedError) as error:
@@ -61,59 +67,65 @@ class KvarnLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KvarnCache.update`."""
-        return self.store.arrive(self.group, self.ordinal, self.layer_idx, key_states, value_states)
+        new = self.forwards.arrive(self.plan, self.index, self.layer_idx, key_states, value_states)
+        return handles(self.forwards, new, key_states, value_states)
 
     @property
     def is_initialized(self) -> bool:
-        """Whether there are batch rows, and K and V of this layer if any came at all: some models leave layers out."""
-        return bool(self.group.sequences) and self.store.has_come(self.group, self.layer_idx)
+        """Whether there are batch rows, and this layer has arrived if any has: some models leave layers out."""
+        return self._num_rows > 0 and self.forwards.has_arrived(self.plan, self.layer_idx)
 
     @property
     def batch_size(self) -> int:
         """Batch rows; like transformers' layers, the attribute is not there before there are any."""
-        if not self.group.sequences:
+        if not self._num_rows:
             raise AttributeError("no batch yet")
-        return len(self.group.sequences)
+        return self._num_rows
+
+    @property
+    def _num_rows(self) -> int:
+        group = self.group
+        return 0 if group is None else len(group.sequences)
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """dtype of the last K that came; None before the first."""
-        return None if self.group.core is None else self.group.dtypes[0]
+        """dtype of the last K that arrived; None before the first."""
+        return None if self.group is None else self.group.dtypes[0]
 
     def get_seq_length(self) -> int:
         """Positions seen, padding and what left the window included; those of a forward from the layer's update on."""
-        return self.store.lengths_of(self.group)[self.layer_idx]
+        return self.forwards.lengths_of(self.plan)[self.layer_idx]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number of visible positions with query_length new ones, the first of them)."""
-        lengths = self.store.lengths_of(self.group)
+        lengths = self.forwards.lengths_of(self.plan)
         # Asked for all layers of a kind through the first of them, which the model may leave out.
-        length = lengths[self.layer_idx] if self.store.is_in_call else max(lengths.values())
-        first = self.group.first_visible_after(length)
+        length = lengths[self.layer_idx] if self.forwards.is_in_call else max(lengths.values())
+        first = first_visible(length, self.plan.window)
         return length - first + query_length, first
 
     def get_max_length(self) -> int:
         """The window, or -1 without one."""
-        return -1 if self.group.window is None else self.group.window
+        return -1 if self.plan.window is None else self.plan.window
 
     @property
     def record_past(self) -> bool:
         """Whether what leaves the window is kept until the next `crop`."""
-        return self.group.record_past
+        return self.plan.record_past
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self.group.record_past = value
+        self.plan.record_past = value
 
     def activate_past_recording(self) -> None:
         """Keeps what leaves the window until the next `crop`, so that it can be undone."""
-        self.group.record_past = True
+        self.plan.record_past = True
 
     @property
     def keys(self) -> torch.Tensor | None:
         """All visible keys dequantized, [B, num_kv_heads, positions, head_dim]: a copy. None when empty.
 
-        In the dtype of the last K that came. Within a forward, the new ones are there from the layer's update on.
+        In the dtype of the last K that arrived. Within a forward, the new ones are there from the layer's update on.
         """
         return self._dense(0)
 
@@ -123,10 +135,11 @@ class KvarnLayer(CacheLayerMixin):
         return self._dense(1)
 
     def _dense(self, half: int) -> torch.Tensor | None:
-        if not self.is_initialized:
+        group = self.group
+        if group is None or not self.is_initialized:
             return None
-        self.store.count_fallback("keys_values")
-        return self.store.read(self.group, self.ordinal, self.layer_idx)[half]
+        self.forwards.fallbacks.count("keys_values")
+        return self.forwards.read(group, self.index, self.layer_idx)[half]
 
     def offload(self) -> None:
         """Nothing to move: pages are in host memory."""
@@ -134,11 +147,13 @@ class KvarnLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing to move: pages are in host memory."""
 
-    def _not_alone(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Layers of a group share block tables, so one cannot change without the others."""
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Departs from the contract of transformers' layers: those of a group share block tables, so one cannot change
+        without the others.
+        """
         raise UnsupportedError("call this on the cache: the layers of a group share their block tables")
 
-    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _not_alone
+    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheLayerMixin:
         """The layer of a copy of the whole cache, or an empty one of transformers' own: by itself it has no pages.
@@ -148,13 +163,13 @@ class KvarnLayer(CacheLayerMixin):
         Raises:
             UnsupportedError: by itself, and the cache is strict or the layer has tokens.
         """
-        store = memo.get(id(self.store))
-        if store is not None:
-            return KvarnLayer(store, copy.deepcopy(self.group, memo), self.ordinal, self.layer_idx)
+        forwards = memo.get(id(self.forwards))
+        if forwards is not None:
+            return KvarnLayer(forwards, copy.deepcopy(self.plan, memo), self.index)
         if self.get_seq_length():
             self._refuse_copy()
-        self.store.count_fallback("copied_layer")
-        return dense_layer(self.group.window)
+        self.forwards.fallbacks.count("copied_layer")
+        return dense_layer(self.plan.window)
 
     def _refuse_copy(self, *args: Any) -> NoReturn:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Which positions may a query see: transformers' masks, and what pages need to know of them.
+"""The masks of transformers: which positions a query sees, and what pages need to know of that.
 
 The mask of a forward reaches attention as one of
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from kvarn_rs.errors import DtypeError, ShapeError, UnsupportedError
 
-from .compat import is_plain_causal, sdpa_mask, window_of
+from .compat import WITHOUT_TORCH_FUNCTION, is_plain_causal, sdpa_mask, tensor_without_storage, window_of
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _SLICE = torch.ops.aten.slice.Tensor
@@ -33,7 +33,7 @@ class KvarnMask(torch.Tensor):
 
     Attributes:
         is_causal: whether a query sees the tokens up to itself within `window`, where the queries are the last T of
-            the kv_len positions. If not, only `whole` tells.
+            the kv_len positions. If not, `whole` is needed.
         tokens: bool [B, kv_len], True = token, False = padding; None: all are tokens.
         window: positions that a query sees, itself included; None: all.
     """
@@ -55,7 +55,7 @@ class KvarnMask(torch.Tensor):
         window: int | None = None,
     ) -> KvarnMask:
         """A mask of shape `size` that `make` returns when it is asked for."""
-        mask = torch.Tensor._make_wrapper_subclass(cls, size, dtype=torch.bool, device=torch.device(device))
+        mask = tensor_without_storage(cls, size, dtype=torch.bool, device=torch.device(device))
         mask._make = make
         mask._whole = None
         mask.is_causal = is_causal
@@ -67,7 +67,7 @@ class KvarnMask(torch.Tensor):
         pass  # torch.Tensor.__init__ takes no arguments
 
     # Straight to __torch_dispatch__: no operation needs to be seen before that.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    __torch_function__ = WITHOUT_TORCH_FUNCTION  # pyright: ignore[reportAssignmentType]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,7 +83,7 @@ class KvarnMask(torch.Tensor):
         return func(*tree_map(whole, args), **tree_map(whole, kwargs or {}))
 
     def whole(self) -> torch.Tensor:
-        """The real mask; kept, since every layer of a forward has the same one."""
+        """The real mask, made once: every layer of a forward has the same one."""
         if self._whole is None:
             self._whole = self._make()
         return self._whole
@@ -182,7 +182,7 @@ def check_mask(mask: torch.Tensor, size: tuple[int, int, int, int]) -> None:
         ShapeError: it is not broadcast to `size`.
         DtypeError: neither bool nor added to the scores.
     """
-    if mask.dim() != 4 or any(given not in (1, wanted) for given, wanted in zip(mask.shape, size, strict=True)):
+    if mask.dim() != 4 or any(found not in (1, wanted) for found, wanted in zip(mask.shape, size, strict=True)):
         raise ShapeError(
             f"attention mask {list(mask.shape)}, expected [batch, heads, queries, keys] {list(size)}, or 1 for some"
         )
@@ -206,13 +206,3 @@ def attended_columns(mask: torch.Tensor) -> torch.Tensor | None:
     mask = whole(mask)
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return seen.flatten(1, 2).any(1)
-
-
-def causal_window(num_queries: int, kv_len: int, window: int | None) -> torch.Tensor | None:
-    """bool [num_queries, kv_len] of queries that are the last of kv_len positions; None if they see everything."""
-    if num_queries == 1 and (window is None or kv_len <= window):
-        return None
-    query = torch.arange(kv_len - num_queries, kv_len)[:, None]
-    key = torch.arange(kv_len)[None, :]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)

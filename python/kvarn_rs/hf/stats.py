@@ -1,19 +1,19 @@
-"""What a `KvarnCache` tells of itself."""
+"""The figures of a `KvarnCache`, all layer groups together."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .cache import KvarnCache
+from kvarn_rs import Calibration
+
+from .forward import Forwards
 
 _CALIBRATED = ("no", "own prompt", "frozen", "file")  # the least first
 
 
-def told(cache: KvarnCache) -> dict[str, Any]:
-    """See `KvarnCache.stats`."""
-    store = cache._store
-    paged = [(group, group.core.stats()) for group in store.groups if group.core is not None]
+def stats_of(forwards: Forwards, calibration: Calibration) -> dict[str, Any]:
+    """What `KvarnCache.stats` says of paged layers."""
+    paged = [(group, group.core.stats()) for group in forwards.groups.values()]
     cores = [core for _, core in paged]
     by_layer = {
         name: dict(
@@ -21,22 +21,18 @@ def told(cache: KvarnCache) -> dict[str, Any]:
                 (layer, x)
                 for group, core in paged
                 for layer, x in zip(group.layers, core[name], strict=True)
-                if store.behind.get(layer) != 0  # never came
+                if forwards.behind.get(layer) != 0  # never arrived
             )
         )
         for name in ("saturation", "drift", "out_of_range_tokens")
     }
-    added = dict.fromkeys(range(cache._num_layers, len(cache.layers)), "added by the model")
     states = [core["calibrated"] for core in cores]
     return {
-        "fused_calls": store.fused_calls,
-        "dense_fallbacks": store.fallbacks.total(),
-        "fallback_reasons": dict(store.fallbacks),
-        "dropped_forwards": store.dropped_forwards,
-        "paged_layers": store.num_layers,
-        "unpaged_layers": len(cache.layers) - store.num_layers,
-        "unpaged": dict(sorted((cache._never_paged | cache._unpaged | added).items())),
-        "notices": list(cache._notices),
+        "fused_calls": forwards.fused_calls,
+        "dense_fallbacks": forwards.fallbacks.counts.total(),
+        "fallback_reasons": dict(forwards.fallbacks.counts),
+        "dropped_forwards": forwards.dropped_forwards,
+        "paged_layers": forwards.num_layers,
         **{
             name: sum(core[name] for core in cores)
             for name in (
@@ -53,6 +49,6 @@ def told(cache: KvarnCache) -> dict[str, Any]:
         "first_page_tokens": min(
             (core["first_page_tokens"] for core in cores if core["first_page_tokens"] is not None), default=None
         ),
-        "calibrated": next((state for state in _CALIBRATED if state in states), cache.calibration.state),
+        "calibrated": next((state for state in _CALIBRATED if state in states), calibration.state),
         **by_layer,
     }

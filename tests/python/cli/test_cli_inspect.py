@@ -80,7 +80,7 @@ def test_a_cache_of_a_model_names_it_and_its_layers(kvarn: Callable[..., Any], t
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from kvarn_rs.hf import KvarnCache
-    from kvarn_rs.hf.calibration import fingerprint
+    from kvarn_rs.hf.fingerprint import fingerprint
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     cache = KvarnCache(model, "int4")

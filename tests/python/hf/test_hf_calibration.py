@@ -19,7 +19,8 @@ import torch
 from hf.families import TINY, make_model
 from kvarn_rs import Calibration, CalibrationError, ConfigError, DeviceError
 from kvarn_rs.hf import KvarnCache, calibrate
-from kvarn_rs.hf.calibration import calibration_folder, calibration_path, fingerprint, resolve
+from kvarn_rs.hf.calibration import calibration_folder, calibration_path, resolve
+from kvarn_rs.hf.fingerprint import fingerprint
 
 TOKENS = [(7 * i * i + 3 * i) % 127 + 1 for i in range(300)]
 

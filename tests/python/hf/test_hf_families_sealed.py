@@ -22,6 +22,7 @@ from hf.families import (
 from hf.modes import MODES
 from kvarn_rs import FORMATS, Calibration
 from kvarn_rs.hf import DenseFallbackWarning, KvarnCache, attention
+from kvarn_rs.hf.layer import KvarnLayer
 
 # Logits of one layer, of order 1, by the same numbers in another order; the largest seen is 2e-6.
 TOLERANCE = 1e-5
@@ -42,7 +43,7 @@ def assert_runs_on_tiles(model: Any, family: str, mode: str, format: str) -> Non
     assert stats["fused_calls"] > 0, stats
     assert stats["sealed"] > 0, stats
     assert 0 < stats["open_pages"] < stats["blocks_in_use"] <= raw.stats()["peak_blocks"], stats
-    layers = [layer for layer, kind in enumerate(cache.layers) if hasattr(kind, "ordinal")]
+    layers = [layer for layer, kind in enumerate(cache.layers) if isinstance(kind, KvarnLayer)]
     assert list(stats["drift"]) == list(stats["saturation"]) == layers
     assert all(drift > 0 for drift in stats["drift"].values())
     assert all(share is not None and 0 <= share < 0.2 for share in stats["saturation"].values())

@@ -60,7 +60,7 @@ def test_logits_are_the_same_to_the_bit(
     if format not in ("raw", "int8"):
         calibration.freeze()
     loaded = way(cache, model, tmp_path)
-    for group in loaded._store.groups:
+    for group in loaded._forwards.groups.values():
         group.core.set_calibration(calibration, group.layers)
     ids = prompt(1, 40, seed=8)
     for start in (0, 1, 2, 20):
@@ -99,8 +99,9 @@ def test_a_left_padded_batch_goes_on(
     mask = torch.cat([padded["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
     ids = prompt(3, 1, seed=8)
     assert torch.equal(decode(model, loaded, ids, 20, mask), decode(model, cache, ids, 20, mask))
-    for group, own in zip(loaded._store.groups, cache._store.groups, strict=True):
-        assert torch.equal(group.padding, own.padding)
+    groups = (loaded._forwards.groups.values(), cache._forwards.groups.values())
+    for group, saved in zip(*groups, strict=True):
+        assert torch.equal(group.positions.padding, saved.positions.padding)
 
 
 @WAYS
@@ -159,7 +160,7 @@ def test_a_cache_before_its_first_forward_comes_back(
     assert loaded.get_seq_length() == 0
     ids = prompt(1, 60)
     assert torch.equal(forward(model, loaded, ids), forward(model, cache, ids))
-    assert [group.num_blocks for group in loaded._store.groups] == [30, 30]
+    assert [group.core.num_blocks for group in loaded._forwards.groups.values()] == [30, 30]
 
 
 def test_a_forward_in_progress_is_settled_first(model_of: Callable[[str], Any], tmp_path: Path) -> None:
