@@ -1,7 +1,7 @@
 """First pages: their statistics are taken anew until half of the page is written, without rounding K twice.
 
-The low bytes of K's codes that this needs are in rows that no token has yet: whatever copies, saves or reuses pages must
-neither lose them nor read them where they are stale.
+The low bytes of K's codes that this needs are in rows that no token has yet: whatever copies, saves or reuses pages
+must neither lose them nor read them where they are stale.
 """
 
 from __future__ import annotations
