@@ -1,4 +1,4 @@
-//! Are the bytes of a file those that were written?
+//! The checksum that ends a file.
 //!
 //! The last tensor of a file is the checksum of every byte before it: the length of the header, the header with its
 //! padding, and the other tensors. It is the CRC-32 of zlib and PNG (polynomial 0x04C11DB7, reflected), which misses no
@@ -14,24 +14,24 @@ pub const ELEMENT: Element = Element::U8;
 /// Its bytes: the sum, little-endian.
 pub const BYTES: usize = size_of::<u32>();
 
-/// How much of a file is held at once to sum it: a piece that stays in the processor's cache.
+/// Bytes read at a time to compute the checksum: few enough to stay in the processor's cache.
 const PIECE_BYTES: usize = 1 << 18;
 
-/// Passes on what is written, and sums it.
+/// A writer that forwards to another one and computes the checksum of what it forwards.
 pub struct Summed<'a> {
     out: &'a mut dyn Write,
     sum: crc32fast::Hasher,
-    /// How many bytes were written.
+    /// Bytes written so far.
     pub bytes: usize,
 }
 
 impl<'a> Summed<'a> {
-    /// Of what is written to `out` from now on.
+    /// A writer to `out` that has written nothing yet.
     pub fn new(out: &'a mut dyn Write) -> Self {
         Self { out, sum: crc32fast::Hasher::new(), bytes: 0 }
     }
 
-    /// Writes the checksum of all that was written.
+    /// Writes the checksum of everything written so far.
     pub fn finish(self) -> IoResult<()> {
         self.out.write_all(&self.sum.finalize().to_le_bytes())
     }
@@ -50,10 +50,10 @@ impl Write for Summed<'_> {
     }
 }
 
-/// Does a file of `num_bytes`, at least [`BYTES`], end with the checksum of all before it?
+/// Checks that a file of `num_bytes`, at least [`BYTES`], ends with the checksum of everything before it.
 ///
 /// # Errors
-/// Why not.
+/// The reason, with both checksums: the file cannot be read, or is damaged.
 pub fn check(source: &dyn Source, num_bytes: u64) -> Result<(), String> {
     let unreadable = |error: IoError| format!("cannot be read: {error}");
     let end = num_bytes - BYTES as u64;

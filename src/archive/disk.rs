@@ -1,4 +1,4 @@
-//! Files on disk.
+//! Archive files on disk: opened by kind, and written atomically.
 
 use super::{Header, Kind};
 use crate::error::{Error, Result};
@@ -7,35 +7,35 @@ use std::io::{BufWriter, Error as IoError, Read, Result as IoResult, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The start of a file, in which its kind is named if it is one of ours: of the weights of a model, say, no more is read
-/// to refuse them.
+/// Bytes at the start of a file that are searched for its kind. A large file of another program, such as a model's
+/// weights, is refused without being read further.
 const START_BYTES: u64 = 1 << 16;
 
 impl Kind {
-    /// Its error, naming the file.
+    /// The error of this kind, with the file's path before the reason.
     #[must_use]
     pub fn named(&self, path: &Path, why: &str) -> Error {
         (self.error)(format!("{}: {why}", path.display()))
     }
 }
 
-/// Opens what may be a file of this kind.
+/// Opens a file whose start names this kind. Nothing else is checked yet.
 ///
 /// # Errors
-/// The kind's, naming the file: it cannot be read, or is surely none.
+/// `kind.error`, naming the file: it cannot be read, or does not name this kind.
 pub fn open(path: &Path, kind: &Kind) -> Result<File> {
     let (file, start) = open_start(path).map_err(|why| kind.named(path, &why))?;
     if names(&start, kind) { Ok(file) } else { Err(kind.named(path, &format!("not a file of kind {:?}", kind.name))) }
 }
 
-/// Which of `kinds` a file says it is of.
+/// The kind, one of `kinds`, that a file names.
 ///
 /// # Errors
-/// [`Error::Config`], naming the file: it cannot be read, or is of none of them.
+/// [`Error::Config`], naming the file: it cannot be read, or names none of them.
 pub fn kind_of(path: &Path, kinds: &[&'static Kind]) -> Result<&'static Kind> {
     let refuse = |why: &str| Error::Config(format!("{}: {why}", path.display()));
     let (_, start) = open_start(path).map_err(|why| refuse(&why))?;
-    // The one that is named first: what a cache is of may be named in its text.
+    // The first one named: the other kind may appear in the note of a cache file.
     let place = |kind: &Kind| start.windows(kind.name.len()).position(|window| window == kind.name.as_bytes());
     let found = kinds.iter().filter_map(|kind| Some((place(kind)?, *kind))).min_by_key(|(place, _)| *place);
     found.map(|(_, kind)| kind).ok_or_else(|| {
@@ -50,7 +50,7 @@ fn names(start: &[u8], kind: &Kind) -> bool {
 
 fn open_start(path: &Path) -> std::result::Result<(File, Vec<u8>), String> {
     let unreadable = |error: IoError| format!("cannot be read: {error}");
-    // Before it is opened: that of a pipe waits for a writer.
+    // Checked before opening: opening a pipe blocks until it has a writer.
     if !fs::metadata(path).map_err(unreadable)?.is_file() {
         return Err("not a file".to_owned());
     }
@@ -60,10 +60,10 @@ fn open_start(path: &Path) -> std::result::Result<(File, Vec<u8>), String> {
     Ok((file, start))
 }
 
-/// Writes a file, whole or not at all; `fill` writes the tensors' bytes in order.
+/// Writes a file atomically; `fill` writes the tensors' bytes in order.
 ///
 /// # Errors
-/// The kind's, naming the file: it cannot be written.
+/// `kind.error`, naming the file: it cannot be written.
 pub fn save(
     path: &Path,
     kind: &Kind,
@@ -78,7 +78,7 @@ pub fn save(
     replace(path, write).map_err(|error| kind.named(path, &format!("cannot be written: {error}")))
 }
 
-/// Beside `path` first, then under its name: no reader ever sees half of it.
+/// Writes a temporary file beside `path` and renames it, so that no reader sees a partial file.
 fn replace(path: &Path, write: impl FnOnce(&File) -> IoResult<()>) -> IoResult<()> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let Some(name) = path.file_name() else { return Err(IoError::other("not a file name")) };
@@ -92,7 +92,7 @@ fn replace(path: &Path, write: impl FnOnce(&File) -> IoResult<()>) -> IoResult<(
         fs::rename(&beside, path)
     });
     if written.is_err() {
-        let _ = fs::remove_file(&beside); // of an error that is reported already
+        let _ = fs::remove_file(&beside); // the first error is the one to report
     }
     written
 }

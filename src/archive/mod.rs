@@ -1,15 +1,15 @@
-//! What is in a file that kvarn wrote, and is it what it says it is?
+//! Safetensors files with a kind, a version and a checksum: the container of cache and calibration files.
 //!
-//! A file is safetensors: the length of its header, the header (JSON), the bytes of its tensors one after the other. Its
-//! metadata names the [`Kind`] and the version of that kind, and its last tensor is the `checksum` of all before it.
-//! Everything else in it is its owner's.
+//! A file is the length of its header, the header (JSON), and the bytes of its tensors one after the other. The metadata
+//! names the [`Kind`] and its version; the last tensor, `checksum`, covers every byte before it. The other entries and
+//! tensors are defined by whoever writes the kind.
 //!
 //! ```text
-//! written   the same header and the same tensors make the same bytes; on disk whole or not at all, and tensors are
-//!           passed on as they are made: what is saved is never held twice
-//! read      tensors lie one after the other, fill the file, and have the bytes of their shape; every byte is summed, a
-//!           piece at a time, before any is used; tensors are read where they are asked for, and memory is taken for
-//!           what the file holds, never for what it says
+//! writing   is deterministic (same header and tensors, same bytes), atomic on disk, and streams: each tensor is written
+//!           as it is produced, never buffered
+//! reading   checks that the tensors are contiguous, fill the file and match their shapes, then verifies the checksum
+//!           before any value is used; tensors are read on demand, and memory is allocated for bytes that are in the
+//!           file, never for a size that its header claims
 //! ```
 
 mod checksum;
@@ -25,17 +25,17 @@ pub use write::{Header, to_bytes};
 
 use crate::error::Error;
 
-/// Bytes of the length that a file starts with.
+/// Bytes of the header's length, which a file starts with.
 const LENGTH_BYTES: usize = size_of::<u64>();
 
 /// A kind of file.
 #[derive(Debug)]
 pub struct Kind {
-    /// What the metadata calls it.
+    /// Its name in the metadata.
     pub name: &'static str,
-    /// Version of its tensors and of what they mean.
+    /// Version of its tensors and their meaning.
     pub version: u32,
-    /// The error of one that cannot be read or written, which says why.
+    /// Makes the error of a file that cannot be read or written, from the reason.
     pub error: fn(String) -> Error,
 }
 
@@ -44,7 +44,7 @@ pub struct Kind {
 pub enum Element {
     /// One byte.
     U8,
-    /// Two bytes, little-endian as all.
+    /// Two bytes, little-endian like every element.
     U16,
     /// Four bytes.
     U32,
@@ -67,7 +67,7 @@ impl Element {
         }
     }
 
-    /// Bytes of one.
+    /// Bytes of one element.
     #[must_use]
     pub const fn bytes(self) -> usize {
         match self {

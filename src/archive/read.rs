@@ -1,4 +1,4 @@
-//! Reading a file: its header first, each tensor when it is asked for.
+//! The reader: checks a file's header and checksum at once, and reads each tensor on demand.
 
 use super::{Element, Kind, LENGTH_BYTES, Source, checksum};
 use crate::error::Result;
@@ -8,7 +8,7 @@ use std::io::Error as IoError;
 /// The largest header that safetensors allows.
 const MAX_HEADER_BYTES: usize = 100_000_000;
 
-/// A well-formed file of a kind: its tensors lie one after the other and fill it, and its bytes are those written.
+/// A checked file of one kind: its tensors are contiguous and fill it, and its checksum is right.
 pub struct Archive<'a> {
     kind: &'static Kind,
     header: Metadata,
@@ -18,10 +18,10 @@ pub struct Archive<'a> {
 }
 
 impl<'a> Archive<'a> {
-    /// Reads the header, and sums the file.
+    /// Reads the header and verifies the checksum of the file.
     ///
     /// # Errors
-    /// The kind's: no safetensors, another kind, another version, or damaged.
+    /// `kind.error` if the file is not safetensors, has another kind or version, or is damaged.
     pub fn read(source: &'a dyn Source, kind: &'static Kind) -> Result<Self> {
         let (header, data) = read_header(source).map_err(kind.error)?;
         let archive = Self { kind, header, source, data };
@@ -32,14 +32,14 @@ impl<'a> Archive<'a> {
         }
         let version = archive.number("version")?;
         if version != u64::from(kind.version) {
-            let (name, own) = (kind.name, kind.version);
-            return archive.refuse(format!("a {name} of version {version}, this release reads version {own}"));
+            let (name, supported) = (kind.name, kind.version);
+            return archive.refuse(format!("a {name} of version {version}, this release reads version {supported}"));
         }
-        archive.check_sum()?;
+        archive.verify_checksum()?;
         Ok(archive)
     }
 
-    fn check_sum(&self) -> Result<()> {
+    fn verify_checksum(&self) -> Result<()> {
         let tensor = self.shaped(checksum::NAME, checksum::ELEMENT, &[checksum::BYTES])?;
         if tensor.start + tensor.bytes != self.header.data_len() {
             return self.refuse(format!("{} is not the last tensor", checksum::NAME));
@@ -48,38 +48,38 @@ impl<'a> Archive<'a> {
         checksum::check(self.source, num_bytes).map_err(self.kind.error)
     }
 
-    /// The kind's error.
+    /// Fails with the error of the file's kind.
     ///
     /// # Errors
-    /// Always.
+    /// `kind.error(why)`, always.
     pub fn refuse<T>(&self, why: String) -> Result<T> {
         Err((self.kind.error)(why))
     }
 
-    /// An entry of the metadata, if it is there.
+    /// The value of a metadata key, if present.
     #[must_use]
     pub fn find(&self, key: &str) -> Option<&str> {
         self.header.metadata().as_ref().and_then(|entries| entries.get(key)).map(String::as_str)
     }
 
-    /// An entry of the metadata.
+    /// The value of a metadata key that must be present.
     pub fn entry(&self, key: &str) -> Result<&str> {
         self.find(key).map_or_else(|| self.refuse(format!("the metadata has no {key:?}")), Ok)
     }
 
-    /// An entry of the metadata that is a number.
+    /// The value of a metadata key that must be present and a number.
     pub fn number(&self, key: &str) -> Result<u64> {
         let value = self.entry(key)?;
         value.parse().or_else(|_| self.refuse(format!("the metadata's {key} is {value:?}, not a number")))
     }
 
-    /// The names of the tensors, in order; not the checksum's.
+    /// The names of the tensors in file order, without the checksum.
     #[must_use]
     pub fn names(&self) -> Vec<String> {
         self.header.offset_keys().into_iter().filter(|name| name != checksum::NAME).collect()
     }
 
-    /// A tensor of elements of this type.
+    /// A tensor, which must have this element type.
     pub fn tensor(&self, name: &str, element: Element) -> Result<Tensor<'_>> {
         let Some(info) = self.header.info(name) else {
             return self.refuse(format!("{name} is missing"));
@@ -92,7 +92,7 @@ impl<'a> Archive<'a> {
         Ok(Tensor { archive: self, name: name.to_owned(), shape: &info.shape, start, bytes: end - start })
     }
 
-    /// A tensor of elements of this type and of this shape.
+    /// A tensor, which must have this element type and shape.
     pub fn shaped(&self, name: &str, element: Element, expected: &[usize]) -> Result<Tensor<'_>> {
         let tensor = self.tensor(name, element)?;
         if tensor.shape != expected {
@@ -124,17 +124,17 @@ impl Tensor<'_> {
         self.shape
     }
 
-    /// Reads the bytes from `offset` on.
+    /// Fills `out` with the tensor's bytes from `offset` on.
     pub fn read_at(&self, offset: usize, out: &mut [u8]) -> Result<()> {
         if offset.checked_add(out.len()).is_none_or(|end| end > self.bytes) {
-            let (len, own) = (out.len(), self.bytes);
-            return self.archive.refuse(format!("{}: {len} bytes from {offset} on, of {own}", self.name));
+            let (len, total) = (out.len(), self.bytes);
+            return self.archive.refuse(format!("{}: {len} bytes from {offset} on, of {total}", self.name));
         }
         let unreadable = |error: IoError| (self.archive.kind.error)(format!("{}: cannot be read: {error}", self.name));
         self.archive.source.read_at(self.archive.data + (self.start + offset) as u64, out).map_err(unreadable)
     }
 
-    /// All of its bytes.
+    /// The tensor's bytes.
     pub fn read(&self) -> Result<Vec<u8>> {
         let mut out = vec![0; self.bytes];
         self.read_at(0, &mut out)?;
@@ -142,7 +142,7 @@ impl Tensor<'_> {
     }
 }
 
-/// The header, and the offset of what comes after it.
+/// The header, and the offset of the first tensor.
 fn read_header(source: &dyn Source) -> std::result::Result<(Metadata, u64), String> {
     let unreadable = |error: IoError| format!("cannot be read: {error}");
     let total = source.num_bytes().map_err(unreadable)?;

@@ -1,14 +1,14 @@
-//! The bytes of a file, in memory or on disk, read a range at a time.
+//! Random access to the bytes of a file, in memory or on disk.
 
 use std::fs::File;
 use std::io::{Error as IoError, Read, Result as IoResult, Seek, SeekFrom};
 
-/// Where the bytes of a file are.
+/// Bytes that can be read at any offset.
 pub trait Source {
-    /// How many there are.
+    /// Length in bytes.
     fn num_bytes(&self) -> IoResult<u64>;
 
-    /// Reads those from `offset` on; an error if there are fewer than `out` takes.
+    /// Fills `out` from `offset` on; an error if the source ends before that.
     fn read_at(&self, offset: u64, out: &mut [u8]) -> IoResult<()>;
 }
 
@@ -25,7 +25,7 @@ impl Source for &[u8] {
     }
 }
 
-/// On disk; one reader at a time.
+/// Seeks, so a file serves one reader at a time.
 impl Source for File {
     fn num_bytes(&self) -> IoResult<u64> {
         Ok(self.metadata()?.len())

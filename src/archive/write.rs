@@ -1,5 +1,6 @@
-//! The bytes of a file. Written here and not by the crate that reads headers: that one keeps the metadata in the order of
-//! a hash.
+//! The writer: a header of metadata and tensors, and the bytes of a file.
+//!
+//! The `safetensors` crate only reads headers here; when it writes one, the metadata come in the order of a hash map.
 
 use super::checksum::{self, Summed};
 use super::{Element, Kind};
@@ -7,21 +8,21 @@ use crate::error::{Error, Result};
 use std::fmt::{Display, Write as _};
 use std::io::{Result as IoResult, Write};
 
-/// The header is padded to a multiple of this, so that every tensor lies on its element's alignment where the tensors
-/// before it do not end off it.
+/// The header is padded to a multiple of this many bytes. A tensor is then aligned to its element, if the tensors before
+/// it are multiples of that element's size.
 const HEADER_ALIGNMENT: usize = 8;
 
-/// Metadata and tensors, in the order in which they were added.
+/// The header of a file: metadata and tensors, in insertion order.
 #[derive(Debug)]
 pub struct Header {
-    /// JSON, up to the last of them.
+    /// The entries as JSON, without braces.
     metadata: String,
     tensors: String,
     data_bytes: usize,
 }
 
 impl Header {
-    /// Of a file of this kind that holds nothing yet.
+    /// The header of an empty file of this kind.
     #[must_use]
     pub fn new(kind: &Kind) -> Self {
         let mut header = Self { metadata: String::new(), tensors: String::new(), data_bytes: 0 };
@@ -30,21 +31,21 @@ impl Header {
         header
     }
 
-    /// Adds to the metadata; a key is added once.
+    /// Adds a metadata entry. Keys must be distinct.
     pub fn entry(&mut self, key: &str, value: impl Display) {
         let comma = if self.metadata.is_empty() { "" } else { "," };
         // Writing to a `String` cannot fail.
         let _ = write!(self.metadata, "{comma}{}:{}", quoted(key), quoted(&value.to_string()));
     }
 
-    /// Adds a tensor; a name is added once.
+    /// Adds a tensor after those already added. Names must be distinct.
     pub fn tensor(&mut self, name: &str, element: Element, shape: &[usize]) {
         let start = self.data_bytes;
         self.data_bytes += shape.iter().product::<usize>() * element.bytes();
         self.tensors += &described(name, element, shape, [start, self.data_bytes]);
     }
 
-    /// Writes the length, the header, what `fill` writes (the tensors' bytes in order), and the checksum of it all.
+    /// Writes the header's length, the header, the tensors' bytes (which `fill` writes in order) and the checksum.
     pub(super) fn write(&self, out: &mut dyn Write, fill: impl FnOnce(&mut dyn Write) -> IoResult<()>) -> IoResult<()> {
         let text = self.text();
         let mut summed = Summed::new(out);
@@ -67,16 +68,16 @@ impl Header {
     }
 }
 
-/// What the header says of a tensor whose bytes lie from `start` to `end`, and the comma before it.
+/// A tensor's entry in the header, with a leading comma. Its bytes are `start..end` of the data.
 fn described(name: &str, element: Element, shape: &[usize], [start, end]: [usize; 2]) -> String {
     let (name, dtype) = (quoted(name), element.name());
     format!(",{name}:{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{start},{end}]}}")
 }
 
-/// The bytes of a file; `fill` writes the tensors' in order.
+/// A file in memory; `fill` writes the tensors' bytes in order.
 ///
 /// # Errors
-/// [`Error::OutOfMemory`]; what `fill` says.
+/// [`Error::OutOfMemory`].
 pub fn to_bytes(header: &Header, fill: impl FnOnce(&mut dyn Write) -> IoResult<()>) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     let bytes = super::LENGTH_BYTES + header.text().len() + header.data_bytes + checksum::BYTES;
@@ -86,11 +87,11 @@ pub fn to_bytes(header: &Header, fill: impl FnOnce(&mut dyn Write) -> IoResult<(
     }
     match header.write(&mut out, fill) {
         Ok(()) => Ok(out),
-        Err(_) => Err(refused), // a vector takes every byte that there is memory for
+        Err(_) => Err(refused), // writing to a vector fails only for lack of memory
     }
 }
 
-/// A JSON string.
+/// A string as JSON.
 fn quoted(text: &str) -> String {
     let mut out = String::from('"');
     for c in text.chars() {

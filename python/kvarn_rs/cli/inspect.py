@@ -138,7 +138,7 @@ def _show_calibration(file: Path, console: Console) -> None:
             for (heads, head_dim), members in groups.items()
         ],
         "heads": sum(layer["num_kv_heads"] for layer in layers),
-        "rotated_heads": sum(layer["rotated_heads"] for layer in layers),
+        "rotated_heads": sum(layer["rotated_heads"] or 0 for layer in layers),
     }
     console.result(report)
     console.line(f"calibration of {report['model'] or 'a model without a name'}, {format_bytes(report['bytes'])}")
