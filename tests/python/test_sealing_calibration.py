@@ -237,7 +237,7 @@ def test_a_change_of_domain_is_seen_and_gone_after_one_window(format) -> None:
     for start in range(0, 3 * each, 16):
         one = slice(None), slice(None), slice(start, start + 16)
         extend(cache, sequence, k[one], v[one])
-        drift[start + 16] = cache.stats()["drift"][0]
+        drift[start + 16] = cache.stats()["drift"][0] or 0.0
     settled = drift[each]
     assert 0.8 < settled < 1.1
     assert max(drift[n] for n in range(each + 16, each + 256, 16)) > 1.8, "seen at once"

@@ -31,14 +31,14 @@ def declared() -> dict[str, dict[str, Any]]:
     return {node.name: get_type_hints(names[node.name]) for node in classes}
 
 
-def given(tmp_path: Path) -> dict[str, list[dict[str, Any]]]:
+def given(tmp_path: Path) -> dict[str, list[Any]]:
     """What the core gives for each of them: with every optional value, and with none."""
     calibration = kvarn_rs.Calibration()
     empty = kvarn_rs.PagedKvCache(**{**SETTINGS, "window": None})
     filled = kvarn_rs.PagedKvCache(**SETTINGS, num_blocks=64, num_open_pages=8, calibration=calibration)
     sequence = filled.new_sequence()
     random = np.random.default_rng(0)
-    learning: list[dict[str, Any]] = []
+    learning: list[Any] = []
     for num_new in (1, NUM_TOKENS):
         step = filled.begin_step([sequence], num_new)
         q, k, v = random.normal(size=(3, 1, 1, num_new, 16)).astype(np.float32)

@@ -94,6 +94,7 @@ def test_a_change_leaves_the_value_as_it_was(change: Callable[[Positions], Posit
     positions = Positions(5, padding.clone())
     change(positions)
     assert positions.length == 5
+    assert positions.padding is not None
     assert torch.equal(positions.padding, padding)
 
 
