@@ -1,6 +1,6 @@
 //! The bytes of one INT8 page, against those that `tests/golden/make_int8_page.py` computes from the description alone.
 
-use kvarn::format::{CodeOrder, TokenPage};
+use kvarn::format::{CodeOrder, Int8Page};
 use kvarn::quant::{self, ChannelStatistics};
 use sha2::{Digest, Sha256};
 
@@ -22,7 +22,7 @@ fn inputs() -> (Vec<f32>, Vec<f32>) {
 
 fn page() -> Vec<u8> {
     let (k, v) = inputs();
-    let page = TokenPage { head_dim: CHANNELS, block_size: TOKENS };
+    let page = Int8Page { head_dim: CHANNELS, block_size: TOKENS };
     let mut record = vec![0u8; page.bytes()];
     let statistics = ChannelStatistics::of_rows(&k, CHANNELS, None, true);
     let put = |record: &mut [u8], offset: usize, index: usize, value: half::f16| {

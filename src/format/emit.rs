@@ -1,6 +1,6 @@
 //! Prints the layouts: what other languages and the golden file check themselves against.
 
-use super::{BLOCK_SIZES, CodeOrder, Dtype, FORMAT_VERSION, Format, RawPage, SealedTile, TokenPage, record_bytes};
+use super::{BLOCK_SIZES, CodeOrder, Dtype, FORMAT_VERSION, Format, Int8Page, RawPage, SealedTile, record_bytes};
 use core::fmt::{self, Display, Formatter};
 
 const HEAD_DIMS: [usize; 6] = [16, 64, 80, 96, 128, 256];
@@ -21,7 +21,7 @@ impl Display for LayoutJson {
                     separator = ",\n";
                 }
                 out.write_str(separator)?;
-                int8_record(out, TokenPage { head_dim, block_size })?;
+                int8_record(out, Int8Page { head_dim, block_size })?;
                 for format in Format::ALL {
                     if let Some(bits) = format.tile_bits() {
                         out.write_str(separator)?;
@@ -67,8 +67,8 @@ fn raw_record(out: &mut Formatter<'_>, page: RawPage) -> fmt::Result {
     )
 }
 
-fn int8_record(out: &mut Formatter<'_>, page: TokenPage) -> fmt::Result {
-    let TokenPage { head_dim, block_size } = page;
+fn int8_record(out: &mut Formatter<'_>, page: Int8Page) -> fmt::Result {
+    let Int8Page { head_dim, block_size } = page;
     write!(
         out,
         "    {{\"format\": \"{}\", \"head_dim\": {head_dim}, \"block_size\": {block_size}, \"k_codes\": {}, \

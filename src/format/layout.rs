@@ -28,14 +28,14 @@ pub const LOW_BYTES: f16 = f16::NEG_ONE;
 /// code) as the K codes of row [`low_row(t)`](Self::low_row), marked by [`LOW_BYTES`] as that row's `k_token_scale`, until
 /// a token is written to the row. Refitting the page reads them, so that it does not round K twice; attention does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TokenPage {
+pub struct Int8Page {
     /// Channels of one head.
     pub head_dim: usize,
     /// Tokens of one page.
     pub block_size: usize,
 }
 
-impl TokenPage {
+impl Int8Page {
     /// Offset of the K codes.
     #[must_use]
     pub const fn k_codes(self) -> usize {
@@ -132,7 +132,7 @@ pub const fn record_bytes(format: Format, dtype: Dtype, head_dim: usize, block_s
 pub const fn page_bytes(format: Format, dtype: Dtype, head_dim: usize, block_size: usize) -> usize {
     match format {
         Format::Raw => RawPage { head_dim, block_size, dtype }.bytes(),
-        _ => TokenPage { head_dim, block_size }.bytes(),
+        _ => Int8Page { head_dim, block_size }.bytes(),
     }
 }
 

@@ -14,18 +14,18 @@ pub mod order;
 pub mod tile;
 
 pub use kind::{Dtype, Format};
-pub use layout::{LOW_BYTES, RawPage, TokenPage, page_bytes, record_bytes};
+pub use layout::{Int8Page, LOW_BYTES, RawPage, page_bytes, record_bytes};
 pub use order::CodeOrder;
 pub use tile::SealedTile;
 
 /// Version of everything in this module; a change of any byte raises it.
 pub const FORMAT_VERSION: u32 = 2;
 
-/// Tokens of the calibration window: how far a new page looks back for its channel statistics.
-pub const CALIBRATION_WINDOW_TOKENS: usize = 512;
+/// How many of the tokens before a new page its channel statistics are taken over.
+pub const STATISTICS_TOKENS: usize = 512;
 
 /// The statistics of a sequence's first page are taken anew as tokens are appended, until they are this many. Up to
-/// then the rows past the middle of the page have room for the low bytes of K ([`TokenPage::low_row`]).
+/// then the rows past the middle of the page have room for the low bytes of K ([`Int8Page::low_row`]).
 #[must_use]
 pub const fn first_page_tokens(block_size: usize) -> usize {
     block_size / 2

@@ -2,7 +2,7 @@
 
 use super::{Format, KV_HEADS, LAYERS, PagedKvCache, config, contents, filled, step, to_bytes};
 use crate::common::seal_file;
-use kvarn::format::{Dtype, SealedTile, TokenPage};
+use kvarn::format::{Dtype, Int8Page, SealedTile};
 use kvarn::{CacheConfig, Error};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -229,7 +229,7 @@ fn records_that_nothing_writes_are_refused() {
     assert_says(&set(Format::Int4, "layers.0.tiles", tile.first_v(), &[1]), "first_v: not zero");
     assert_says(&set(Format::Int4, "layers.0.tiles", tile.header() + 2, &[3]), "element 3, of the first row");
     assert_says(&set(Format::Int4, "layers.0.tiles", tile.header() + 4, &[1]), "after the header");
-    let page = TokenPage { head_dim: CHANNELS, block_size: BLOCK };
+    let page = Int8Page { head_dim: CHANNELS, block_size: BLOCK };
     for format in [Format::Int4, Format::Int8] {
         assert_says(&set(format, "layers.0.pages", page.k_codes() + 5, &[0x80]), "k_codes: code 5 is -128");
         for (field, at) in [

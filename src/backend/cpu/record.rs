@@ -1,7 +1,7 @@
 //! What is a record made of, and what does it hold? Decoding is the oracle's, in the CPU's code order.
 
 use super::tile;
-use crate::format::{CodeOrder, Dtype, Format, LOW_BYTES, MAX_HEAD_DIM, RawPage, SealedTile, TokenPage};
+use crate::format::{CodeOrder, Dtype, Format, Int8Page, LOW_BYTES, MAX_HEAD_DIM, RawPage, SealedTile};
 use crate::quant::range::{k_is_out_of_range, v_is_out_of_range};
 use crate::quant::{self, ChannelStatistics, ModelChannels};
 use half::{bf16, f16};
@@ -14,7 +14,7 @@ pub enum RecordLayout {
     /// Unquantized.
     Raw(RawPage),
     /// An INT8 page.
-    Int8(TokenPage),
+    Int8(Int8Page),
     /// A sealed tile.
     Tile(SealedTile),
 }
@@ -24,7 +24,7 @@ impl RecordLayout {
     pub const fn page(format: Format, dtype: Dtype, head_dim: usize, block_size: usize) -> Self {
         match format {
             Format::Raw => Self::Raw(RawPage { head_dim, block_size, dtype }),
-            _ => Self::Int8(TokenPage { head_dim, block_size }),
+            _ => Self::Int8(Int8Page { head_dim, block_size }),
         }
     }
 
@@ -78,7 +78,7 @@ fn write_element(record: &mut [u8], dtype: Dtype, offset: usize, index: usize, v
 }
 
 /// Freezes the statistics of a page that is being opened.
-pub fn write_statistics(page: TokenPage, record: &mut [u8], statistics: &ChannelStatistics) {
+pub fn write_statistics(page: Int8Page, record: &mut [u8], statistics: &ChannelStatistics) {
     for d in 0..page.head_dim {
         write_f16(record, page.k_channel_mean(), d, f16::from_f32(statistics.mean[d]));
         write_f16(record, page.k_channel_scale(), d, f16::from_f32(statistics.scale[d]));
@@ -86,7 +86,7 @@ pub fn write_statistics(page: TokenPage, record: &mut [u8], statistics: &Channel
 }
 
 /// The statistics that a page was opened with.
-pub fn read_statistics(page: TokenPage, record: &[u8]) -> ChannelStatistics {
+pub fn read_statistics(page: Int8Page, record: &[u8]) -> ChannelStatistics {
     let channels = |offset: usize| (0..page.head_dim).map(|d| read_f16(record, offset, d).to_f32()).collect();
     ChannelStatistics { mean: channels(page.k_channel_mean()), scale: channels(page.k_channel_scale()) }
 }
@@ -103,7 +103,7 @@ pub fn write_raw(page: RawPage, record: &mut [u8], token: usize, k: &[f32], v: &
 /// Encodes one token into an INT8 page opened with `statistics`, with the low bytes of K if `low`. Gives the sum of its
 /// squared K in units of the frozen deviations (`head_dim` where they fit), and whether K or V is out of range.
 pub fn write_int8(
-    page: TokenPage,
+    page: Int8Page,
     record: &mut [u8],
     token: usize,
     statistics: &ChannelStatistics,
@@ -126,7 +126,7 @@ pub fn write_int8(
 
 /// Encodes one token's K, with its low bytes if `low`; gives its scale, and the sum of its squared codes.
 fn write_k(
-    page: TokenPage,
+    page: Int8Page,
     record: &mut [u8],
     token: usize,
     statistics: &ChannelStatistics,
@@ -145,7 +145,7 @@ fn write_k(
     (scale, codes.iter().map(|code| u32::from(code.unsigned_abs()).pow(2)).sum())
 }
 
-fn write_k_row(page: TokenPage, record: &mut [u8], row: usize, codes: &[i8], scale: f16) {
+fn write_k_row(page: Int8Page, record: &mut [u8], row: usize, codes: &[i8], scale: f16) {
     for (d, code) in codes.iter().enumerate() {
         let at = ORDER.k_code([page.block_size, page.head_dim], row, d);
         record[page.k_codes() + at] = code.cast_unsigned();
@@ -153,7 +153,7 @@ fn write_k_row(page: TokenPage, record: &mut [u8], row: usize, codes: &[i8], sca
     write_f16(record, page.k_token_scale(), row, scale);
 }
 
-fn read_k_row(page: TokenPage, record: &[u8], row: usize, codes: &mut [i8]) -> f16 {
+fn read_k_row(page: Int8Page, record: &[u8], row: usize, codes: &mut [i8]) -> f16 {
     for (d, code) in codes.iter_mut().enumerate() {
         let at = ORDER.k_code([page.block_size, page.head_dim], row, d);
         *code = record[page.k_codes() + at].cast_signed();
@@ -163,7 +163,7 @@ fn read_k_row(page: TokenPage, record: &[u8], row: usize, codes: &mut [i8]) -> f
 
 /// Takes the statistics of a first page anew over its first `num_tokens` tokens as stored, low bytes included where the
 /// page has them, and encodes their K again.
-pub fn refit_k(page: TokenPage, record: &mut [u8], num_tokens: usize, model: Option<&ModelChannels>) {
+pub fn refit_k(page: Int8Page, record: &mut [u8], num_tokens: usize, model: Option<&ModelChannels>) {
     let head_dim = page.head_dim;
     let statistics = read_statistics(page, record);
     let (mut codes, mut low) = ([0i8; MAX_HEAD_DIM], [0i8; MAX_HEAD_DIM]);

@@ -2,7 +2,7 @@
 
 use super::simd::Simd;
 use crate::format::order::{DEPTH, LANES};
-use crate::format::{MAX_HEAD_DIM, RawPage, TokenPage};
+use crate::format::{Int8Page, MAX_HEAD_DIM, RawPage};
 
 /// Most query rows that a kernel takes at once.
 pub const MAX_ROWS: usize = 6;
@@ -188,7 +188,7 @@ pub unsafe fn scale_weights<S: Simd, const R: usize>(
 /// sum_t p[t] V^[t,d] = sum_t (p[t] * v_token_scale[t]) * code[t,d] + sum_t p[t] * v_token_zero_point[t]
 /// ```
 pub struct Int8Kernel<'a> {
-    pub page: TokenPage,
+    pub page: Int8Page,
     pub record: &'a [u8],
 }
 

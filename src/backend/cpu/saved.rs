@@ -6,7 +6,7 @@
 use super::record::{ORDER, RecordLayout, read_f16};
 use super::{Cpu, tile};
 use crate::format::tile::{K_ROTATED, NO_FIRST_ROW, TILE_VERSION};
-use crate::format::{CodeOrder, Dtype, LOW_BYTES, RawPage, SealedTile, TokenPage};
+use crate::format::{CodeOrder, Dtype, Int8Page, LOW_BYTES, RawPage, SealedTile};
 use crate::paging::{BlockId, PageId, UsedBlock};
 use half::bf16;
 
@@ -144,8 +144,8 @@ fn check(layout: RecordLayout, record: &[u8]) -> Result<(), Refusal> {
     }
 }
 
-fn check_page(page: TokenPage, record: &[u8]) -> Result<(), Refusal> {
-    let TokenPage { head_dim, block_size } = page;
+fn check_page(page: Int8Page, record: &[u8]) -> Result<(), Refusal> {
+    let Int8Page { head_dim, block_size } = page;
     if let Some(at) = record[page.k_codes()..page.v_codes()].iter().position(|&code| code == 0x80) {
         return Err(format!("k_codes: code {at} is -128"));
     }
