@@ -1,5 +1,5 @@
-//! How do tokens become bytes, and back? Scalar f32, one token or one tile at a time: the specification that every
-//! backend is tested against.
+//! The quantizer, in scalar f32: values to codes and parameters, one token or one tile at a time, and to the bytes of
+//! records ([`record`]). It is the specification that every backend is tested against.
 //!
 //! A page, token by token ([`int8_page`], under the statistics of [`statistics`]):
 //!
@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A sealed tile of b bits, whole ([`tile`]): K or `K H` ([`hadamard`]), scaled by [`mod@dual_scale`], each channel rounded
-//! ([`round`]) so that errors cancel where the queries look ([`feedback`]); `V' = V H`; codes in [`planes`]:
+//! ([`round`]) so that errors cancel where the queries look ([`feedback`]); `V' = V H`:
 //!
 //! ```text
 //! K^'[d,t] = (code * k_channel_scale[d] + k_channel_zero_point[d]) * k_token_scale[t]      code in [0, 2^b - 1]
@@ -28,8 +28,8 @@ pub mod feedback;
 pub mod hadamard;
 pub mod int8_page;
 mod lanes;
-pub mod planes;
 pub mod range;
+pub mod record;
 pub mod reference;
 pub mod round;
 pub mod statistics;

@@ -55,7 +55,7 @@ element!(F32, f32, load);
 element!(F16, u16, load_f16);
 element!(Bf16, u16, load_bf16);
 
-/// A `raw` page in [`crate::format::CodeOrder::Cpu`].
+/// A `raw` page in [`crate::format::Arrangement::Cpu`].
 pub struct RawKernel<E> {
     k: *const u8,
     v: *const u8,
@@ -181,7 +181,7 @@ pub unsafe fn scale_weights<S: Simd, const R: usize>(
     }
 }
 
-/// An INT8 page: codes in [`crate::format::CodeOrder::Cpu`].
+/// An INT8 page: codes in [`crate::format::Arrangement::Cpu`].
 ///
 /// ```text
 /// q . K^[t] = q . k_channel_mean + k_token_scale[t] * sum_d (q_d * k_channel_scale[d]) * code[t,d]

@@ -1,11 +1,10 @@
 //! Decoding a whole record at once, for query rows that are many.
 
-use super::record::RecordLayout;
 use super::record_kernel::BLOCK_TOKENS;
 use super::simd::Simd;
 use super::tile_kernel::{DEEP, TileKernel};
 use crate::format::order::{DEPTH, LANES};
-use crate::format::{Int8Page, MAX_HEAD_DIM, SealedTile};
+use crate::format::{Int8Page, MAX_HEAD_DIM, RecordLayout, SealedTile};
 
 /// Decodes a quantized record into an f32 `raw` page of the same size, K and V in the frames that they are kept in.
 ///
