@@ -1,4 +1,4 @@
-//! What is in a file that kvarn wrote, and is it what it says it is?
+//! Files of tensors and metadata: written whole, and checked when they are read.
 //!
 //! A file is safetensors: the length of its header, the header (JSON), the bytes of its tensors one after the other. Its
 //! metadata names the [`Kind`] and the version of that kind, and its last tensor is the `checksum` of all before it.
@@ -21,7 +21,7 @@ mod write;
 pub use disk::{kind_of, open, save};
 pub use read::{Archive, Tensor};
 pub use source::Source;
-pub use write::{Header, to_bytes};
+pub use write::{Contents, to_bytes};
 
 use crate::error::Error;
 
@@ -35,7 +35,7 @@ pub struct Kind {
     pub name: &'static str,
     /// Version of its tensors and of what they mean.
     pub version: u32,
-    /// The error of one that cannot be read or written, which says why.
+    /// Makes the error of a file that cannot be read or written, of why.
     pub error: fn(String) -> Error,
 }
 

@@ -96,8 +96,11 @@ fn remove(metadata: &mut Value, key: &str) {
 #[test]
 fn metadata_that_no_cache_has_is_refused() {
     let altered: [(Alter, &str); 26] = [
-        (|m| m["kind"] = json!("kvarn calibration"), "a file of kind \"kvarn calibration\", not \"kvarn cache\""),
-        (|m| *m = json!({"format": "pt"}), "but no \"kvarn cache\""),
+        (
+            |m| m["kind"] = json!("kvarn calibration"),
+            "not a file of kind \"kvarn cache\": its kind is \"kvarn calibration\"",
+        ),
+        (|m| *m = json!({"format": "pt"}), "a safetensors file without a kind"),
         (|m| m["version"] = json!("3"), "version 3, this release reads version 2"),
         (|m| m["format_version"] = json!("99"), "format version 99, this release reads"),
         (|m| m["format_version"] = json!(""), "format_version is \"\""),
