@@ -308,15 +308,23 @@ fn a_file_on_disk_is_there_whole_or_not_at_all() {
     assert_eq!(file::kind_of(&path), Ok("kvarn cache"));
 }
 
+/// A safetensors file of no tensors.
+fn safetensors(header: &str) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()
+}
+
 #[test]
-fn the_kind_of_a_file_is_what_it_names_first() {
+fn the_kind_of_a_file_is_what_its_header_says() {
     let path = folder("cache_kind").join("x");
     let note = "a cache made with the kvarn calibration of some model";
     file::save(&path, &[&filled(config(Format::Int4, 32, 16))], note).expect("a folder to write to");
     assert_eq!(file::kind_of(&path), Ok("kvarn cache"));
-    for (bytes, expected) in
-        [(&b"no such text"[..], "not a file of kind \"kvarn calibration\" or"), (b"", "not a file of")]
-    {
+    for (bytes, expected) in [
+        (&b"no such text"[..], "not a file of kind \"kvarn calibration\" or"),
+        (b"", "not a file of"),
+        (&safetensors("{\"__metadata__\":{\"about\":\"kvarn cache\"}}"), "without a kind"),
+        (&safetensors("{\"__metadata__\":{\"about\":\"kvarn cache\",\"kind\":\"other\"}}"), "its kind is \"other\""),
+    ] {
         fs::write(&path, bytes).expect("a file");
         assert!(matches!(file::kind_of(&path), Err(Error::Config(why)) if why.contains(expected)));
     }

@@ -5,7 +5,8 @@
 mod inputs;
 
 use inputs::{deviation, keys, query_moment, transposed, turned, turned_moment};
-use kvarn::quant::planes::{plane_bytes, unpack};
+use kvarn::format::{Arrangement, SealedTile};
+use kvarn::quant::record::tile;
 use kvarn::quant::round::{RoundedK, round_k};
 use kvarn::quant::{Feedback, rotate_moment};
 
@@ -66,8 +67,10 @@ fn goldens() -> Vec<Golden> {
         let mut rounded = Vec::new();
         for listed in case["bits"].as_array().expect("a list of bits") {
             let bits = number(&listed["bits"]) as u32;
-            let mut codes = vec![0; n * TOKENS];
-            unpack(take(plane_bytes(n * TOKENS, bits)), bits, &mut codes);
+            let layout = SealedTile { head_dim: n, block_size: TOKENS, bits };
+            let mut record = vec![0; layout.bytes()];
+            record[layout.k_codes()..][..layout.code_bytes()].copy_from_slice(take(layout.code_bytes()));
+            let codes = tile::read(layout, Arrangement::Canonical, &record).k_codes;
             rounded.push((bits, number(&listed["loss"]), number(&listed["plain_loss"]), codes));
         }
         goldens.push(Golden {

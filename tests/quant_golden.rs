@@ -1,7 +1,8 @@
 //! The bytes of one INT8 page, against those that `tests/golden/make_int8_page.py` computes from the description alone.
 
-use kvarn::format::{CodeOrder, TokenPage};
-use kvarn::quant::{self, ChannelStatistics};
+use kvarn::format::{Arrangement, Int8Page, RecordLayout};
+use kvarn::quant::ChannelStatistics;
+use kvarn::quant::record::{int8, reorder};
 use sha2::{Digest, Sha256};
 
 const TOKENS: usize = 128;
@@ -20,31 +21,15 @@ fn inputs() -> (Vec<f32>, Vec<f32>) {
     (k, v)
 }
 
-fn page() -> Vec<u8> {
+/// The record as it is written in an arrangement.
+fn record(page: Int8Page, order: Arrangement) -> Vec<u8> {
     let (k, v) = inputs();
-    let page = TokenPage { head_dim: CHANNELS, block_size: TOKENS };
-    let mut record = vec![0u8; page.bytes()];
+    let mut record = vec![0; page.bytes()];
     let statistics = ChannelStatistics::of_rows(&k, CHANNELS, None, true);
-    let put = |record: &mut [u8], offset: usize, index: usize, value: half::f16| {
-        record[offset + 2 * index..][..2].copy_from_slice(&value.to_le_bytes());
-    };
-    for d in 0..CHANNELS {
-        put(&mut record, page.k_channel_mean(), d, half::f16::from_f32(statistics.mean[d]));
-        put(&mut record, page.k_channel_scale(), d, half::f16::from_f32(statistics.scale[d]));
-    }
-    for t in 0..TOKENS {
-        let (mut k_codes, mut v_codes) = ([0i8; CHANNELS], [0u8; CHANNELS]);
-        let row = t * CHANNELS..(t + 1) * CHANNELS;
-        let k_scale = quant::encode_k(&k[row.clone()], &statistics, &mut k_codes);
-        let (v_scale, zero_point) = quant::encode_v(&v[row], &mut v_codes);
-        for d in 0..CHANNELS {
-            let order = CodeOrder::Canonical;
-            record[page.k_codes() + order.k_code([TOKENS, CHANNELS], t, d)] = k_codes[d].cast_unsigned();
-            record[page.v_codes() + order.v_code([TOKENS, CHANNELS], t, d)] = v_codes[d];
-        }
-        put(&mut record, page.k_token_scale(), t, k_scale);
-        put(&mut record, page.v_token_scale(), t, v_scale);
-        put(&mut record, page.v_token_zero_point(), t, zero_point);
+    int8::write_statistics(page, order, &mut record, &statistics);
+    for (t, (k, v)) in k.chunks_exact(CHANNELS).zip(v.chunks_exact(CHANNELS)).enumerate() {
+        int8::write_k(page, order, &mut record, t, &statistics, k, false);
+        int8::write_v(page, order, &mut record, t, v);
     }
     record
 }
@@ -56,6 +41,12 @@ fn hex(digest: &[u8]) -> String {
 
 #[test]
 fn a_page_has_the_golden_bytes() {
-    let digest = Sha256::digest(page());
-    assert_eq!(hex(&digest), GOLDEN, "bytes of INT8 pages changed: if they were meant to, raise FORMAT_VERSION");
+    let page = Int8Page { head_dim: CHANNELS, block_size: TOKENS };
+    for order in Arrangement::ALL {
+        let mut canonical = vec![0xa5; page.bytes()];
+        let written = record(page, order);
+        reorder(RecordLayout::Int8(page), [order, Arrangement::Canonical], &written, &mut canonical);
+        let digest = hex(&Sha256::digest(&canonical));
+        assert_eq!(digest, GOLDEN, "{order:?}: if bytes of INT8 pages were meant to change, raise FORMAT_VERSION");
+    }
 }

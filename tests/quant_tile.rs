@@ -8,11 +8,9 @@ mod inputs;
 use common::Random;
 use half::f16;
 use inputs::{deviation, keys, loud_keys, query_moment, transposed, turned, values};
-use kvarn::format::SealedTile;
-use kvarn::format::tile::{K_ROTATED, NO_FIRST_ROW, TILE_VERSION};
-use kvarn::quant::planes::pack;
+use kvarn::format::{Arrangement, RecordLayout, SealedTile};
 use kvarn::quant::round::round_k;
-use kvarn::quant::{Feedback, Frame, HeadFeedback, Tile, decode_tile_k, decode_tile_v, encode_tile};
+use kvarn::quant::{Feedback, Frame, HeadFeedback, Tile, decode_tile_k, decode_tile_v, encode_tile, record};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
@@ -43,34 +41,21 @@ fn head_feedback(k: &[f32], head_dim: usize, rank: usize) -> HeadFeedback {
     HeadFeedback::factor(&query_moment(head_dim, rank), &plain, &rotated).expect("a moment")
 }
 
-/// The record of a tile in canonical order.
+/// The record of a tile in canonical order, as it is written, and as it is saved from every other arrangement.
 fn record(tile: &Tile) -> Vec<u8> {
     let layout = SealedTile { head_dim: tile.head_dim, block_size: tile.block_size, bits: tile.bits };
-    let mut bytes = vec![0; layout.bytes()];
-    for (offset, codes) in [(layout.k_codes(), &tile.k_codes), (layout.v_codes(), &tile.v_codes)] {
-        pack(codes, tile.bits, &mut bytes[offset..][..layout.code_bytes()]);
+    let write = |order: Arrangement| {
+        let mut bytes = vec![0xa5; layout.bytes()];
+        record::tile::write(layout, order, &mut bytes, tile);
+        bytes
+    };
+    let canonical = write(Arrangement::Canonical);
+    for order in Arrangement::ALL {
+        let mut saved = vec![0x5a; layout.bytes()];
+        record::reorder(RecordLayout::Tile(layout), [order, Arrangement::Canonical], &write(order), &mut saved);
+        assert!(saved == canonical, "{order:?}");
     }
-    for (offset, parameters) in [
-        (layout.k_channel_scale(), &tile.k_channel_scale),
-        (layout.k_channel_zero_point(), &tile.k_channel_zero_point),
-        (layout.k_token_scale(), &tile.k_token_scale),
-        (layout.v_token_scale(), &tile.v_token_scale),
-        (layout.v_token_zero_point(), &tile.v_token_zero_point),
-    ] {
-        for (out, x) in bytes[offset..].chunks_exact_mut(2).zip(parameters) {
-            out.copy_from_slice(&x.to_le_bytes());
-        }
-    }
-    let mut first_row = NO_FIRST_ROW;
-    if let Some(first) = &tile.first_v {
-        first_row = first.row as u8;
-        bytes[layout.first_v()..][..tile.head_dim].copy_from_slice(&first.codes);
-        bytes[layout.first_v_scale()..][..2].copy_from_slice(&first.scale.to_le_bytes());
-        bytes[layout.first_v_zero_point()..][..2].copy_from_slice(&first.zero_point.to_le_bytes());
-    }
-    let flags = if tile.k_frame == Frame::Rotated { K_ROTATED } else { 0 };
-    bytes[layout.header()..][..4].copy_from_slice(&[TILE_VERSION, flags, first_row, 0]);
-    bytes
+    canonical
 }
 
 fn sha256(bytes: &[u8]) -> String {

@@ -1,15 +1,12 @@
 //! Archive files on disk: opened by kind, and written atomically.
 
-use super::{Header, Kind};
+use super::read::read_header;
+use super::{Contents, Kind};
 use crate::error::{Error, Result};
 use std::fs::{self, File};
-use std::io::{BufWriter, Error as IoError, Read, Result as IoResult, Write};
+use std::io::{BufWriter, Error as IoError, Result as IoResult, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-
-/// Bytes at the start of a file that are searched for its kind. A large file of another program, such as a model's
-/// weights, is refused without being read further.
-const START_BYTES: u64 = 1 << 16;
 
 impl Kind {
     /// The error of this kind, with the file's path before the reason.
@@ -19,63 +16,43 @@ impl Kind {
     }
 }
 
-/// Opens a file whose start names this kind. Nothing else is checked yet.
+/// Opens a file, to be read as one of this kind.
 ///
 /// # Errors
-/// `kind.error`, naming the file: it cannot be read, or does not name this kind.
+/// `kind.error`, naming the file: it cannot be read, or is not a file.
 pub fn open(path: &Path, kind: &Kind) -> Result<File> {
-    let (file, start) = open_start(path).map_err(|why| kind.named(path, &why))?;
-    if names(&start, kind) { Ok(file) } else { Err(kind.named(path, &format!("not a file of kind {:?}", kind.name))) }
+    open_file(path).map_err(|why| kind.named(path, &why))
 }
 
-/// The kind, one of `kinds`, that a file names.
+/// The kind, one of `kinds`, that a file's header names. Only the header is read.
 ///
 /// # Errors
 /// [`Error::Config`], naming the file: it cannot be read, or names none of them.
 pub fn kind_of(path: &Path, kinds: &[&'static Kind]) -> Result<&'static Kind> {
-    let refuse = |why: &str| Error::Config(format!("{}: {why}", path.display()));
-    let (_, start) = open_start(path).map_err(|why| refuse(&why))?;
-    // The first one named: the other kind may appear in the note of a cache file.
-    let place = |kind: &Kind| start.windows(kind.name.len()).position(|window| window == kind.name.as_bytes());
-    let found = kinds.iter().filter_map(|kind| Some((place(kind)?, *kind))).min_by_key(|(place, _)| *place);
-    found.map(|(_, kind)| kind).ok_or_else(|| {
-        let names: Vec<String> = kinds.iter().map(|kind| format!("{:?}", kind.name)).collect();
-        refuse(&format!("not a file of kind {}", names.join(" or ")))
-    })
+    let found = open_file(path).and_then(|file| read_header(&file, kinds));
+    found.map(|header| header.kind).map_err(|why| Error::Config(format!("{}: {why}", path.display())))
 }
 
-fn names(start: &[u8], kind: &Kind) -> bool {
-    start.windows(kind.name.len()).any(|window| window == kind.name.as_bytes())
-}
-
-fn open_start(path: &Path) -> std::result::Result<(File, Vec<u8>), String> {
+fn open_file(path: &Path) -> std::result::Result<File, String> {
     let unreadable = |error: IoError| format!("cannot be read: {error}");
     // Checked before opening: opening a pipe blocks until it has a writer.
     if !fs::metadata(path).map_err(unreadable)?.is_file() {
         return Err("not a file".to_owned());
     }
-    let file = File::open(path).map_err(unreadable)?;
-    let mut start = Vec::new();
-    Read::by_ref(&mut &file).take(START_BYTES).read_to_end(&mut start).map_err(unreadable)?;
-    Ok((file, start))
+    File::open(path).map_err(unreadable)
 }
 
-/// Writes a file atomically; `fill` writes the tensors' bytes in order.
+/// Writes a file atomically.
 ///
 /// # Errors
-/// `kind.error`, naming the file: it cannot be written.
-pub fn save(
-    path: &Path,
-    kind: &Kind,
-    header: &Header,
-    fill: impl FnOnce(&mut dyn Write) -> IoResult<()>,
-) -> Result<()> {
+/// The error of the file's kind, naming the file: it cannot be written.
+pub fn save(path: &Path, contents: &Contents<'_>) -> Result<()> {
     let write = |file: &File| {
         let mut out = BufWriter::new(file);
-        header.write(&mut out, fill)?;
+        contents.write(&mut out)?;
         out.flush()
     };
-    replace(path, write).map_err(|error| kind.named(path, &format!("cannot be written: {error}")))
+    replace(path, write).map_err(|error| contents.kind().named(path, &format!("cannot be written: {error}")))
 }
 
 /// Writes a temporary file beside `path` and renames it, so that no reader sees a partial file.

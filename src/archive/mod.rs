@@ -21,7 +21,7 @@ mod write;
 pub use disk::{kind_of, open, save};
 pub use read::{Archive, Tensor};
 pub use source::Source;
-pub use write::{Header, to_bytes};
+pub use write::{Contents, to_bytes};
 
 use crate::error::Error;
 

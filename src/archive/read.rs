@@ -3,6 +3,7 @@
 use super::{Element, Kind, LENGTH_BYTES, Source, checksum};
 use crate::error::Result;
 use safetensors::tensor::Metadata;
+use std::fmt::Display;
 use std::io::Error as IoError;
 
 /// The largest header that safetensors allows.
@@ -23,13 +24,8 @@ impl<'a> Archive<'a> {
     /// # Errors
     /// `kind.error` if the file is not safetensors, has another kind or version, or is damaged.
     pub fn read(source: &'a dyn Source, kind: &'static Kind) -> Result<Self> {
-        let (header, data) = read_header(source).map_err(kind.error)?;
-        let archive = Self { kind, header, source, data };
-        match archive.find("kind") {
-            Some(name) if name == kind.name => {}
-            Some(other) => return archive.refuse(format!("a file of kind {other:?}, not {:?}", kind.name)),
-            None => return archive.refuse(format!("a safetensors file, but no {:?}", kind.name)),
-        }
+        let FileHeader { metadata, data, .. } = read_header(source, &[kind]).map_err(kind.error)?;
+        let archive = Self { kind, header: metadata, source, data };
         let version = archive.number("version")?;
         if version != u64::from(kind.version) {
             let (name, supported) = (kind.name, kind.version);
@@ -142,11 +138,24 @@ impl Tensor<'_> {
     }
 }
 
-/// The header, and the offset of the first tensor.
-fn read_header(source: &dyn Source) -> std::result::Result<(Metadata, u64), String> {
+/// The header of a file of one of some kinds.
+pub(super) struct FileHeader {
+    pub kind: &'static Kind,
+    metadata: Metadata,
+    /// Offset of the first tensor.
+    data: u64,
+}
+
+/// Reads the header of a file of one of `kinds`.
+///
+/// # Errors
+/// Why it is none.
+pub(super) fn read_header(source: &dyn Source, kinds: &[&'static Kind]) -> std::result::Result<FileHeader, String> {
     let unreadable = |error: IoError| format!("cannot be read: {error}");
     let total = source.num_bytes().map_err(unreadable)?;
-    let odd = |why: &dyn std::fmt::Display| format!("not a safetensors file of {total} bytes: {why}");
+    let names = || kinds.iter().map(|kind| format!("{:?}", kind.name)).collect::<Vec<_>>().join(" or ");
+    let other = |why: &dyn Display| format!("not a file of kind {}: {why}", names());
+    let odd = |why: &dyn Display| other(&format_args!("not a safetensors file of {total} bytes: {why}"));
     let mut length = [0; LENGTH_BYTES];
     let Some(after) = total.checked_sub(LENGTH_BYTES as u64) else {
         return Err(odd(&"too short for the length of a header"));
@@ -158,9 +167,16 @@ fn read_header(source: &dyn Source) -> std::result::Result<(Metadata, u64), Stri
     }
     let mut text = vec![0; length as usize];
     source.read_at(LENGTH_BYTES as u64, &mut text).map_err(unreadable)?;
-    let header: Metadata = serde_json::from_slice(&text).map_err(|error| odd(&error))?;
-    if header.data_len() as u64 != after - length {
-        return Err(odd(&format_args!("tensors of {} bytes, {} are there", header.data_len(), after - length)));
+    let metadata: Metadata = serde_json::from_slice(&text).map_err(|error| odd(&error))?;
+    let (expected, found) = (metadata.data_len(), after - length);
+    if expected as u64 != found {
+        return Err(odd(&format_args!("tensors of {expected} bytes, {found} are there")));
     }
-    Ok((header, LENGTH_BYTES as u64 + length))
+    let Some(name) = metadata.metadata().as_ref().and_then(|entries| entries.get("kind")) else {
+        return Err(other(&"a safetensors file without a kind"));
+    };
+    let Some(kind) = kinds.iter().find(|kind| kind.name == name) else {
+        return Err(other(&format_args!("its kind is {name:?}")));
+    };
+    Ok(FileHeader { kind, metadata, data: LENGTH_BYTES as u64 + length })
 }

@@ -6,29 +6,48 @@ use super::checksum::{self, Summed};
 use super::{Element, Kind};
 use crate::error::{Error, Result};
 use std::fmt::{Display, Write as _};
-use std::io::{Result as IoResult, Write};
+use std::io::{Error as IoError, Result as IoResult, Write};
 
 /// The header is padded to a multiple of this many bytes. A tensor is then aligned to its element, if the tensors before
 /// it are multiples of that element's size.
 const HEADER_ALIGNMENT: usize = 8;
 
-/// The header of a file: metadata and tensors, in insertion order.
-#[derive(Debug)]
-pub struct Header {
-    /// The entries as JSON, without braces.
+/// What a file will hold: metadata and tensors, in the order in which they were added.
+pub struct Contents<'a> {
+    kind: &'static Kind,
+    /// JSON.
     metadata: String,
-    tensors: String,
-    data_bytes: usize,
+    tensors: Vec<Tensor<'a>>,
 }
 
-impl Header {
-    /// The header of an empty file of this kind.
+type WriteBytes<'a> = dyn Fn(&mut dyn Write) -> IoResult<()> + 'a;
+
+/// A tensor, and what writes its bytes.
+struct Tensor<'a> {
+    name: String,
+    element: Element,
+    shape: Vec<usize>,
+    write: Box<WriteBytes<'a>>,
+}
+
+impl Tensor<'_> {
+    fn num_bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.element.bytes()
+    }
+}
+
+impl<'a> Contents<'a> {
+    /// An empty file of this kind.
     #[must_use]
-    pub fn new(kind: &Kind) -> Self {
-        let mut header = Self { metadata: String::new(), tensors: String::new(), data_bytes: 0 };
-        header.entry("kind", kind.name);
-        header.entry("version", kind.version);
-        header
+    pub fn new(kind: &'static Kind) -> Self {
+        let mut contents = Self { kind, metadata: String::new(), tensors: Vec::new() };
+        contents.entry("kind", kind.name);
+        contents.entry("version", kind.version);
+        contents
+    }
+
+    pub(super) fn kind(&self) -> &'static Kind {
+        self.kind
     }
 
     /// Adds a metadata entry. Keys must be distinct.
@@ -38,29 +57,50 @@ impl Header {
         let _ = write!(self.metadata, "{comma}{}:{}", quoted(key), quoted(&value.to_string()));
     }
 
-    /// Adds a tensor after those already added. Names must be distinct.
-    pub fn tensor(&mut self, name: &str, element: Element, shape: &[usize]) {
-        let start = self.data_bytes;
-        self.data_bytes += shape.iter().product::<usize>() * element.bytes();
-        self.tensors += &described(name, element, shape, [start, self.data_bytes]);
+    /// Adds a tensor, whose bytes `write` writes; a name is added once.
+    pub fn tensor(
+        &mut self,
+        name: String,
+        element: Element,
+        shape: &[usize],
+        write: impl Fn(&mut dyn Write) -> IoResult<()> + 'a,
+    ) {
+        self.tensors.push(Tensor { name, element, shape: shape.to_vec(), write: Box::new(write) });
     }
 
-    /// Writes the header's length, the header, the tensors' bytes (which `fill` writes in order) and the checksum.
-    pub(super) fn write(&self, out: &mut dyn Write, fill: impl FnOnce(&mut dyn Write) -> IoResult<()>) -> IoResult<()> {
-        let text = self.text();
+    /// Writes the length, the header, the tensors, and the checksum of it all; an error for a tensor whose bytes are not
+    /// as many as its shape takes.
+    pub(super) fn write(&self, out: &mut dyn Write) -> IoResult<()> {
+        let text = self.header();
         let mut summed = Summed::new(out);
         summed.write_all(&(text.len() as u64).to_le_bytes())?;
         summed.write_all(text.as_bytes())?;
-        let start = summed.bytes;
-        fill(&mut summed)?;
-        debug_assert_eq!(summed.bytes - start, self.data_bytes, "the tensors' bytes are those of their shapes");
+        for tensor in &self.tensors {
+            let start = summed.bytes;
+            (tensor.write)(&mut summed)?;
+            let (written, expected) = (summed.bytes - start, tensor.num_bytes());
+            if written != expected {
+                let Tensor { name, shape, .. } = tensor;
+                return Err(IoError::other(format!("{name}: {written} bytes, its shape {shape:?} takes {expected}")));
+            }
+        }
         summed.finish()
     }
 
-    fn text(&self) -> String {
-        let place = [self.data_bytes, self.data_bytes + checksum::BYTES];
-        let last = described(checksum::NAME, checksum::ELEMENT, &[checksum::BYTES], place);
-        let mut text = format!("{{\"__metadata__\":{{{}}}{}{last}}}", self.metadata, self.tensors);
+    fn data_bytes(&self) -> usize {
+        self.tensors.iter().map(Tensor::num_bytes).sum()
+    }
+
+    fn header(&self) -> String {
+        let mut text = format!("{{\"__metadata__\":{{{}}}", self.metadata);
+        let mut end = 0;
+        for tensor in &self.tensors {
+            let start = end;
+            end += tensor.num_bytes();
+            text += &described(&tensor.name, tensor.element, &tensor.shape, [start, end]);
+        }
+        text += &described(checksum::NAME, checksum::ELEMENT, &[checksum::BYTES], [end, end + checksum::BYTES]);
+        text.push('}');
         while !text.len().is_multiple_of(HEADER_ALIGNMENT) {
             text.push(' ');
         }
@@ -74,20 +114,19 @@ fn described(name: &str, element: Element, shape: &[usize], [start, end]: [usize
     format!(",{name}:{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{start},{end}]}}")
 }
 
-/// A file in memory; `fill` writes the tensors' bytes in order.
+/// The bytes of a file.
 ///
 /// # Errors
-/// [`Error::OutOfMemory`].
-pub fn to_bytes(header: &Header, fill: impl FnOnce(&mut dyn Write) -> IoResult<()>) -> Result<Vec<u8>> {
+/// [`Error::OutOfMemory`]; `kind.error` for a tensor whose bytes cannot be written.
+pub fn to_bytes(contents: &Contents<'_>) -> Result<Vec<u8>> {
     let mut out = Vec::new();
-    let bytes = super::LENGTH_BYTES + header.text().len() + header.data_bytes + checksum::BYTES;
-    let refused = Error::OutOfMemory { bytes, what: "a file in memory" };
+    let bytes = super::LENGTH_BYTES + contents.header().len() + contents.data_bytes() + checksum::BYTES;
     if out.try_reserve_exact(bytes).is_err() {
-        return Err(refused);
+        return Err(Error::OutOfMemory { bytes, what: "a file in memory" });
     }
-    match header.write(&mut out, fill) {
+    match contents.write(&mut out) {
         Ok(()) => Ok(out),
-        Err(_) => Err(refused), // writing to a vector fails only for lack of memory
+        Err(error) => Err((contents.kind.error)(error.to_string())),
     }
 }
 
@@ -109,7 +148,23 @@ fn quoted(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::quoted;
+    use super::{Contents, Element, Kind, quoted, to_bytes};
+    use crate::error::Error;
+
+    const KIND: Kind = Kind { name: "test", version: 1, error: Error::CacheFile };
+
+    #[test]
+    fn a_tensor_that_writes_other_bytes_than_its_shape_takes_is_an_error() {
+        for (len, expected) in [(6, None), (5, Some("x: 5 bytes, its shape [3] takes 6")), (7, Some("x: 7 bytes"))] {
+            let mut contents = Contents::new(&KIND);
+            contents.tensor("x".to_owned(), Element::U16, &[3], |out| out.write_all(&vec![0; len]));
+            match (to_bytes(&contents), expected) {
+                (Ok(_), None) => {}
+                (Err(Error::CacheFile(why)), Some(expected)) => assert!(why.contains(expected), "{why}"),
+                (other, _) => panic!("{len} bytes: {other:?}"),
+            }
+        }
+    }
 
     #[test]
     fn a_quoted_string_is_json() {

@@ -20,7 +20,7 @@ mod moments;
 mod parallel;
 mod write;
 
-use crate::archive::{self, Header, Source};
+use crate::archive::{self, Source};
 use crate::error::{Error, Result};
 use crate::quant::HeadCalibration;
 use layer::Layer;
@@ -243,8 +243,8 @@ impl Calibration {
     /// # Errors
     /// [`Error::Config`]: no layer is frozen.
     pub fn to_bytes(&self, fingerprint: &str, model: &str) -> Result<Vec<u8>> {
-        let (header, frozen) = self.frozen(fingerprint, model)?;
-        archive::to_bytes(&header, |out| write::tensors(&frozen, out))
+        let (frozen, query_tokens) = self.frozen()?;
+        archive::to_bytes(&write::contents(&frozen, query_tokens, fingerprint, model))
     }
 
     /// Writes the frozen layers to a file, whole or not at all. See [`Calibration::to_bytes`].
@@ -252,12 +252,12 @@ impl Calibration {
     /// # Errors
     /// [`Error::Config`]: no layer is frozen. [`Error::Calibration`]: the file cannot be written.
     pub fn save(&self, path: &Path, fingerprint: &str, model: &str) -> Result<()> {
-        let (header, frozen) = self.frozen(fingerprint, model)?;
-        archive::save(path, &KIND, &header, |out| write::tensors(&frozen, out))
+        let (frozen, query_tokens) = self.frozen()?;
+        archive::save(path, &write::contents(&frozen, query_tokens, fingerprint, model))
     }
 
-    /// The frozen layers, and the header of their file.
-    fn frozen(&self, fingerprint: &str, model: &str) -> Result<(Header, Box<write::Layers>)> {
+    /// The frozen layers, and the query tokens that the one which saw the fewest has seen.
+    fn frozen(&self) -> Result<(Box<write::Layers>, usize)> {
         let mut query_tokens = usize::MAX;
         let mut frozen = Vec::new();
         for (layer, entry) in self.all() {
@@ -272,7 +272,7 @@ impl Calibration {
                 "no layer is frozen: a calibration is kept once it has seen {QUERY_TOKENS} query tokens, or is frozen"
             )));
         }
-        Ok((write::header(&frozen, query_tokens, fingerprint, model), frozen.into()))
+        Ok((frozen.into(), query_tokens))
     }
 
     /// The calibration in a file's bytes; every layer is [`State::File`].

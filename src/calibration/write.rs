@@ -1,40 +1,31 @@
-//! A calibration as a file.
+//! The contents of a calibration file.
 
 use super::LayerCalibration;
 use super::file::{Field, KIND};
-use crate::archive::Header;
+use crate::archive::Contents;
 use crate::format::FORMAT_VERSION;
 use crate::quant::{Feedback, ModelChannels};
-use std::io::{Result as IoResult, Write};
+use std::io::Write;
 use std::sync::Arc;
 
 /// Layers by the model's number, in order.
 pub(super) type Layers = [(usize, Arc<LayerCalibration>)];
 
-/// The header of `layers`, which are not empty and were frozen after at least `query_tokens` tokens each.
-pub(super) fn header(layers: &Layers, query_tokens: usize, fingerprint: &str, model: &str) -> Header {
-    let mut header = Header::new(&KIND);
-    header.entry("format_version", FORMAT_VERSION);
-    header.entry("fingerprint", fingerprint);
-    header.entry("model", model);
-    header.entry("query_tokens", query_tokens);
+/// What a file of `layers` holds, which are not empty and were frozen after at least `query_tokens` tokens each.
+pub(super) fn contents<'a>(layers: &'a Layers, query_tokens: usize, fingerprint: &str, model: &str) -> Contents<'a> {
+    let mut contents = Contents::new(&KIND);
+    contents.entry("format_version", FORMAT_VERSION);
+    contents.entry("fingerprint", fingerprint);
+    contents.entry("model", model);
+    contents.entry("query_tokens", query_tokens);
     for (layer, calibration) in layers {
         let shape = [calibration.heads.len(), calibration.heads.first().map_or(0, |head| head.channels.mean.len())];
         for field in Field::ALL {
-            header.tensor(&field.tensor_name(*layer), field.element(), &field.shape(shape));
+            let write = move |out: &mut dyn Write| out.write_all(&field_bytes(calibration, field));
+            contents.tensor(field.tensor_name(*layer), field.element(), &field.shape(shape), write);
         }
     }
-    header
-}
-
-/// The tensors of the header.
-pub(super) fn tensors(layers: &Layers, out: &mut dyn Write) -> IoResult<()> {
-    for (_, calibration) in layers {
-        for field in Field::ALL {
-            out.write_all(&field_bytes(calibration, field))?;
-        }
-    }
-    Ok(())
+    contents
 }
 
 fn field_bytes(calibration: &LayerCalibration, field: Field) -> Vec<u8> {

@@ -1,6 +1,9 @@
-//! Prints the layouts: what other languages and the golden file check themselves against.
+//! Prints the layouts: what other languages and the golden file check themselves against. Places of codes are printed as
+//! indices within their field.
 
-use super::{BLOCK_SIZES, CodeOrder, Dtype, FORMAT_VERSION, Format, RawPage, SealedTile, TokenPage, record_bytes};
+use super::{
+    Arrangement, BLOCK_SIZES, Dtype, FORMAT_VERSION, Format, Int8Page, Plane, RawPage, SealedTile, record_bytes,
+};
 use core::fmt::{self, Display, Formatter};
 
 const HEAD_DIMS: [usize; 6] = [16, 64, 80, 96, 128, 256];
@@ -21,7 +24,7 @@ impl Display for LayoutJson {
                     separator = ",\n";
                 }
                 out.write_str(separator)?;
-                int8_record(out, TokenPage { head_dim, block_size })?;
+                int8_record(out, Int8Page { head_dim, block_size })?;
                 for format in Format::ALL {
                     if let Some(bits) = format.tile_bits() {
                         out.write_str(separator)?;
@@ -32,25 +35,41 @@ impl Display for LayoutJson {
         }
         writeln!(out, "\n  ],\n  \"orders\": [")?;
         separator = "";
-        for order in CodeOrder::ALL {
+        for order in Arrangement::ALL {
             for (token, channel) in [(0, 0), (1, 0), (0, 1), (5, 7), (17, 19), (127, 63)] {
-                write!(
-                    out,
-                    "{separator}    {{\"order\": \"{order:?}\", \"block_size\": 128, \"head_dim\": 64, \"token\": {token}, \"channel\": {channel}, \
-                     \"k_code\": {}, \"v_code\": {}, \"raw_k\": {}, \"raw_v\": {}, \
-                     \"tile_k\": {:?}, \"tile_v\": {:?}}}",
-                    order.k_code([128, 64], token, channel),
-                    order.v_code([128, 64], token, channel),
-                    order.raw_k([128, 64], token, channel),
-                    order.raw_v([128, 64], token, channel),
-                    [4, 2, 1].map(|bits| order.tile_k([128, 64], bits, token, channel)),
-                    [4, 2, 1].map(|bits| order.tile_v([128, 64], bits, token, channel)),
-                )?;
+                out.write_str(separator)?;
+                places(out, order, token, channel)?;
                 separator = ",\n";
             }
         }
         writeln!(out, "\n  ]\n}}")
     }
+}
+
+/// The indices of one token and channel in each field of 128 tokens and 64 channels.
+fn places(out: &mut Formatter<'_>, order: Arrangement, token: usize, channel: usize) -> fmt::Result {
+    let (head_dim, block_size) = (64, 128);
+    let page = Int8Page { head_dim, block_size };
+    let raw = RawPage { head_dim, block_size, dtype: Dtype::Bf16 };
+    let planes = [4, 2, 1].map(|bits| {
+        let tile = SealedTile { head_dim, block_size, bits: if bits == 1 { 3 } else { bits } };
+        (tile, Plane { bits, shift: if bits == 1 { 2 } else { 0 } })
+    });
+    let index = |(tile, plane): (SealedTile, Plane), bit: usize, codes: usize| {
+        (bit - 8 * (codes + tile.plane(plane))) / plane.bits as usize
+    };
+    write!(
+        out,
+        "    {{\"order\": \"{order:?}\", \"block_size\": {block_size}, \"head_dim\": {head_dim}, \"token\": {token}, \
+         \"channel\": {channel}, \"k_code\": {}, \"v_code\": {}, \"raw_k\": {}, \"raw_v\": {}, \
+         \"tile_k\": {:?}, \"tile_v\": {:?}}}",
+        order.k_code(page, token, channel) - page.k_codes(),
+        order.v_code(page, token, channel) - page.v_codes(),
+        (order.raw_k(raw, token, channel) - raw.k()) / raw.dtype.bytes(),
+        (order.raw_v(raw, token, channel) - raw.v()) / raw.dtype.bytes(),
+        planes.map(|(tile, plane)| index((tile, plane), order.tile_k(tile, plane, token, channel), tile.k_codes())),
+        planes.map(|(tile, plane)| index((tile, plane), order.tile_v(tile, plane, token, channel), tile.v_codes())),
+    )
 }
 
 fn raw_record(out: &mut Formatter<'_>, page: RawPage) -> fmt::Result {
@@ -67,8 +86,8 @@ fn raw_record(out: &mut Formatter<'_>, page: RawPage) -> fmt::Result {
     )
 }
 
-fn int8_record(out: &mut Formatter<'_>, page: TokenPage) -> fmt::Result {
-    let TokenPage { head_dim, block_size } = page;
+fn int8_record(out: &mut Formatter<'_>, page: Int8Page) -> fmt::Result {
+    let Int8Page { head_dim, block_size } = page;
     write!(
         out,
         "    {{\"format\": \"{}\", \"head_dim\": {head_dim}, \"block_size\": {block_size}, \"k_codes\": {}, \

@@ -5,7 +5,7 @@
 pub enum Format {
     /// Unquantized pages in the model's element type: tests the plumbing, baseline of the kernels.
     Raw,
-    /// INT8 pages under a calibration window.
+    /// INT8 pages.
     Int8,
     /// INT8 pages while open, sealed into 4-bit tiles.
     Int4,

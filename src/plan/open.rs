@@ -1,13 +1,13 @@
 //! Which pages does a step open, and over which tokens are their channel statistics taken?
 //!
 //! A page is opened by the step that writes its first token, and its statistics are frozen then: those of its own rows
-//! where the step writes them all, else those of the calibration window before it, else (the first page that is held)
+//! where the step writes them all, else those of the `STATISTICS_TOKENS` before it, else (the first page that is held)
 //! those of as many of its own rows as the step brings. Positions of the window that are older than the step are read
 //! back from their pages; those of the step itself are taken as given, so that no page waits for another one to be
 //! written.
 
 use super::{SequencePlan, StepPlan};
-use crate::format::{CALIBRATION_WINDOW_TOKENS, first_page_tokens};
+use crate::format::{STATISTICS_TOKENS, first_page_tokens};
 
 /// A page opened by a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +57,7 @@ pub(super) fn plan_opens(block_size: usize, index: usize, sequence: &SequencePla
     for block in new.filter(|&block| sequence.page(block).is_some()) {
         let first = block * block_size;
         let own_end = seq_len.min(first + block_size);
-        let window_start = first.saturating_sub(CALIBRATION_WINDOW_TOKENS).max(sequence.first_held.min(first));
+        let window_start = first.saturating_sub(STATISTICS_TOKENS).max(sequence.first_held.min(first));
         let is_written_whole = own_end - first == block_size;
         let (start, end) =
             if is_written_whole || window_start == first { (first, own_end) } else { (window_start, first) };

@@ -13,10 +13,10 @@
 //! without vLLM's rotation.
 
 use super::hadamard::{rotate, rotate_channels};
+use super::int8_page::decode_v;
 use super::reference::ReferenceTile;
 use super::round::round_v;
 use super::tile::transposed;
-use super::token_page::decode_v;
 use super::{lanes, rint_even, to_f16_clamped};
 
 /// Tokens of a K group, and channels of a V group, of `kivi4`.

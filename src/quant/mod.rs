@@ -1,7 +1,7 @@
-//! How do tokens become bytes, and back? Scalar f32, one token or one tile at a time: the specification that every
-//! backend is tested against.
+//! The quantizer, in scalar f32: values to codes and parameters, one token or one tile at a time, and to the bytes of
+//! records ([`record`]). It is the specification that every backend is tested against.
 //!
-//! A page, token by token ([`token_page`], under the statistics of [`window`]):
+//! A page, token by token ([`int8_page`], under the statistics of [`statistics`]):
 //!
 //! ```text
 //! K^[t,d] = k_channel_mean[d] + k_channel_scale[d] * k_token_scale[t] * code      code in [-127, 127]
@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A sealed tile of b bits, whole ([`tile`]): K or `K H` ([`hadamard`]), scaled by [`mod@dual_scale`], each channel rounded
-//! ([`round`]) so that errors cancel where the queries look ([`feedback`]); `V' = V H`; codes in [`planes`]:
+//! ([`round`]) so that errors cancel where the queries look ([`feedback`]); `V' = V H`:
 //!
 //! ```text
 //! K^'[d,t] = (code * k_channel_scale[d] + k_channel_zero_point[d]) * k_token_scale[t]      code in [0, 2^b - 1]
@@ -26,23 +26,23 @@ pub mod codec;
 pub mod dual_scale;
 pub mod feedback;
 pub mod hadamard;
+pub mod int8_page;
 mod lanes;
-pub mod planes;
 pub mod range;
+pub mod record;
 pub mod reference;
 pub mod round;
+pub mod statistics;
 pub mod tile;
-pub mod token_page;
-pub mod window;
 
 pub use calibrated::{HeadCalibration, ModelChannels};
 pub use codec::Codec;
 pub use dual_scale::{DualScale, DualScaleOptions, dual_scale};
 pub use feedback::{Feedback, HeadFeedback};
 pub use hadamard::{rotate, rotate_channels, rotate_moment};
+pub use int8_page::{decode_k, decode_k_low, decode_v, encode_k, encode_k_low, encode_v};
+pub use statistics::ChannelStatistics;
 pub use tile::{FirstV, Frame, Tile, decode_tile_k, decode_tile_v, encode_tile, rotate_v};
-pub use token_page::{decode_k, decode_k_low, decode_v, encode_k, encode_k_low, encode_v};
-pub use window::ChannelStatistics;
 
 use half::f16;
 

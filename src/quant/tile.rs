@@ -12,8 +12,8 @@
 
 use super::feedback::HeadFeedback;
 use super::hadamard::{rotate, rotate_channels};
+use super::int8_page::{decode_v, encode_v};
 use super::round::{LARGEST_VALUE, round_k, round_v};
-use super::token_page::{decode_v, encode_v};
 use half::f16;
 
 /// The basis that a K tile is rounded in.

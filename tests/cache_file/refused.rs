@@ -2,7 +2,7 @@
 
 use super::{Format, KV_HEADS, LAYERS, PagedKvCache, config, contents, filled, step, to_bytes};
 use crate::common::seal_file;
-use kvarn::format::{Dtype, SealedTile, TokenPage};
+use kvarn::format::{Dtype, Int8Page, SealedTile};
 use kvarn::{CacheConfig, Error};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -96,8 +96,11 @@ fn remove(metadata: &mut Value, key: &str) {
 #[test]
 fn metadata_that_no_cache_has_is_refused() {
     let altered: [(Alter, &str); 26] = [
-        (|m| m["kind"] = json!("kvarn calibration"), "a file of kind \"kvarn calibration\", not \"kvarn cache\""),
-        (|m| *m = json!({"format": "pt"}), "but no \"kvarn cache\""),
+        (
+            |m| m["kind"] = json!("kvarn calibration"),
+            "not a file of kind \"kvarn cache\": its kind is \"kvarn calibration\"",
+        ),
+        (|m| *m = json!({"format": "pt"}), "a safetensors file without a kind"),
         (|m| m["version"] = json!("3"), "version 3, this release reads version 2"),
         (|m| m["format_version"] = json!("99"), "format version 99, this release reads"),
         (|m| m["format_version"] = json!(""), "format_version is \"\""),
@@ -229,7 +232,7 @@ fn records_that_nothing_writes_are_refused() {
     assert_says(&set(Format::Int4, "layers.0.tiles", tile.first_v(), &[1]), "first_v: not zero");
     assert_says(&set(Format::Int4, "layers.0.tiles", tile.header() + 2, &[3]), "element 3, of the first row");
     assert_says(&set(Format::Int4, "layers.0.tiles", tile.header() + 4, &[1]), "after the header");
-    let page = TokenPage { head_dim: CHANNELS, block_size: BLOCK };
+    let page = Int8Page { head_dim: CHANNELS, block_size: BLOCK };
     for format in [Format::Int4, Format::Int8] {
         assert_says(&set(format, "layers.0.pages", page.k_codes() + 5, &[0x80]), "k_codes: code 5 is -128");
         for (field, at) in [

@@ -1,20 +1,20 @@
 //! Append: fresh keys and values into pages. First everything is checked, then what was full before is sealed, then
 //! statistics are taken, then the tokens are written, then the blocks that a prefill fills are sealed.
 
-use super::record::{self, RecordLayout};
-use super::{Cpu, PARALLEL_VALUES};
+use super::{Cpu, ORDER, PARALLEL_VALUES};
 use crate::backend::{Fresh, TensorView};
 use crate::error::{Error, Result};
-use crate::format::MAX_HEAD_DIM;
+use crate::format::{MAX_HEAD_DIM, RecordLayout};
 use crate::plan::{PageOpen, SequencePlan, StepPlan};
 use crate::quant::range::TokenSet;
+use crate::quant::record::{self, int8, raw};
 use crate::quant::{self, ChannelStatistics, HeadCalibration};
 use rayon::prelude::*;
 
 /// What was written of one block and head.
 struct Written {
     rows: usize,
-    /// The sum of [`record::write_int8`].
+    /// The sum of [`int8::WrittenK::squares`].
     squares: f64,
     out_of_range: TokenSet,
 }
@@ -137,7 +137,7 @@ impl Cpu {
         let mut block_rows = vec![0f32; block_size * head_dim];
         for block in start / block_size..stored.div_ceil(block_size) {
             let (layout, record) = self.record(layer, sequence.block_table[block], sequence.page(block), head);
-            record::read_k(layout, record, &mut block_rows);
+            record::read_k(layout, ORDER, record, &mut block_rows);
             let (first, last) = (start.max(block * block_size), stored.min((block + 1) * block_size));
             let from = &block_rows[first % block_size * head_dim..][..(last - first) * head_dim];
             rows[(first - start) * head_dim..][..from.len()].copy_from_slice(from);
@@ -158,7 +158,7 @@ impl Cpu {
                 let model = heads.get(head).map(|head| &head.channels);
                 // SAFETY: `&mut self` holds the arena exclusively, and one record at a time is asked for.
                 let record = unsafe { self.layers[layer].pages.record_mut(id.0, head) };
-                record::refit_k(page, record, refit.num_tokens, model);
+                int8::refit_k(page, ORDER, record, refit.num_tokens, model);
             }
         }
     }
@@ -184,10 +184,10 @@ impl Cpu {
         let frozen = match (self.page, opened) {
             (RecordLayout::Int8(page), Ok(open)) => {
                 let statistics = statistics[open * self.num_kv_heads + head].clone();
-                record::write_statistics(page, record, &statistics);
+                int8::write_statistics(page, ORDER, record, &statistics);
                 Some(statistics)
             }
-            (RecordLayout::Int8(page), Err(_)) => Some(record::read_statistics(page, record)),
+            (RecordLayout::Int8(page), Err(_)) => Some(int8::read_statistics(page, ORDER, record)),
             _ => None,
         };
         let (mut k, mut v) = ([0f32; MAX_HEAD_DIM], [0f32; MAX_HEAD_DIM]);
@@ -206,15 +206,16 @@ impl Cpu {
                         quant::rotate_v(v);
                     }
                     let low = block == 0 && page.has_low_bytes(token, end);
-                    let (squares, out_of_range) = record::write_int8(page, record, token, frozen, k, v, low);
-                    written.squares += squares;
-                    written.out_of_range |= TokenSet::from(out_of_range) << token;
+                    let of_k = int8::write_k(page, ORDER, record, token, frozen, k, low);
+                    let v_is_out = int8::write_v(page, ORDER, record, token, v);
+                    written.squares += of_k.squares;
+                    written.out_of_range |= TokenSet::from(of_k.out_of_range || v_is_out) << token;
                 }
                 (RecordLayout::Raw(page), _) => {
                     if let Some(codec) = self.codec.filter(|codec| codec.is_per_token()) {
                         codec.apply_token(k, v);
                     }
-                    record::write_raw(page, record, token, k, v);
+                    raw::write_token(page, ORDER, record, token, k, v);
                 }
                 _ => unreachable!("a page is raw, or INT8 with statistics"),
             }

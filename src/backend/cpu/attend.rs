@@ -1,13 +1,13 @@
 //! Attend: decode cuts the history into splits and merges them by their log-sum-exp; prefill is in [`super::prefill`].
 
 use super::generic::{RecordView, Rows, Scratch};
-use super::record::RecordLayout;
-use super::{Cpu, PARALLEL_VALUES, tile};
+use super::{Cpu, ORDER, PARALLEL_VALUES};
 use crate::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
 use crate::error::{Error, Result};
-use crate::format::MAX_HEAD_DIM;
+use crate::format::{MAX_HEAD_DIM, RecordLayout};
 use crate::plan::{SequencePlan, Split, StepPlan, splits};
 use crate::quant;
+use crate::quant::record::tile;
 use rayon::prelude::*;
 
 /// One call of attend, checked: what every job reads.
@@ -156,7 +156,7 @@ impl Attention<'_> {
     pub(super) fn record(&self, sequence: &SequencePlan, block: usize, head: usize) -> RecordView<'_> {
         let (layout, record) = self.cpu.record(self.layer, sequence.block_table[block], sequence.page(block), head);
         let k_rotated = match layout {
-            RecordLayout::Tile(layout) => tile::k_is_rotated(layout, record),
+            RecordLayout::Tile(layout) => tile::k_is_rotated(layout, ORDER, record),
             _ => false,
         };
         RecordView { first: block * self.cpu.block_size, tokens: self.cpu.block_size, record, layout, k_rotated }

@@ -1,10 +1,10 @@
 //! The one door to the kernels: a table of entry points a level, chosen once.
 
 use super::generic::{RecordView, Rows, Scratch, attend_record};
-use super::record::RecordLayout;
 use super::scalar::Scalar;
 use super::unpack::unpack;
 use crate::error::{Error, Result};
+use crate::format::RecordLayout;
 use crate::quant::HeadFeedback;
 use crate::quant::tile::{Tile, encode_tile};
 

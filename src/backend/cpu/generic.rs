@@ -8,10 +8,10 @@
 //!
 //! Everything here is inlined into the entry points of [`super::dispatch`], which turn the instructions on.
 
-use super::record::RecordLayout;
 use super::record_kernel::{BLOCK_TOKENS, Bf16, F16, F32, Int8Kernel, MAX_ROWS, RawKernel, RecordKernel};
 use super::simd::Simd;
 use super::tile_kernel::TileKernel;
+use crate::format::RecordLayout;
 use crate::format::order::LANES;
 use crate::format::{Dtype, MAX_HEAD_DIM};
 

@@ -10,13 +10,11 @@ mod dispatch;
 mod generic;
 mod health;
 mod prefill;
-mod record;
 mod record_kernel;
 mod saved;
 mod scalar;
 mod seal;
 mod simd;
-mod tile;
 mod tile_kernel;
 mod unpack;
 
@@ -28,13 +26,15 @@ pub use health::LayerHealth;
 
 use super::{AttendOptions, Backend, Fresh, TensorView, TensorViewMut};
 use crate::error::{Error, Result};
-use crate::format::{BLOCK_SIZES, Dtype, Format, supports_block_size, supports_head_dim};
+use crate::format::{Arrangement, BLOCK_SIZES, Dtype, Format, RecordLayout, supports_block_size, supports_head_dim};
 use crate::paging::{BlockId, PageId};
 use crate::plan::StepPlan;
-use crate::quant::{self, Codec, HeadCalibration};
+use crate::quant::{self, Codec, HeadCalibration, record};
 use arena::Arena;
 use dispatch::Kernels;
-use record::RecordLayout;
+
+/// What the kernels read, and the records here are in.
+const ORDER: Arrangement = Arrangement::Cpu;
 
 /// Below this many values touched, waking threads costs more than it brings.
 const PARALLEL_VALUES: usize = 1 << 16;
@@ -299,9 +299,9 @@ impl Backend for Cpu {
                         unsafe { view.write_row(position - start, head, row) };
                     }
                 };
-                record::read_k(layout, record, &mut rows);
+                record::read_k(layout, ORDER, record, &mut rows);
                 tokens(&rows, &k);
-                record::read_v(layout, record, &mut rows);
+                record::read_v(layout, ORDER, record, &mut rows);
                 if self.rotates_v() {
                     rows.chunks_exact_mut(self.head_dim).for_each(quant::hadamard::rotate);
                 }

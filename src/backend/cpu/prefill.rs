@@ -4,13 +4,13 @@
 //! given, are read unquantized, from pages of f32 laid out like `raw` ones: a copy of the step's own keys and values,
 //! 8 bytes a channel and token, for as long as one call attends.
 
+use super::ORDER;
 use super::attend::{Attention, RowRange};
 use super::generic::{RecordView, Rows, Scratch};
-use super::record::RecordLayout;
 use super::record_kernel::BLOCK_TOKENS;
 use crate::backend::Fresh;
 use crate::error::{Error, Result};
-use crate::format::{CodeOrder, Dtype, MAX_HEAD_DIM, RawPage};
+use crate::format::{Dtype, MAX_HEAD_DIM, RawPage, RecordLayout};
 use crate::quant;
 use rayon::prelude::*;
 
@@ -112,18 +112,16 @@ impl Attention<'_> {
         values.resize(len, 0f32);
         values.par_chunks_exact_mut(page.bytes() / 4).enumerate().for_each(|(job, values)| {
             let (head, page_index) = (job / num_pages, job % num_pages);
-            let (k, v) = values.split_at_mut(page.v() / 4);
             let rows = sequence.token_rows.chunks(BLOCK_TOKENS).nth(page_index).unwrap_or_default();
             let mut row = [0f32; MAX_HEAD_DIM];
-            let (shape, order) = ([BLOCK_TOKENS, head_dim], CodeOrder::Cpu);
             for (token, &index) in rows.iter().enumerate() {
                 fresh.k.read_row(index as usize, head, &mut row[..head_dim]);
-                row[..head_dim].iter().enumerate().for_each(|(d, &x)| k[order.raw_k(shape, token, d)] = x);
+                row[..head_dim].iter().enumerate().for_each(|(d, &x)| values[ORDER.raw_k(page, token, d) / 4] = x);
                 fresh.v.read_row(index as usize, head, &mut row[..head_dim]);
                 if self.cpu.rotates_v() {
                     quant::rotate_v(&mut row[..head_dim]);
                 }
-                row[..head_dim].iter().enumerate().for_each(|(d, &x)| v[order.raw_v(shape, token, d)] = x);
+                row[..head_dim].iter().enumerate().for_each(|(d, &x)| values[ORDER.raw_v(page, token, d) / 4] = x);
             }
         });
         Ok(FreshPages { page, num_pages, values })

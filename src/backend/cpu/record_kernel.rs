@@ -2,7 +2,7 @@
 
 use super::simd::Simd;
 use crate::format::order::{DEPTH, LANES};
-use crate::format::{MAX_HEAD_DIM, RawPage, TokenPage};
+use crate::format::{Int8Page, MAX_HEAD_DIM, RawPage};
 
 /// Most query rows that a kernel takes at once.
 pub const MAX_ROWS: usize = 6;
@@ -55,7 +55,7 @@ element!(F32, f32, load);
 element!(F16, u16, load_f16);
 element!(Bf16, u16, load_bf16);
 
-/// A `raw` page in [`crate::format::CodeOrder::Cpu`].
+/// A `raw` page in [`crate::format::Arrangement::Cpu`].
 pub struct RawKernel<E> {
     k: *const u8,
     v: *const u8,
@@ -181,14 +181,14 @@ pub unsafe fn scale_weights<S: Simd, const R: usize>(
     }
 }
 
-/// An INT8 page: codes in [`crate::format::CodeOrder::Cpu`].
+/// An INT8 page: codes in [`crate::format::Arrangement::Cpu`].
 ///
 /// ```text
 /// q . K^[t] = q . k_channel_mean + k_token_scale[t] * sum_d (q_d * k_channel_scale[d]) * code[t,d]
 /// sum_t p[t] V^[t,d] = sum_t (p[t] * v_token_scale[t]) * code[t,d] + sum_t p[t] * v_token_zero_point[t]
 /// ```
 pub struct Int8Kernel<'a> {
-    pub page: TokenPage,
+    pub page: Int8Page,
     pub record: &'a [u8],
 }
 

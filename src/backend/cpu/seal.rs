@@ -1,11 +1,11 @@
 //! Seal: full blocks into tiles, from their pages or from the rows of the step.
 
-use super::record::{self, RecordLayout};
-use super::{Cpu, tile};
+use super::{Cpu, ORDER};
 use crate::backend::Fresh;
-use crate::format::RawPage;
+use crate::format::{RawPage, RecordLayout};
 use crate::plan::{Seal, SealSource, StepPlan};
 use crate::quant::range::{TokenSet, out_of_range_tokens};
+use crate::quant::record::{self, raw, tile};
 use crate::quant::{self, HeadCalibration, HeadFeedback};
 use rayon::prelude::*;
 
@@ -52,8 +52,8 @@ impl Cpu {
         match (seal.source, fresh) {
             (SealSource::Page(page), _) => {
                 let (layout, record) = self.record(layer, sequence.block_table[seal.block], Some(page), head);
-                record::read_k(layout, record, &mut k);
-                record::read_v(layout, record, &mut v);
+                record::read_k(layout, ORDER, record, &mut k);
+                record::read_v(layout, ORDER, record, &mut v);
             }
             (SealSource::Fresh, Some(fresh)) => {
                 let first = seal.block * self.block_size - sequence.context_len;
@@ -95,7 +95,7 @@ impl Cpu {
                 let encode = self.kernels.encode_tile;
                 // SAFETY: the kernels' level is available.
                 let sealed = unsafe { encode(&k, &v, self.head_dim, layout.bits, feedback, first_row) };
-                tile::write(layout, record::ORDER, record, &sealed);
+                tile::write(layout, ORDER, record, &sealed);
                 (sealed.num_clamped, out_of_range_tokens(&sealed, &k, &v))
             }
             Some(RecordLayout::Raw(page)) => {
@@ -113,5 +113,5 @@ impl Cpu {
 
 fn write_raw_block(page: RawPage, record: &mut [u8], k: &[f32], v: &[f32]) {
     let rows = k.chunks_exact(page.head_dim).zip(v.chunks_exact(page.head_dim));
-    rows.enumerate().for_each(|(token, (k, v))| record::write_raw(page, record, token, k, v));
+    rows.enumerate().for_each(|(token, (k, v))| raw::write_token(page, ORDER, record, token, k, v));
 }

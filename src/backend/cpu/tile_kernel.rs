@@ -7,17 +7,18 @@
 //!
 //! with `q` in the frame of K, V in its own, and row `f` the sequence's first token, whose other parameters are 0.
 
+use super::ORDER;
 use super::record_kernel::{BLOCK_TOKENS, RecordKernel, scale_queries, scale_weights};
 use super::simd::Simd;
-use super::tile::first_row;
 use crate::format::order::{DEPTH, LANES};
 use crate::format::{MAX_HEAD_DIM, SealedTile};
+use crate::quant::record::tile::first_row;
 use half::f16;
 
 /// Values of a lane that are unpacked at once.
 pub const DEEP: usize = 16;
 
-/// A sealed tile in [`crate::format::CodeOrder::Cpu`].
+/// A sealed tile in [`crate::format::Arrangement::Cpu`].
 pub struct TileKernel<'a, const BITS: u32> {
     layout: SealedTile,
     record: &'a [u8],
@@ -34,7 +35,7 @@ impl<'a, const BITS: u32> TileKernel<'a, BITS> {
         Self {
             layout,
             record,
-            first_row: first_row(layout, record).filter(|&row| row < layout.block_size),
+            first_row: first_row(layout, ORDER, record).filter(|&row| row < layout.block_size),
             first_scale: half(layout.first_v_scale()),
             first_zero_point: half(layout.first_v_zero_point()),
         }

@@ -1,11 +1,10 @@
 //! Decoding a whole record at once, for query rows that are many.
 
-use super::record::RecordLayout;
 use super::record_kernel::BLOCK_TOKENS;
 use super::simd::Simd;
 use super::tile_kernel::{DEEP, TileKernel};
 use crate::format::order::{DEPTH, LANES};
-use crate::format::{MAX_HEAD_DIM, SealedTile, TokenPage};
+use crate::format::{Int8Page, MAX_HEAD_DIM, RecordLayout, SealedTile};
 
 /// Decodes a quantized record into an f32 `raw` page of the same size, K and V in the frames that they are kept in.
 ///
@@ -28,8 +27,8 @@ pub unsafe fn unpack<S: Simd>(layout: RecordLayout, record: &[u8], out: &mut [f3
 }
 
 #[inline(always)]
-unsafe fn int8<S: Simd>(page: TokenPage, record: &[u8], out: &mut [f32]) {
-    let TokenPage { head_dim, block_size } = page;
+unsafe fn int8<S: Simd>(page: Int8Page, record: &[u8], out: &mut [f32]) {
+    let Int8Page { head_dim, block_size } = page;
     assert!(record.len() >= page.bytes() && out.len() >= 2 * head_dim * block_size);
     let halves = |offset: usize| record[offset..].as_ptr().cast::<u16>();
     // SAFETY: `[block_size, head_dim]` codes and their parameters are read and written, both lengths asserted above.

@@ -71,7 +71,7 @@ pub struct Summary {
 /// [`Error::CacheFile`] when the file cannot be written.
 pub fn save(path: &Path, caches: &[&PagedKvCache], note: &str) -> Result<()> {
     let saved = write::all(caches)?;
-    archive::save(path, &KIND, &write::header(&saved, note), |out| write::tensors(&saved, out))
+    archive::save(path, &write::contents(&saved, note))
 }
 
 /// What [`save`] writes.
@@ -80,7 +80,7 @@ pub fn save(path: &Path, caches: &[&PagedKvCache], note: &str) -> Result<()> {
 /// [`Error::OpenStep`], [`Error::Unsupported`], [`Error::OutOfMemory`].
 pub fn to_bytes(caches: &[&PagedKvCache], note: &str) -> Result<Vec<u8>> {
     let saved = write::all(caches)?;
-    archive::to_bytes(&write::header(&saved, note), |out| write::tensors(&saved, out))
+    archive::to_bytes(&write::contents(&saved, note))
 }
 
 /// The caches and the note of a file: the same sequences under the same ids, in the same blocks shared alike, bit by bit.
@@ -112,7 +112,7 @@ pub fn inspect(path: &Path) -> Result<(Vec<Summary>, String)> {
     Ok((caches.iter().map(summary).collect::<Result<_>>()?, note))
 }
 
-/// The name of the kind of file that one says it is: this one, or a calibration. Nothing else of it is read.
+/// The name of the kind that a file's header says: this one, or a calibration. Nothing but the header is read.
 ///
 /// # Errors
 /// [`Error::Config`], naming the file: it cannot be read, or is neither.

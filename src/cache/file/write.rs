@@ -1,8 +1,7 @@
-//! Caches into a file.
+//! The contents of a cache file.
 
 use super::{KIND, PagedKvCache, name_of};
-use crate::archive::{Element, Header};
-use crate::config::CacheConfig;
+use crate::archive::{Contents, Element};
 use crate::error::{Error, Result};
 use crate::format::FORMAT_VERSION;
 use crate::paging::{PageId, Tables, UsedBlock};
@@ -31,6 +30,27 @@ impl<'a> Saved<'a> {
         Ok(Self { cache, tables, blocks })
     }
 
+    /// Calls `entry` with each of the cache's settings and its value.
+    fn settings(&self, mut entry: impl FnMut(&str, String)) {
+        let config = &self.cache.config;
+        entry("format", config.format.name().to_owned());
+        entry("dtype", config.dtype.name().to_owned());
+        for (key, value) in [
+            ("num_layers", Some(config.num_layers)),
+            ("num_kv_heads", Some(config.num_kv_heads)),
+            ("head_dim", Some(config.head_dim)),
+            ("block_size", Some(config.block_size)),
+            ("num_blocks", config.num_blocks),
+            ("num_open_pages", config.num_open_pages),
+            ("window", config.window),
+        ] {
+            if let Some(value) = value {
+                entry(key, value.to_string());
+            }
+        }
+        entry("next_sequence", self.tables.next_id.to_string());
+    }
+
     /// Shape of a layer's tiles or pages.
     fn records(&self, open: bool) -> [usize; 3] {
         let num_blocks = self.tables.open.iter().filter(|&&of_block| of_block == open).count();
@@ -49,74 +69,49 @@ impl<'a> Saved<'a> {
     }
 }
 
-/// Small integers of all caches come before the records of any: they are aligned.
-pub(super) fn header(saved: &[Saved], note: &str) -> Header {
-    let mut header = Header::new(&KIND);
-    header.entry("format_version", FORMAT_VERSION);
-    header.entry("caches", saved.len());
-    header.entry("note", note);
-    for (index, Saved { cache, tables, .. }) in saved.iter().enumerate() {
-        let mut entry = |key: &str, value: String| header.entry(&name_of(index, key), value);
-        let CacheConfig { num_layers, num_kv_heads, head_dim, block_size, .. } = cache.config;
-        entry("format", cache.config.format.name().to_owned());
-        entry("dtype", cache.config.dtype.name().to_owned());
-        let CacheConfig { num_blocks, num_open_pages, window, .. } = cache.config;
-        for (key, value) in [
-            ("num_layers", Some(num_layers)),
-            ("num_kv_heads", Some(num_kv_heads)),
-            ("head_dim", Some(head_dim)),
-            ("block_size", Some(block_size)),
-            ("num_blocks", num_blocks),
-            ("num_open_pages", num_open_pages),
-            ("window", window),
-        ] {
-            if let Some(value) = value {
-                entry(key, value.to_string());
-            }
-        }
-        entry("next_sequence", tables.next_id.to_string());
+/// What a file of these caches holds. Small integers of all caches come before the records of any: they are aligned.
+pub(super) fn contents<'a>(saved: &'a [Saved<'_>], note: &str) -> Contents<'a> {
+    let mut contents = Contents::new(&KIND);
+    contents.entry("format_version", FORMAT_VERSION);
+    contents.entry("caches", saved.len());
+    contents.entry("note", note);
+    for (index, one) in saved.iter().enumerate() {
+        one.settings(|key, value| contents.entry(&name_of(index, key), value));
     }
     for (index, Saved { tables, .. }) in saved.iter().enumerate() {
-        header.tensor(&name_of(index, "sequences"), Element::U64, &[tables.sequences.len(), 3]);
+        let shape = [tables.sequences.len(), 3];
+        contents.tensor(name_of(index, "sequences"), Element::U64, &shape, |out| write_sequences(tables, out));
     }
     for (index, Saved { tables, .. }) in saved.iter().enumerate() {
         let num_entries = tables.sequences.iter().map(|table| table.blocks.len()).sum();
-        header.tensor(&name_of(index, "block_tables"), Element::U32, &[num_entries]);
+        let name = name_of(index, "block_tables");
+        contents.tensor(name, Element::U32, &[num_entries], |out| write_block_tables(tables, out));
     }
-    for (index, one) in saved.iter().enumerate().filter(|(_, one)| one.cache.paging.seals()) {
-        header.tensor(&name_of(index, "open"), Element::U8, &[one.tables.open.len()]);
+    for (index, Saved { tables, .. }) in saved.iter().enumerate().filter(|(_, one)| one.cache.paging.seals()) {
+        contents.tensor(name_of(index, "open"), Element::U8, &[tables.open.len()], |out| {
+            out.write_all(&tables.open.iter().map(|&open| u8::from(open)).collect::<Vec<u8>>())
+        });
     }
     for (index, one) in saved.iter().enumerate() {
+        let kinds: &[_] =
+            if one.cache.paging.seals() { &[("tiles", false), ("pages", true)] } else { &[("pages", true)] };
         for layer in 0..one.cache.config.num_layers {
-            if one.cache.paging.seals() {
-                header.tensor(&name_of(index, &format!("layers.{layer}.tiles")), Element::U8, &one.records(false));
+            for &(kind, open) in kinds {
+                let name = name_of(index, &format!("layers.{layer}.{kind}"));
+                let write = move |out: &mut dyn Write| one.write_records(layer, open, out);
+                contents.tensor(name, Element::U8, &one.records(open), write);
             }
-            header.tensor(&name_of(index, &format!("layers.{layer}.pages")), Element::U8, &one.records(true));
         }
     }
-    header
+    contents
 }
 
-/// The tensors of the header.
-pub(super) fn tensors(saved: &[Saved], out: &mut dyn Write) -> IoResult<()> {
-    for table in saved.iter().flat_map(|one| &one.tables.sequences) {
-        for number in [table.id.0, table.len as u64, table.first_held as u64] {
-            out.write_all(&number.to_le_bytes())?;
-        }
-    }
-    for block in saved.iter().flat_map(|one| &one.tables.sequences).flat_map(|table| &table.blocks) {
-        out.write_all(&block.0.to_le_bytes())?;
-    }
-    for one in saved.iter().filter(|one| one.cache.paging.seals()) {
-        out.write_all(&one.tables.open.iter().map(|&open| u8::from(open)).collect::<Vec<u8>>())?;
-    }
-    for one in saved {
-        for layer in 0..one.cache.config.num_layers {
-            if one.cache.paging.seals() {
-                one.write_records(layer, false, out)?;
-            }
-            one.write_records(layer, true, out)?;
-        }
-    }
-    Ok(())
+fn write_sequences(tables: &Tables, out: &mut dyn Write) -> IoResult<()> {
+    let numbers = tables.sequences.iter().flat_map(|table| [table.id.0, table.len as u64, table.first_held as u64]);
+    numbers.into_iter().try_for_each(|number| out.write_all(&number.to_le_bytes()))
+}
+
+fn write_block_tables(tables: &Tables, out: &mut dyn Write) -> IoResult<()> {
+    let mut blocks = tables.sequences.iter().flat_map(|table| &table.blocks);
+    blocks.try_for_each(|block| out.write_all(&block.0.to_le_bytes()))
 }

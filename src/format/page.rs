@@ -1,23 +1,18 @@
-//! Where each field of a record starts, in bytes from the record's first. A record is one (block, kv head).
+//! The fields of a page's record, where each starts when it is kept whole: `raw` pages and INT8 pages.
 
-use super::kind::{Dtype, Format};
-use super::tile::SealedTile;
+use super::kind::Dtype;
+use super::{F16_BYTES, RECORD_ALIGNMENT};
 use half::f16;
-
-/// Records start on multiples of this many bytes.
-pub const RECORD_ALIGNMENT: usize = 16;
-
-pub(super) const F16_BYTES: usize = 2;
 
 /// The `k_token_scale` of a row that holds the low bytes of another token's K codes; those of tokens are not negative.
 pub const LOW_BYTES: f16 = f16::NEG_ONE;
 
-/// Offsets of an INT8 page's record.
+/// The shape of an INT8 page's record, and the offsets of its fields in arrangements that keep them whole.
 ///
 /// | field | type | shape |
 /// |---|---|---|
-/// | `k_codes` | i8, -127 to 127 | `[block_size, head_dim]`, in a [`super::CodeOrder`] |
-/// | `v_codes` | u8 | `[block_size, head_dim]`, in a [`super::CodeOrder`] |
+/// | `k_codes` | i8, -127 to 127 | `[block_size, head_dim]`, in an [`Arrangement`](super::Arrangement) |
+/// | `v_codes` | u8 | `[block_size, head_dim]`, in an [`Arrangement`](super::Arrangement) |
 /// | `k_token_scale` | f16 | `[block_size]` |
 /// | `v_token_scale` | f16 | `[block_size]` |
 /// | `v_token_zero_point` | f16 | `[block_size]`, in units of V |
@@ -28,14 +23,68 @@ pub const LOW_BYTES: f16 = f16::NEG_ONE;
 /// code) as the K codes of row [`low_row(t)`](Self::low_row), marked by [`LOW_BYTES`] as that row's `k_token_scale`, until
 /// a token is written to the row. Refitting the page reads them, so that it does not round K twice; attention does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TokenPage {
+pub struct Int8Page {
     /// Channels of one head.
     pub head_dim: usize,
     /// Tokens of one page.
     pub block_size: usize,
 }
 
-impl TokenPage {
+/// The f16 fields of an INT8 page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Int8Parameter {
+    /// Scale of a token's K codes.
+    KTokenScale,
+    /// Scale of a token's V codes.
+    VTokenScale,
+    /// Zero point of a token's V codes.
+    VTokenZeroPoint,
+    /// Mean of a K channel.
+    KChannelMean,
+    /// Scale of a K channel.
+    KChannelScale,
+}
+
+impl Int8Parameter {
+    /// Every parameter, in the order of the fields.
+    pub const ALL: [Self; 5] =
+        [Self::KTokenScale, Self::VTokenScale, Self::VTokenZeroPoint, Self::KChannelMean, Self::KChannelScale];
+
+    /// The field's name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::KTokenScale => "k_token_scale",
+            Self::VTokenScale => "v_token_scale",
+            Self::VTokenZeroPoint => "v_token_zero_point",
+            Self::KChannelMean => "k_channel_mean",
+            Self::KChannelScale => "k_channel_scale",
+        }
+    }
+
+    /// How many of it a page has: one a token, or one a channel.
+    #[must_use]
+    pub const fn count(self, page: Int8Page) -> usize {
+        match self {
+            Self::KTokenScale | Self::VTokenScale | Self::VTokenZeroPoint => page.block_size,
+            Self::KChannelMean | Self::KChannelScale => page.head_dim,
+        }
+    }
+
+    /// Offset of the field in `page`.
+    #[must_use]
+    pub const fn offset(self, page: Int8Page) -> usize {
+        match self {
+            Self::KTokenScale => page.k_token_scale(),
+            Self::VTokenScale => page.v_token_scale(),
+            Self::VTokenZeroPoint => page.v_token_zero_point(),
+            Self::KChannelMean => page.k_channel_mean(),
+            Self::KChannelScale => page.k_channel_scale(),
+        }
+    }
+}
+
+impl Int8Page {
     /// Offset of the K codes.
     #[must_use]
     pub const fn k_codes(self) -> usize {
@@ -88,7 +137,7 @@ impl TokenPage {
     }
 }
 
-/// Offsets of a `raw` page's record: K, then V, each `[block_size, head_dim]` elements.
+/// The shape of a `raw` page's record, and the offsets of its fields: K, then V, `[block_size, head_dim]` elements each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RawPage {
     /// Channels of one head.
@@ -114,47 +163,5 @@ impl RawPage {
     #[must_use]
     pub const fn bytes(self) -> usize {
         (2 * self.v()).next_multiple_of(RECORD_ALIGNMENT)
-    }
-}
-
-/// Bytes of the record of one (block, kv head) at rest: a page, or a tile in formats that seal. `dtype` is the element
-/// type of `raw` pages and says nothing of others.
-#[must_use]
-pub const fn record_bytes(format: Format, dtype: Dtype, head_dim: usize, block_size: usize) -> usize {
-    match format.tile_bits() {
-        Some(bits) => SealedTile { head_dim, block_size, bits }.bytes(),
-        None => page_bytes(format, dtype, head_dim, block_size),
-    }
-}
-
-/// Bytes of the page that one (block, kv head) is while tokens are written to it.
-#[must_use]
-pub const fn page_bytes(format: Format, dtype: Dtype, head_dim: usize, block_size: usize) -> usize {
-    match format {
-        Format::Raw => RawPage { head_dim, block_size, dtype }.bytes(),
-        _ => TokenPage { head_dim, block_size }.bytes(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn int8_takes_266_bytes_a_token_at_128_channels_and_136_at_64() {
-        assert_eq!(record_bytes(Format::Int8, Dtype::Bf16, 128, 128), 266 * 128);
-        assert_eq!(record_bytes(Format::Int8, Dtype::Bf16, 64, 128), 136 * 128);
-    }
-
-    #[test]
-    fn what_seals_is_a_tile_at_rest_and_an_int8_page_while_open() {
-        assert_eq!(record_bytes(Format::Int4, Dtype::Bf16, 128, 128), 17_808);
-        assert_eq!(page_bytes(Format::Int4, Dtype::Bf16, 128, 128), 266 * 128);
-    }
-
-    #[test]
-    fn raw_takes_512_bytes_a_token_at_128_channels_in_bf16() {
-        assert_eq!(record_bytes(Format::Raw, Dtype::Bf16, 128, 128), 512 * 128);
-        assert_eq!(record_bytes(Format::Raw, Dtype::F32, 128, 16), 1024 * 16);
     }
 }

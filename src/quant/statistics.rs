@@ -1,6 +1,6 @@
 //! The channel statistics of a page: what K is centred and scaled by before its tokens are rounded.
 //!
-//! They are taken over n rows of K (the calibration window, or the page's own first rows), and over what is known
+//! They are taken over n rows of K (the 512 tokens before the page, or the page's own first rows), and over what is known
 //! besides. In f64, for each channel d:
 //!
 //! ```text

@@ -1,0 +1,140 @@
+//! INT8 pages: the statistics that a page is opened with, and its tokens.
+
+use super::element::{read_f16, write_f16};
+use crate::format::{Arrangement, Int8Page, Int8Parameter, LOW_BYTES, MAX_HEAD_DIM};
+use crate::quant::range::{k_is_out_of_range, v_is_out_of_range};
+use crate::quant::{self, ChannelStatistics, ModelChannels};
+use half::f16;
+
+/// Stores the statistics of a page that is being opened.
+pub fn write_statistics(page: Int8Page, order: Arrangement, record: &mut [u8], statistics: &ChannelStatistics) {
+    let ChannelStatistics { mean, scale } = statistics;
+    for (parameter, values) in [(Int8Parameter::KChannelMean, mean), (Int8Parameter::KChannelScale, scale)] {
+        for (d, &value) in values.iter().enumerate() {
+            write_f16(record, order.parameter(page, parameter, d), f16::from_f32(value));
+        }
+    }
+}
+
+/// The statistics that a page was opened with.
+#[must_use]
+pub fn read_statistics(page: Int8Page, order: Arrangement, record: &[u8]) -> ChannelStatistics {
+    let channels = |parameter| {
+        let at = |d| order.parameter(page, parameter, d);
+        (0..page.head_dim).map(|d| read_f16(record, at(d)).to_f32()).collect()
+    };
+    ChannelStatistics { mean: channels(Int8Parameter::KChannelMean), scale: channels(Int8Parameter::KChannelScale) }
+}
+
+/// What encoding one token's K says of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct WrittenK {
+    /// The sum of its squares in units of the page's scales: `head_dim` where the statistics fit.
+    pub squares: f64,
+    /// See [`crate::quant::range`].
+    pub out_of_range: bool,
+}
+
+/// Encodes one token's K under the page's statistics, with its low bytes if `low` (see [`Int8Page`]).
+pub fn write_k(
+    page: Int8Page,
+    order: Arrangement,
+    record: &mut [u8],
+    token: usize,
+    statistics: &ChannelStatistics,
+    k: &[f32],
+    low: bool,
+) -> WrittenK {
+    let mut codes = [0i8; MAX_HEAD_DIM];
+    let codes = &mut codes[..page.head_dim];
+    let scale = quant::encode_k(k, statistics, codes);
+    write_k_row(page, order, record, token, codes, scale);
+    if low {
+        let mut low = [0i8; MAX_HEAD_DIM];
+        quant::encode_k_low(k, statistics, scale, codes, &mut low[..page.head_dim]);
+        write_k_row(page, order, record, page.low_row(token), &low[..page.head_dim], LOW_BYTES);
+    }
+    let squares: u32 = codes.iter().map(|code| u32::from(code.unsigned_abs()).pow(2)).sum();
+    WrittenK { squares: f64::from(squares) * scale.to_f64().powi(2), out_of_range: k_is_out_of_range(scale) }
+}
+
+/// Encodes one token's V; is it out of range? See [`crate::quant::range`].
+pub fn write_v(page: Int8Page, order: Arrangement, record: &mut [u8], token: usize, v: &[f32]) -> bool {
+    let mut codes = [0u8; MAX_HEAD_DIM];
+    let codes = &mut codes[..page.head_dim];
+    let (scale, zero_point) = quant::encode_v(v, codes);
+    for (d, &code) in codes.iter().enumerate() {
+        record[order.v_code(page, token, d)] = code;
+    }
+    write_f16(record, order.parameter(page, Int8Parameter::VTokenScale, token), scale);
+    write_f16(record, order.parameter(page, Int8Parameter::VTokenZeroPoint, token), zero_point);
+    v_is_out_of_range(v, scale, zero_point)
+}
+
+fn write_k_row(page: Int8Page, order: Arrangement, record: &mut [u8], row: usize, codes: &[i8], scale: f16) {
+    for (d, code) in codes.iter().enumerate() {
+        record[order.k_code(page, row, d)] = code.cast_unsigned();
+    }
+    write_f16(record, order.parameter(page, Int8Parameter::KTokenScale, row), scale);
+}
+
+fn read_k_row(page: Int8Page, order: Arrangement, record: &[u8], row: usize, codes: &mut [i8]) -> f16 {
+    for (d, code) in codes.iter_mut().enumerate() {
+        *code = record[order.k_code(page, row, d)].cast_signed();
+    }
+    read_f16(record, order.parameter(page, Int8Parameter::KTokenScale, row))
+}
+
+/// Takes the statistics of a first page anew over its first `num_tokens` tokens as stored, low bytes included where the
+/// page has them, and encodes their K again.
+pub fn refit_k(
+    page: Int8Page,
+    order: Arrangement,
+    record: &mut [u8],
+    num_tokens: usize,
+    model: Option<&ModelChannels>,
+) {
+    let head_dim = page.head_dim;
+    let statistics = read_statistics(page, order, record);
+    let (mut codes, mut low) = ([0i8; MAX_HEAD_DIM], [0i8; MAX_HEAD_DIM]);
+    let (codes, low) = (&mut codes[..head_dim], &mut low[..head_dim]);
+    let mut rows = vec![0f32; num_tokens * head_dim];
+    for (token, k) in rows.chunks_exact_mut(head_dim).enumerate() {
+        let scale = read_k_row(page, order, record, token, codes);
+        let has_low = page.has_low_bytes(token, num_tokens);
+        if has_low && read_k_row(page, order, record, page.low_row(token), low) == LOW_BYTES {
+            quant::decode_k_low(codes, low, scale, &statistics, k);
+        } else {
+            quant::decode_k(codes, scale, &statistics, k);
+        }
+    }
+    let statistics = ChannelStatistics::of_rows(&rows, head_dim, model, true);
+    write_statistics(page, order, record, &statistics);
+    for (token, k) in rows.chunks_exact(head_dim).enumerate() {
+        write_k(page, order, record, token, &statistics, k, page.has_low_bytes(token, num_tokens));
+    }
+}
+
+/// Decodes K, `[block_size, head_dim]`.
+pub fn read_k(page: Int8Page, order: Arrangement, record: &[u8], k: &mut [f32]) {
+    let statistics = read_statistics(page, order, record);
+    let mut codes = [0i8; MAX_HEAD_DIM];
+    let codes = &mut codes[..page.head_dim];
+    for (t, row) in k.chunks_exact_mut(page.head_dim).enumerate() {
+        let scale = read_k_row(page, order, record, t, codes);
+        quant::decode_k(codes, scale, &statistics, row);
+    }
+}
+
+/// Decodes V, `[block_size, head_dim]`, as it is stored: rotated in formats that seal.
+pub fn read_v(page: Int8Page, order: Arrangement, record: &[u8], v: &mut [f32]) {
+    let mut codes = [0u8; MAX_HEAD_DIM];
+    let codes = &mut codes[..page.head_dim];
+    for (t, row) in v.chunks_exact_mut(page.head_dim).enumerate() {
+        for (d, code) in codes.iter_mut().enumerate() {
+            *code = record[order.v_code(page, t, d)];
+        }
+        let half = |parameter| read_f16(record, order.parameter(page, parameter, t));
+        quant::decode_v(codes, half(Int8Parameter::VTokenScale), half(Int8Parameter::VTokenZeroPoint), row);
+    }
+}
