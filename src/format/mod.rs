@@ -11,11 +11,13 @@ pub mod emit;
 pub mod kind;
 pub mod layout;
 pub mod order;
+pub mod plan_layout;
 pub mod tile;
 
 pub use kind::{Dtype, Format};
 pub use layout::{LOW_BYTES, RawPage, TokenPage, page_bytes, record_bytes};
 pub use order::CodeOrder;
+pub use plan_layout::{PlanArray, PlanLayout};
 pub use tile::SealedTile;
 
 /// Version of everything in this module; a change of any byte raises it.

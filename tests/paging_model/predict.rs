@@ -32,8 +32,11 @@ impl Model {
 
     /// The page of every block that a sequence holds, and that has one.
     pub(super) fn paged(&self) -> BTreeMap<BlockId, PageId> {
-        let of = |&id: &SequenceId| self.table(id).into_iter().zip(self.paging.pages(id).unwrap());
-        self.sequences.keys().flat_map(of).filter(|&(_, page)| page != PageId::SEALED).collect()
+        let of = |&id: &SequenceId| {
+            let held = self.table(id).into_iter().zip(self.places(id)).filter(|held| held.0 != BlockId::RELEASED);
+            held.filter_map(|(block, place)| place.as_page().map(|page| (block, page)))
+        };
+        self.sequences.keys().flat_map(of).collect()
     }
 
     pub(super) fn first_held_in(&self, step: &StepRequest) -> usize {
@@ -66,11 +69,10 @@ impl Model {
         (shared, needed)
     }
 
-    /// The full blocks of committed tokens that a step of `ids` seals: none beside another open step.
+    /// The full blocks of committed tokens that a step of `ids` seals.
     pub(super) fn due(&self, ids: &[SequenceId]) -> Vec<BlockId> {
-        let open_steps = self.sequences.values().filter(|tokens| tokens.pending.is_some()).count();
         let known = ids.iter().all(|id| self.sequences.get(id).is_some_and(|tokens| tokens.pending.is_some()));
-        if open_steps != ids.len() || !known {
+        if !known || ids.iter().collect::<BTreeSet<_>>().len() < ids.len() {
             return Vec::new();
         }
         let full = |id: &SequenceId| {
@@ -79,6 +81,21 @@ impl Model {
         };
         let due: BTreeSet<BlockId> = ids.iter().flat_map(full).filter(|block| self.open.contains(block)).collect();
         due.into_iter().collect()
+    }
+
+    /// The entries of the step's tables that are these blocks.
+    pub(super) fn due_entries(&self, ids: &[SequenceId], due: &[BlockId]) -> Vec<(SequenceId, usize)> {
+        let of = |&id: &SequenceId| {
+            let entries = self.table(id).into_iter().enumerate().filter(|(_, block)| due.contains(block));
+            entries.map(move |(index, _)| (id, index)).collect::<Vec<_>>()
+        };
+        ids.iter().flat_map(of).collect()
+    }
+
+    /// The blocks that open steps hold other than that of `ids`.
+    pub(super) fn read_elsewhere(&self, ids: &[SequenceId]) -> BTreeSet<BlockId> {
+        let others = self.sequences.iter().filter(|(id, tokens)| tokens.pending.is_some() && !ids.contains(id));
+        others.flat_map(|(&id, _)| self.table(id)).collect()
     }
 }
 

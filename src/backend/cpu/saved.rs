@@ -7,7 +7,7 @@ use super::record::{ORDER, RecordLayout, read_f16};
 use super::{Cpu, tile};
 use crate::format::tile::{K_ROTATED, NO_FIRST_ROW, TILE_VERSION};
 use crate::format::{CodeOrder, Dtype, LOW_BYTES, RawPage, SealedTile, TokenPage};
-use crate::paging::{BlockId, PageId, UsedBlock};
+use crate::paging::{BlockId, PageId, Place, UsedBlock};
 use half::bf16;
 
 /// Why a record is none.
@@ -28,7 +28,8 @@ impl Cpu {
     /// all heads.
     pub fn save(&self, layer: usize, block: &UsedBlock, page: Option<PageId>, out: &mut [u8]) {
         for (head, out) in out.chunks_exact_mut(self.record_bytes(page.is_some())).enumerate() {
-            let (layout, record) = self.record(layer, block.id, page, head);
+            let place = page.map_or(Place::tile(block.id), Place::page);
+            let (layout, record) = self.record(layer, place, head);
             reorder(layout, [ORDER, CodeOrder::Canonical], record, out);
             clear_rows(layout, out, block.used, block.is_first);
         }
