@@ -7,12 +7,17 @@
 //!             |                                                        |
 //!   append -> INT8 page (open) --seal--> tile (packed, immutable) --> attend --> out
 //!             ^                    ^                                   ^
-//!        slot_mapping            seals                  block_table, pages, seq_lens, splits
+//!   opens, token_rows, slots      seals              rows, context_lens, positions, splits
 //!             +--------------------+-----------------------------------+
-//!                              StepPlan   integers only, made on the host
-//!                                  ^
-//!                                plan <- paging (block pool, block tables, open pages, prefix index)
+//!                              StepPlan   integers only, made on the host, in one buffer
+//!                                  ^                                   |
+//!                                plan <- paging (block pool, sequences, open pages, prefix index)
+//!                                           |                          v
+//!                                           +--- changes --> Places    where each block of a sequence is read
 //! ```
+//!
+//! The arrays of a plan and their order are those of [`format::PlanArray`].
+//!
 //!
 //! `int8` and `raw` blocks stay pages; `int4`, `int3` and `int2` ones are sealed when they are full.
 //!

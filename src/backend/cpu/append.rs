@@ -201,7 +201,7 @@ impl Cpu {
             let row = sequence.token_rows[position - sequence.context_len] as usize;
             fresh.k.read_row(row, head, k);
             fresh.v.read_row(row, head, v);
-            let token = position % self.block_size;
+            let token = step.slots()[row] as usize % self.block_size;
             match (self.page, &frozen) {
                 (RecordLayout::Int8(page), Some(frozen)) => {
                     if self.rotates_v() {
