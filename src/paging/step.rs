@@ -40,8 +40,10 @@ impl Paging {
                     continue; // sealed through another sequence of the step
                 }
                 let is_shared = self.pool.refcount(block) > 1;
-                let of_step = of_step.get_or_insert_with(|| rows.iter().copied().collect::<HashSet<usize>>());
-                if self.is_partial(block) || is_shared && self.is_in_another_step(block, index, of_step) {
+                let rows_of_step = || rows.iter().copied().collect::<HashSet<usize>>();
+                if self.is_partial(block)
+                    || is_shared && self.is_in_another_step(block, index, of_step.get_or_insert_with(rows_of_step))
+                {
                     self.places.set(row, index, self.pages.place_of(block));
                     continue;
                 }
