@@ -1,21 +1,19 @@
 //! Building a plan, sequence by sequence.
 
-use super::input::{self, Sealing, SequenceInput};
-use super::{Bounds, Seal, Split, StepPlan, first_seen, is_prefill, open, seal, splits};
+use super::check::{check, check_written};
+use super::open::{plan_opens, plan_refit};
+use super::seal::{SealedByStep, plan_seals};
+use super::{Bounds, Sealing, SequenceInput, Split, StepPlan, first_seen, is_prefill, num_rows, splits};
 use crate::error::{Error, Result};
 use crate::format::{PlanArray, PlanLayout};
-use crate::paging::{BlockId, PageId, Place, PlaceChange, PlaceChanges};
-use std::collections::HashSet;
+use crate::paging::{PlaceChange, PlaceChanges};
 
 pub(super) struct Builder {
-    pub(super) block_size: usize,
+    block_size: usize,
     window: Option<usize>,
     num_rows: usize,
     arrays: [Vec<i32>; PlanArray::ALL.len()],
-    /// Blocks that a sequence of the step seals already.
-    pub(super) taken: HashSet<BlockId>,
-    /// The places of blocks that become tiles, in the rows of all sequences of the step that hold them.
-    pub(super) tiles: Vec<PlaceChange>,
+    pub(super) sealed: SealedByStep,
 }
 
 impl StepPlan {
@@ -34,11 +32,11 @@ impl StepPlan {
         if block_size == 0 {
             return Err(Error::Config("a block holds at least one token, got block_size 0".to_owned()));
         }
-        super::num_rows(inputs.iter().map(|input| input.rows))?;
+        num_rows(inputs.iter().map(|input| input.rows))?;
         let mut bounds = Bounds::default();
         let seals = matches!(sealing, Sealing::FullBlocks { .. });
         for input in inputs {
-            input::check(block_size, input, seals)?;
+            check(block_size, input, seals)?;
             let end = (input.context_len + input.rows.num_tokens()).div_ceil(block_size);
             let held = input.first_held / block_size..end;
             let of_input = Bounds::of(&input.places[held.clone()]);
@@ -51,7 +49,7 @@ impl StepPlan {
         check_written(block_size, inputs)?;
         let mut builder = Builder::new(block_size, window);
         inputs.iter().for_each(|input| builder.push(input, sealing));
-        let entries = std::mem::take(&mut builder.tiles);
+        let entries = std::mem::take(&mut builder.sealed.tiles);
         Ok(builder.finish(bounds, &PlaceChanges { is_whole: false, entries }))
     }
 }
@@ -61,14 +59,14 @@ impl Builder {
         let mut arrays: [Vec<i32>; PlanArray::ALL.len()] = Default::default();
         arrays[PlanArray::QueryStartLoc as usize].push(0);
         arrays[PlanArray::TokenStartLoc as usize].push(0);
-        Self { block_size, window, num_rows: 0, arrays, taken: HashSet::new(), tiles: Vec::new() }
+        Self { block_size, window, num_rows: 0, arrays, sealed: SealedByStep::default() }
     }
 
     fn word(&mut self, array: PlanArray, word: usize) {
         self.arrays[array as usize].push(word as i32);
     }
 
-    pub(super) fn record<const N: usize>(&mut self, array: PlanArray, words: [i32; N]) {
+    fn record<const N: usize>(&mut self, array: PlanArray, words: [i32; N]) {
         debug_assert_eq!(array.width(), N);
         self.arrays[array as usize].extend(words);
     }
@@ -101,20 +99,22 @@ impl Builder {
         self.word(PlanArray::QueryStartLoc, self.num_rows);
         self.word(PlanArray::TokenStartLoc, self.arrays[PlanArray::TokenRows as usize].len());
         if let Sealing::FullBlocks { is_partial } = sealing {
-            seal::plan_seals(self, index, input, num_new, is_partial);
+            for seal in plan_seals(self.block_size, index, input, num_new, is_partial, &mut self.sealed) {
+                self.record(PlanArray::Seals, seal.words());
+            }
         }
-        open::plan_opens(self, index, input, num_new);
-        open::plan_refit(self, index, input, num_new);
+        for open in plan_opens(self.block_size, index, input, num_new) {
+            self.record(PlanArray::Opens, open.words());
+        }
+        if let Some(refit) = plan_refit(self.block_size, index, input, num_new) {
+            self.record(PlanArray::Refits, refit.words());
+        }
         if !is_prefill && num_new > 0 {
             let start = first_seen(context_len, self.window).max(first_held);
             for (start, end) in splits(start, position) {
                 self.record(PlanArray::Splits, Split { sequence: index, start, end }.words());
             }
         }
-    }
-
-    pub(super) fn seal(&mut self, seal: Seal) {
-        self.record(PlanArray::Seals, seal.words());
     }
 
     pub(super) fn finish(mut self, bounds: Bounds, changes: &PlaceChanges) -> StepPlan {
@@ -126,30 +126,4 @@ impl Builder {
         let words = self.arrays.concat();
         StepPlan { block_size, window, bounds, is_whole_table: changes.is_whole, layout, words }
     }
-}
-
-/// Each written block is written through one sequence, and each written page is of one block: what lets backends write
-/// blocks in parallel.
-pub(super) fn check_written(block_size: usize, inputs: &[SequenceInput<'_>]) -> Result<()> {
-    let written = inputs.iter().filter(|input| input.rows.num_tokens() > 0).flat_map(|input| {
-        let first = input.context_len / block_size;
-        let end = (input.context_len + input.rows.num_tokens()).div_ceil(block_size);
-        input.blocks[first..end].iter().copied().zip(input.places[first..end].iter().copied())
-    });
-    let (mut blocks, places): (Vec<BlockId>, Vec<Place>) = written.unzip();
-    blocks.sort_unstable();
-    if let Some(block) = repeated(&blocks) {
-        return Err(Error::Config(format!("block {block} would be written through two sequences")));
-    }
-    let mut pages: Vec<PageId> = places.into_iter().filter_map(Place::as_page).collect();
-    pages.sort_unstable();
-    match repeated(&pages) {
-        Some(PageId(page)) => Err(Error::Config(format!("page {page} would be written for two blocks"))),
-        None => Ok(()),
-    }
-}
-
-/// The first element that is there twice, of a sorted slice.
-fn repeated<T: PartialEq>(sorted: &[T]) -> Option<&T> {
-    sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| &pair[0])
 }

@@ -1,8 +1,7 @@
 //! What a plan is made from.
 
-use super::seal::sealed_to;
 use crate::error::{Error, Result};
-use crate::paging::{BlockId, Place, PlaceKind};
+use crate::paging::{BlockId, Place};
 
 /// One sequence of a step, as its owner's tables say.
 #[derive(Debug, Clone, Copy)]
@@ -12,7 +11,7 @@ pub struct SequenceInput<'a> {
     /// Its blocks, those of the new tokens included; entries before `first_held` are not read.
     pub blocks: &'a [BlockId],
     /// The row, at least as long as `blocks`: the page of each block, or its tile, those of new blocks that the step
-    /// seals itself included ([`sealed_to`]).
+    /// seals itself included ([`sealed_to`](super::sealed_to)).
     pub places: &'a [Place],
     /// Blocks before this index are tiles: the search for blocks to seal starts here.
     pub num_tiles: usize,
@@ -72,46 +71,14 @@ impl Rows<'_> {
     }
 }
 
-/// Are the tables of a sequence long enough, and do its blocks have pages where tokens are written and only there?
-pub(super) fn check(block_size: usize, input: &SequenceInput<'_>, seals: bool) -> Result<()> {
-    let &SequenceInput { context_len, first_held, blocks, places, .. } = input;
-    let num_new = input.rows.num_tokens();
-    if first_held > context_len || !first_held.is_multiple_of(block_size) {
-        return Err(Error::Config(format!(
-            "first_held {first_held} is no block boundary within the {context_len} tokens before the step"
-        )));
+/// Token rows of a step, padding included.
+///
+/// # Errors
+/// [`Error::Config`] for more than rows can be counted by, 2^31 - 1.
+pub fn num_rows<'a>(rows: impl Iterator<Item = Rows<'a>>) -> Result<usize> {
+    let num_rows = rows.fold(0, |sum: usize, rows| sum.saturating_add(rows.num_rows()));
+    match i32::try_from(num_rows) {
+        Ok(_) => Ok(num_rows),
+        Err(_) => Err(Error::Config(format!("a step of {num_rows} token rows: there can be {}", i32::MAX))),
     }
-    let seq_len = context_len.saturating_add(num_new);
-    if i32::try_from(seq_len).is_err() {
-        return Err(Error::Config(format!("a sequence cannot be {seq_len} tokens long")));
-    }
-    let end = seq_len.div_ceil(block_size);
-    if blocks.len() < end || places.len() < blocks.len() {
-        return Err(Error::Config(format!(
-            "{} places for a block table of {} blocks, which has to hold {seq_len} tokens in blocks of {block_size}",
-            places.len(),
-            blocks.len()
-        )));
-    }
-    let first = if num_new == 0 { end } else { context_len / block_size };
-    let at_once =
-        if seals { context_len.div_ceil(block_size)..sealed_to(block_size, context_len, num_new) } else { 0..0 };
-    for block in first..end {
-        let is_tile = places[block].as_page().is_none();
-        if is_tile != at_once.contains(&block) {
-            let what = if is_tile { "is written and has no page" } else { "is sealed by the step and has a page" };
-            return Err(Error::Config(format!("block {block} of a sequence of {seq_len} tokens {what}")));
-        }
-    }
-    for block in first_held / block_size..end {
-        if let PlaceKind::Tile(tile) = places[block].kind()
-            && tile != blocks[block]
-        {
-            return Err(Error::Config(format!(
-                "block {}, entry {block}, is at the tile of block {tile}",
-                blocks[block]
-            )));
-        }
-    }
-    Ok(())
 }

@@ -20,6 +20,7 @@
 //! [`Split`]s. At commit, they refit what [`PageRefit`] names.
 
 mod build;
+mod check;
 mod input;
 mod open;
 mod request;
@@ -27,9 +28,9 @@ mod seal;
 mod sequence;
 mod split;
 
-pub use input::{Rows, Sealing, SequenceInput};
+pub use input::{Rows, Sealing, SequenceInput, num_rows};
 pub use open::{PageOpen, PageRefit};
-pub use request::{bounds_of, num_rows};
+pub use request::bounds_of;
 pub use seal::{Seal, sealed_to};
 pub use sequence::{SequencePlan, first_seen};
 pub use split::{SPLIT_TOKENS, Split, splits};
@@ -110,9 +111,9 @@ impl StepPlan {
         &self.words[self.layout.range(array)]
     }
 
-    fn records<const N: usize>(&self, array: PlanArray) -> std::slice::Iter<'_, [i32; N]> {
+    fn records<const N: usize>(&self, array: PlanArray) -> impl ExactSizeIterator<Item = [i32; N]> + '_ {
         debug_assert_eq!(array.width(), N);
-        self.array(array).as_chunks().0.iter()
+        self.array(array).as_chunks().0.iter().copied()
     }
 
     /// Sequences of the step.
@@ -173,8 +174,9 @@ impl StepPlan {
 
     /// What a copy of the table of places must be told before the step, in order; see
     /// [`is_whole_table`](Self::is_whole_table). Of a plan by [`new`](Self::new), what the owner of the table must set.
+    #[must_use]
     pub fn changes(&self) -> impl ExactSizeIterator<Item = PlaceChange> + '_ {
-        self.records(PlanArray::Changes).map(|&[row, block, place]| PlaceChange {
+        self.records(PlanArray::Changes).map(|[row, block, place]| PlaceChange {
             row: row as usize,
             block: block as usize,
             place: Place::from_word(place),
@@ -241,12 +243,6 @@ impl<'a> StepView<'a> {
     #[must_use]
     pub fn sequence(&self, index: usize) -> SequencePlan<'a> {
         SequencePlan::of(self.plan, self.places, index)
-    }
-
-    /// The sequences of the step.
-    pub fn sequences(&self) -> impl ExactSizeIterator<Item = SequencePlan<'a>> + use<'a> {
-        let view = *self;
-        (0..view.num_sequences()).map(move |index| view.sequence(index))
     }
 
     /// The place of a block of a sequence.

@@ -6,9 +6,8 @@
 //! back from their pages; those of the step itself are taken as given, so that no page waits for another one to be
 //! written.
 
-use super::build::Builder;
 use super::{SequenceInput, StepPlan};
-use crate::format::{CALIBRATION_WINDOW_TOKENS, PlanArray, first_page_tokens};
+use crate::format::{CALIBRATION_WINDOW_TOKENS, first_page_tokens};
 
 /// A page opened by a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,29 +37,34 @@ const REFIT_EACH: usize = 8;
 const REFIT_STRIDE: usize = 4;
 
 impl PageOpen {
-    pub(super) fn from_words(&[sequence, block, start, end]: &[i32; 4]) -> Self {
+    pub(super) fn from_words([sequence, block, start, end]: [i32; 4]) -> Self {
         Self { sequence: sequence as usize, block: block as usize, start: start as usize, end: end as usize }
     }
 
-    fn words(self) -> [i32; 4] {
+    pub(super) fn words(self) -> [i32; 4] {
         [self.sequence, self.block, self.start, self.end].map(|word| word as i32)
     }
 }
 
 impl PageRefit {
-    pub(super) fn from_words(&[sequence, num_tokens]: &[i32; 2]) -> Self {
+    pub(super) fn from_words([sequence, num_tokens]: [i32; 2]) -> Self {
         Self { sequence: sequence as usize, num_tokens: num_tokens as usize }
     }
 
-    fn words(self) -> [i32; 2] {
+    pub(super) fn words(self) -> [i32; 2] {
         [self.sequence as i32, self.num_tokens as i32]
     }
 }
 
 /// The first page's statistics are taken anew as tokens are appended, until there were [`first_page_tokens`] of them.
 /// Depends on what the committed length was and becomes, and on nothing else.
-pub(super) fn plan_refit(builder: &mut Builder, index: usize, input: &SequenceInput<'_>, num_new: usize) {
-    let (block_size, context_len) = (builder.block_size, input.context_len);
+pub(super) fn plan_refit(
+    block_size: usize,
+    index: usize,
+    input: &SequenceInput<'_>,
+    num_new: usize,
+) -> Option<PageRefit> {
+    let context_len = input.context_len;
     let num_tokens = (context_len + num_new).min(block_size);
     let is_short = (1..first_page_tokens(block_size)).contains(&context_len);
     let is_due = if num_tokens <= REFIT_EACH {
@@ -68,24 +72,28 @@ pub(super) fn plan_refit(builder: &mut Builder, index: usize, input: &SequenceIn
     } else {
         num_tokens / REFIT_STRIDE > context_len / REFIT_STRIDE
     };
-    if is_short && is_due && input.first_held == 0 && input.places[0].as_page().is_some() {
-        builder.record(PlanArray::Refits, PageRefit { sequence: index, num_tokens }.words());
-    }
+    let is_page = || input.first_held == 0 && input.places[0].as_page().is_some();
+    (is_short && is_due && is_page()).then_some(PageRefit { sequence: index, num_tokens })
 }
 
 /// A block that the step seals itself has no page to open.
-pub(super) fn plan_opens(builder: &mut Builder, index: usize, input: &SequenceInput<'_>, num_new: usize) {
-    let (block_size, context_len, seq_len) = (builder.block_size, input.context_len, input.context_len + num_new);
+pub(super) fn plan_opens<'a>(
+    block_size: usize,
+    index: usize,
+    input: &'a SequenceInput<'_>,
+    num_new: usize,
+) -> impl Iterator<Item = PageOpen> + 'a {
+    let (context_len, seq_len) = (input.context_len, input.context_len + num_new);
     let new = context_len.div_ceil(block_size)..seq_len.div_ceil(block_size);
-    for block in new.filter(|&block| input.places[block].as_page().is_some()) {
+    new.filter(|&block| input.places[block].as_page().is_some()).map(move |block| {
         let first = block * block_size;
         let own_end = seq_len.min(first + block_size);
         let window_start = first.saturating_sub(CALIBRATION_WINDOW_TOKENS).max(input.first_held.min(first));
         let is_written_whole = own_end - first == block_size;
         let (start, end) =
             if is_written_whole || window_start == first { (first, own_end) } else { (window_start, first) };
-        builder.record(PlanArray::Opens, PageOpen { sequence: index, block, start, end }.words());
-    }
+        PageOpen { sequence: index, block, start, end }
+    })
 }
 
 impl StepPlan {

@@ -2,7 +2,7 @@
 
 use super::build::Builder;
 use super::{Bounds, Rows, Sealing, SequenceInput, StepPlan, first_seen, sealed_to};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::paging::{Paging, Room, SequenceId, StepRequest};
 
 /// What a backend must have memory for, for a step that there is room for.
@@ -12,24 +12,12 @@ pub fn bounds_of(room: &Room<'_>) -> Bounds {
     Bounds { num_pages: room.num_pages(), num_tiles }
 }
 
-/// Token rows of a step, padding included.
-///
-/// # Errors
-/// [`Error::Config`] for more than rows can be counted by, 2^31 - 1.
-pub fn num_rows<'a>(rows: impl Iterator<Item = Rows<'a>>) -> Result<usize> {
-    let num_rows = rows.fold(0, |sum: usize, rows| sum.saturating_add(rows.num_rows()));
-    match i32::try_from(num_rows) {
-        Ok(_) => Ok(num_rows),
-        Err(_) => Err(Error::Config(format!("a step of {num_rows} token rows: there can be {}", i32::MAX))),
-    }
-}
-
 impl StepPlan {
     /// What a step asks of the pool: rows for each sequence, in the order of the step's tensors. Queries see `window`
     /// tokens at most; what no later query sees is released, unless it is to be retained for a rollback.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`].
+    /// [`crate::Error::UnknownSequence`].
     pub fn requests(
         paging: &Paging,
         window: Option<usize>,
@@ -55,7 +43,7 @@ impl StepPlan {
         let is_partial = |block| paging.is_partial(block);
         let sealing = if paging.seals() { Sealing::FullBlocks { is_partial: &is_partial } } else { Sealing::Never };
         let mut builder = push_all(paging, window, rows, sealing);
-        for tile in std::mem::take(&mut builder.tiles) {
+        for tile in std::mem::take(&mut builder.sealed.tiles) {
             paging.seal(tile.row, tile.block);
         }
         builder.finish(bounds, &paging.take_place_changes())
@@ -87,7 +75,7 @@ fn push_all(paging: &Paging, window: Option<usize>, rows: &[(SequenceId, Rows<'_
             rows,
         };
         let seals = matches!(sealing, Sealing::FullBlocks { .. });
-        debug_assert_eq!(super::input::check(paging.block_size(), &input, seals), Ok(()));
+        debug_assert_eq!(super::check::check(paging.block_size(), &input, seals), Ok(()));
         builder.push(&input, sealing);
     }
     builder

@@ -8,9 +8,9 @@
 //! The last full block of a prefill stays a page, so that tokens which turn out to be rejected drafts can be rolled
 //! back. What the first rule seals was committed before; what the second seals is dropped with the step.
 
-use super::build::Builder;
 use super::{DECODE_TOKENS, SequenceInput};
 use crate::paging::{BlockId, PageId, Place, PlaceChange};
+use std::collections::HashSet;
 
 /// A block that a step seals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub struct Seal {
 }
 
 impl Seal {
-    pub(super) fn from_words(&[sequence, block, page, first_row]: &[i32; 4]) -> Self {
+    pub(super) fn from_words([sequence, block, page, first_row]: [i32; 4]) -> Self {
         Self {
             sequence: sequence as usize,
             block: block as usize,
@@ -49,28 +49,38 @@ pub fn sealed_to(block_size: usize, context_len: usize, num_new: usize) -> usize
     if num_new > DECODE_TOKENS { last_full.max(first) } else { first }
 }
 
-/// Plans the seals of a sequence. Blocks that another sequence of the step seals are tiles of this one too.
+/// What the sequences of a step have sealed so far.
+#[derive(Default)]
+pub(super) struct SealedByStep {
+    blocks: HashSet<BlockId>,
+    /// The places of blocks that become tiles, in the rows of all sequences of the step that hold them.
+    pub(super) tiles: Vec<PlaceChange>,
+}
+
+/// The seals of a sequence. Blocks that another sequence of the step seals are tiles of this one too.
 pub(super) fn plan_seals(
-    builder: &mut Builder,
+    block_size: usize,
     index: usize,
     input: &SequenceInput<'_>,
     num_new: usize,
     is_partial: &dyn Fn(BlockId) -> bool,
-) {
-    let (block_size, context_len) = (builder.block_size, input.context_len);
+    sealed: &mut SealedByStep,
+) -> Vec<Seal> {
+    let context_len = input.context_len;
+    let mut seals = Vec::new();
     // Padding takes no slot: the first token of a sequence is row 0 of its first block.
     let seal = |block: usize, page| Seal { sequence: index, block, page, first_row: (block == 0).then_some(0) };
     for block in input.num_tiles.max(input.first_held / block_size)..context_len / block_size {
         let (id, place) = (input.blocks[block], input.places[block]);
         let Some(page) = place.as_page().filter(|_| !is_partial(id)) else { continue };
-        builder.tiles.push(PlaceChange { row: input.row, block, place: Place::tile(id) });
-        if builder.taken.insert(id) {
-            builder.seal(seal(block, Some(page)));
+        sealed.tiles.push(PlaceChange { row: input.row, block, place: Place::tile(id) });
+        if sealed.blocks.insert(id) {
+            seals.push(seal(block, Some(page)));
         }
     }
-    for block in context_len.div_ceil(block_size)..sealed_to(block_size, context_len, num_new) {
-        builder.seal(seal(block, None));
-    }
+    let new = context_len.div_ceil(block_size)..sealed_to(block_size, context_len, num_new);
+    seals.extend(new.map(|block| seal(block, None)));
+    seals
 }
 
 #[cfg(test)]

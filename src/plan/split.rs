@@ -17,7 +17,7 @@ pub struct Split {
 }
 
 impl Split {
-    pub(super) fn from_words(&[sequence, start, end]: &[i32; 3]) -> Self {
+    pub(super) fn from_words([sequence, start, end]: [i32; 3]) -> Self {
         Self { sequence: sequence as usize, start: start as usize, end: end as usize }
     }
 

@@ -10,7 +10,7 @@ fn read(path: &str) -> String {
 /// The names in the row of the picture that says which arrays each verb reads.
 fn named_arrays(lib: &str) -> Vec<&str> {
     let rows = lib.lines().map(|line| line.trim_start_matches("//!"));
-    let mut rows = rows.skip_while(|row| !row.contains("append ->"));
+    let mut rows = rows.skip_while(|row| !row.contains("append ->")).skip(1);
     let row = rows.find(|row| row.contains(',')).expect("a row of names under the verbs");
     row.split([',', ' ']).filter(|name| !name.is_empty()).collect()
 }

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kvarn::error::Error;
-use kvarn::paging::{BlockId, PageId, Paging, Place, PlaceKind, Rollback, Room, SequenceId, StepRequest};
+use kvarn::paging::{BlockId, PageId, Paging, PlaceKind, Rollback, Room, SequenceId, StepRequest};
 
 use super::operation::{MAX_SEQUENCES, NO_SEQUENCE, Operation, Pages, Setup};
 use super::predict::{distinct_blocks, slots};
 
-const POISON: u32 = u32::MAX;
+pub(super) const POISON: u32 = u32::MAX;
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Tokens {
@@ -29,7 +29,7 @@ pub(super) struct Model {
     /// By page.
     pub(super) memory: Vec<u32>,
     /// By block, of those that are sealed.
-    tiles: BTreeMap<BlockId, Vec<u32>>,
+    pub(super) tiles: BTreeMap<BlockId, Vec<u32>>,
     /// Blocks with a page, where blocks seal.
     pub(super) open: BTreeSet<BlockId>,
     /// The block that holds the last tokens of each published prefix.
@@ -128,22 +128,6 @@ impl Model {
 
     fn is_sealed(&self, block: BlockId) -> bool {
         self.setup.pages.seals() && !self.open.contains(&block)
-    }
-
-    /// The row of a sequence in the table of places.
-    pub(super) fn places(&self, id: SequenceId) -> Vec<Place> {
-        let len = self.paging.sequence(id).unwrap().blocks().len();
-        self.paging.places().row(self.paging.row(id).unwrap())[..len].to_vec()
-    }
-
-    /// Where a token is, or will be.
-    fn slot(&mut self, id: SequenceId, position: usize) -> &mut u32 {
-        let (index, offset) = (position / self.setup.block_size, position % self.setup.block_size);
-        let block_size = self.setup.block_size;
-        match self.places(id)[index].kind() {
-            PlaceKind::Tile(block) => &mut self.tiles.entry(block).or_insert_with(|| vec![POISON; block_size])[offset],
-            PlaceKind::Page(page) => &mut self.memory[page.0 as usize * block_size + offset],
-        }
     }
 
     fn clear(&mut self) {

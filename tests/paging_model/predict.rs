@@ -2,11 +2,27 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kvarn::paging::{BlockId, PageId, SequenceId, StepRequest};
+use kvarn::paging::{BlockId, PageId, Place, PlaceKind, SequenceId, StepRequest};
 
-use super::model::Model;
+use super::model::{Model, POISON};
 
 impl Model {
+    /// The row of a sequence in the table of places.
+    pub(super) fn places(&self, id: SequenceId) -> Vec<Place> {
+        let len = self.paging.sequence(id).unwrap().blocks().len();
+        self.paging.places().row(self.paging.row(id).unwrap())[..len].to_vec()
+    }
+
+    /// Where a token is, or will be.
+    pub(super) fn slot(&mut self, id: SequenceId, position: usize) -> &mut u32 {
+        let (index, offset) = (position / self.setup.block_size, position % self.setup.block_size);
+        let block_size = self.setup.block_size;
+        match self.places(id)[index].kind() {
+            PlaceKind::Tile(block) => &mut self.tiles.entry(block).or_insert_with(|| vec![POISON; block_size])[offset],
+            PlaceKind::Page(page) => &mut self.memory[page.0 as usize * block_size + offset],
+        }
+    }
+
     /// With a window, some requests keep a token too many, everything (`num_new` 9) or nothing (8).
     pub(super) fn request(&self, pick: usize, num_new: usize) -> StepRequest {
         let sequence = self.pick(pick);
@@ -89,7 +105,7 @@ impl Model {
             let entries = self.table(id).into_iter().enumerate().filter(|(_, block)| due.contains(block));
             entries.map(move |(index, _)| (id, index)).collect::<Vec<_>>()
         };
-        ids.iter().flat_map(of).collect()
+        if due.is_empty() { Vec::new() } else { ids.iter().flat_map(of).collect() }
     }
 
     /// The blocks that open steps hold other than that of `ids`.
