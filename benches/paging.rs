@@ -1,7 +1,7 @@
 //! Block tables of 256 sequences: a decode step of all, a fork, a prefix that is found.
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use kvarn::paging::{Paging, SequenceId, StepRequest};
+use kvarn::paging::{Paging, Room, SequenceId, StepRequest};
 use std::hint::black_box;
 
 const BLOCK_SIZE: usize = 128;
@@ -15,8 +15,8 @@ fn filled(num_tokens: usize) -> (Paging, Vec<SequenceId>) {
     let mut paging = Paging::new(BLOCK_SIZE, None, b"bench").expect("a block size");
     let ids: Vec<SequenceId> = (0..NUM_SEQUENCES).map(|_| paging.new_sequence()).collect();
     let requests: Vec<StepRequest> = ids.iter().map(|&id| request(id, num_tokens)).collect();
-    paging.begin(&requests).expect("a pool that grows");
-    paging.commit(&ids, &[]).expect("an open step");
+    paging.room(&requests).map(Room::begin).expect("a pool that grows");
+    paging.commit(&ids).expect("an open step");
     (paging, ids)
 }
 
@@ -26,8 +26,8 @@ fn paging(c: &mut Criterion) {
         let requests: Vec<StepRequest> = ids.iter().map(|&id| request(id, 1)).collect();
         c.bench_function(&format!("paging/decode step, {NUM_SEQUENCES} x {num_tokens}"), |b| {
             b.iter(|| {
-                black_box(paging.begin(&requests).expect("a pool that grows"));
-                paging.commit(&ids, &[]).expect("an open step");
+                black_box(paging.room(&requests).map(Room::begin).expect("a pool that grows"));
+                paging.commit(&ids).expect("an open step");
             });
         });
         c.bench_function(&format!("paging/fork and free, {num_tokens}"), |b| {

@@ -7,12 +7,15 @@
 //!             |                                                        |
 //!   append -> INT8 page (open) --seal--> tile (packed, immutable) --> attend --> out
 //!             ^                    ^                                   ^
-//!        slot_mapping            seals                  block_table, pages, seq_lens, splits
+//!    opens, token_rows, slots    seals              rows, context_lens, positions, splits
 //!             +--------------------+-----------------------------------+
-//!                              StepPlan   integers only, made on the host
+//!                              StepPlan   integers only, made on the host, in one buffer
 //!                                  ^
-//!                                plan <- paging (block pool, block tables, open pages, prefix index)
+//!                                plan <- paging (block pool, sequences, places, open pages, prefix index)
 //! ```
+//!
+//! The arrays of a plan are those of [`format::PlanArray`]. Where each block of a sequence is read stands in the table of
+//! [`paging::Places`], which persists; `rows` are its rows.
 //!
 //! `int8` and `raw` blocks stay pages; `int4`, `int3` and `int2` ones are sealed when they are full.
 //!

@@ -5,11 +5,16 @@
 
 #[path = "architecture/circles.rs"]
 mod circles;
+#[path = "architecture/layers.rs"]
+mod layers;
+#[path = "architecture/picture.rs"]
+mod picture;
 #[path = "architecture/python_source.rs"]
 mod python_source;
 #[path = "architecture/rust_source.rs"]
 mod rust_source;
 
+use layers::LAYERS;
 use rust_source::Source;
 use std::path::Path;
 
@@ -17,26 +22,6 @@ use std::path::Path;
 type File = (String, String);
 /// The same, written out in a test.
 type Pairs<'a> = &'a [(&'a str, &'a str)];
-
-/// The top-level modules, lowest first, and what each may import besides itself. An entry with `::` opens one name of
-/// a module and not the rest of it.
-const LAYERS: &[(&str, &[&str])] = &[
-    ("error", &[]),
-    ("format", &[]),
-    ("config", &["error", "format"]),
-    ("archive", &["error"]),
-    ("quant", &["error", "format"]),
-    ("paging", &["error"]),
-    ("plan", &["error", "format", "paging"]),
-    (
-        "backend",
-        &["error", "format", "quant", "plan", "paging::BlockId", "paging::PageId", "paging::UsedBlock", "paging::ids"],
-    ),
-    ("calibration", &["error", "format", "config", "archive", "quant"]),
-    ("cache", &["error", "format", "config", "archive", "quant", "paging", "plan", "backend", "calibration"]),
-    ("scheduler", &["error", "config", "paging", "plan"]),
-    ("py", &["error", "format", "config", "quant", "paging", "plan", "backend", "cache", "scheduler", "calibration"]),
-];
 
 /// Paths that one place alone may name: the path, and the prefix of the files that may.
 const DOORS: &[(&[&str], &str)] =

@@ -5,8 +5,8 @@ mod common;
 use common::Random;
 use kvarn::backend::{AttendOptions, Backend, Fresh, TensorView, TensorViewMut, cpu};
 use kvarn::format::{Dtype, Format};
-use kvarn::paging::{BlockId, SequenceId};
-use kvarn::plan::{Rows, SequenceInput, StepPlan};
+use kvarn::paging::{BlockId, PageId, Place, Places, SequenceId};
+use kvarn::plan::{Rows, Sealing, SequenceInput, StepPlan};
 use kvarn::{CacheConfig, Error, PagedKvCache, Step};
 
 const HEADS: usize = 2;
@@ -184,6 +184,13 @@ fn a_layer_that_does_not_exist_or_has_no_keys_is_refused() {
     }
 }
 
+/// The plan of the first token of a sequence whose blocks do not seal.
+fn one_token(block_size: usize, blocks: &[BlockId], places: &[Place]) -> StepPlan {
+    let rows = Rows::All(1);
+    let input = SequenceInput { row: 0, blocks, places, num_tiles: 0, context_len: 0, first_held: 0, rows };
+    StepPlan::new(block_size, None, &[input], Sealing::Never).unwrap()
+}
+
 #[test]
 fn a_foreign_block_table_beyond_the_memory_is_refused() {
     let config = cpu::CpuConfig {
@@ -197,12 +204,12 @@ fn a_foreign_block_table_beyond_the_memory_is_refused() {
     };
     let mut backend = cpu::Cpu::new(config, cpu::Level::best()).unwrap();
     backend.grow(1, 1).unwrap();
-    let table = [BlockId(1_000_000)];
-    let input = SequenceInput { block_table: &table, pages: None, context_len: 0, first_held: 0, rows: Rows::All(1) };
-    let plan = StepPlan::new(16, &[input]).unwrap();
+    let places = [Place::page(PageId(1_000_000))];
+    let plan = one_token(16, &[BlockId(1_000_000)], &places);
+    let step = plan.over(Places::new(&places, 1));
     let values = vec![0.0; HEADS * HEAD_DIM];
     let view = TensorView::from_slice("k", &values, [1, HEADS, 1, HEAD_DIM]).unwrap();
-    let error = backend.append(0, &plan, Fresh { k: view, v: view }, &[]).unwrap_err();
+    let error = backend.append(0, step, Fresh { k: view, v: view }, &[]).unwrap_err();
     assert!(matches!(error, Error::UnknownBlock { id: 1_000_000, .. }), "{error:?}");
 }
 
@@ -235,13 +242,13 @@ fn a_backend_is_built_for_pages_that_exist_and_used_with_plans_of_its_blocks() {
     assert!(matches!(cpu::Cpu::new(cpu::CpuConfig { num_kv_heads: 0, ..good }, level), Err(Error::Config(_))));
     let mut backend = cpu::Cpu::new(good, level).unwrap();
     backend.grow(1, 1).unwrap();
-    let table = [BlockId(0)];
-    let input = SequenceInput { block_table: &table, pages: None, context_len: 0, first_held: 0, rows: Rows::All(1) };
+    let places = [Place::page(PageId(0))];
     let values = vec![0.0; HEADS * HEAD_DIM];
     let view = TensorView::from_slice("k", &values, [1, HEADS, 1, HEAD_DIM]).unwrap();
     for (block_size, layer) in [(32, 0), (16, 1)] {
-        let plan = StepPlan::new(block_size, &[input]).unwrap();
-        assert!(matches!(backend.append(layer, &plan, Fresh { k: view, v: view }, &[]), Err(Error::Config(_))));
+        let plan = one_token(block_size, &[BlockId(0)], &places);
+        let step = plan.over(Places::new(&places, 1));
+        assert!(matches!(backend.append(layer, step, Fresh { k: view, v: view }, &[]), Err(Error::Config(_))));
     }
     assert!(matches!(TensorView::from_slice("k", &[], [1 << 33, 1 << 31, 1, 1]), Err(Error::Shape { .. })));
 }

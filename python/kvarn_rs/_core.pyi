@@ -24,6 +24,7 @@ __all__ = [
     "codec_bytes_per_token",
     "codecs",
     "file_kind",
+    "first_seen",
     "formats",
     "inspect_caches",
     "is_prefill",
@@ -548,6 +549,9 @@ def codec_bytes_per_token(codec: str, head_dim: int, block_size: int = 128) -> f
 
 def simd_level() -> str:
     """The SIMD level of new caches: the machine's fastest, or the one that `KVARN_SIMD` names."""
+
+def first_seen(position: int, window: int | None) -> int:
+    """First position that the query at `position` sees, itself included, under a window of so many tokens or `None`."""
 
 def is_prefill(block_size: int, context_len: int, num_new: int) -> bool:
     """Whether `num_new` tokens after `context_len` are a prefill: they attend to each other unquantized.

@@ -1,4 +1,4 @@
-//! Do it on one device. A backend executes a [`crate::plan::StepPlan`] and decides nothing.
+//! The work of one device. A backend executes a [`crate::plan::StepPlan`] and decides nothing.
 
 pub mod cpu;
 pub mod view;
@@ -6,8 +6,8 @@ pub mod view;
 pub use view::{TensorView, TensorViewMut};
 
 use crate::error::Result;
-use crate::paging::{BlockId, PageId};
-use crate::plan::StepPlan;
+use crate::paging::{PageId, Place};
+use crate::plan::StepView;
 use crate::quant::HeadCalibration;
 
 /// What attention is asked for, besides tensors and plan.
@@ -53,7 +53,7 @@ pub trait Backend {
     ///
     /// # Errors
     /// Those of [`append`](Self::append).
-    fn check_append(&self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()>;
+    fn check_append(&self, layer: usize, step: StepView<'_>, fresh: Fresh<'_>) -> Result<()>;
 
     /// Writes the step's keys and values, `[B, num_kv_heads, T, head_dim]`, into the pages of `layer`, and seals what the
     /// plan says. `heads` are what the model's calibration knows of the layer's kv heads, or empty.
@@ -61,31 +61,30 @@ pub trait Backend {
     /// # Errors
     /// [`crate::Error::Shape`], or [`crate::Error::NonFinite`] for a NaN or infinity at a row that is a token. Nothing
     /// is written then.
-    fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>, heads: &[HeadCalibration]) -> Result<()>;
+    fn append(&mut self, layer: usize, step: StepView<'_>, fresh: Fresh<'_>, heads: &[HeadCalibration]) -> Result<()>;
 
     /// Takes the statistics of the pages that the plan's [`crate::plan::PageRefit`]s name anew, once the step's tokens
     /// are committed. `heads` as for [`append`](Self::append).
-    fn refit(&mut self, layer: usize, plan: &StepPlan, heads: &[HeadCalibration]);
+    fn refit(&mut self, layer: usize, step: StepView<'_>, heads: &[HeadCalibration]);
 
     /// Attends with `q`, `[B, num_q_heads, T, head_dim]`, to what `layer` holds, causally, and writes `out` of the same
     /// shape; rows of padding become zeros. With `fresh`, a prefill's own tokens attend to each other unquantized.
     fn attend(
         &self,
         layer: usize,
-        plan: &StepPlan,
+        step: StepView<'_>,
         q: TensorView<'_>,
         fresh: Option<Fresh<'_>>,
         options: AttendOptions<'_>,
         out: TensorViewMut<'_>,
     ) -> Result<()>;
 
-    /// Decodes positions `start..` of a sequence into `k` and `v`, `[1, num_kv_heads, n, head_dim]` each. `pages` are
-    /// those of its blocks, [`PageId::SEALED`] for tiles.
+    /// Decodes positions `start..` of a sequence into `k` and `v`, `[1, num_kv_heads, n, head_dim]` each. `places` are
+    /// those of its blocks.
     fn dequantize(
         &self,
         layer: usize,
-        block_table: &[BlockId],
-        pages: &[PageId],
+        places: &[Place],
         start: usize,
         k: TensorViewMut<'_>,
         v: TensorViewMut<'_>,

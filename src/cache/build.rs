@@ -37,8 +37,8 @@ impl PagedKvCache {
 
     fn build(config: CacheConfig, level: Level, codec: Option<Codec>) -> Result<Self> {
         let mut cache = Self::without_memory(config, level, codec)?;
-        let (num_blocks, num_pages) = cache.paging.room_after(&[])?;
-        cache.backend.grow(num_blocks, num_pages)?;
+        let room = cache.paging.room(&[])?;
+        cache.backend.grow(room.num_blocks(), room.num_pages())?;
         Ok(cache)
     }
 

@@ -60,8 +60,7 @@ impl PagedKvCache {
         let &CacheConfig { num_kv_heads, head_dim, .. } = &self.config;
         q.check_queries(num_kv_heads, plan.num_rows(), head_dim)?;
         let wanted = self.calibration.as_ref().map_or(0, |model| model.shared.wanted(model.layers[layer]));
-        let rows = plan.slot_mapping().iter().enumerate().filter(|(_, slot)| **slot >= 0).map(|(row, _)| row);
-        Ok(rows.take(wanted).collect())
+        Ok(plan.token_rows().iter().map(|&row| row as usize).take(wanted).collect())
     }
 
     /// Shows the calibration these rows of the step.
@@ -85,7 +84,7 @@ impl PagedKvCache {
     /// What a layer's pages and tiles are made with: factored now if it has to be.
     pub(super) fn calibrated_for(&self, plan: &StepPlan, layer: usize) -> Result<Option<Arc<LayerCalibration>>> {
         match &self.calibration {
-            Some(model) if !plan.seals().is_empty() => model.shared.for_seal(model.layers[layer]),
+            Some(model) if plan.seals().len() > 0 => model.shared.for_seal(model.layers[layer]),
             _ => Ok(self.calibrated(layer)),
         }
     }

@@ -3,7 +3,7 @@
 //! A *step* takes some sequences forward by some tokens, through every layer:
 //!
 //! ```text
-//! begin_step   blocks are found (all or none), copies made, the plan written
+//! begin_step   blocks are found (all or none), copies made, the plan made
 //!   append     for each layer: keys and values into pages, full pages into tiles
 //!   attend     for each layer, after its append: queries against pages and tiles
 //! commit       the tokens are the sequences' own, what was sealed is a tile, first pages of few tokens are refitted
@@ -27,10 +27,10 @@ use crate::calibration::State;
 use crate::config::CacheConfig;
 use crate::error::{Error, Result};
 use crate::format::Format;
-use crate::paging::{BlockId, PageId, Paging, Sequence, SequenceId, StepRequest};
-use crate::plan::{Rows, SealSource, SequenceInput, StepPlan, sealed_to};
+use crate::paging::{BlockId, Paging, Sequence, SequenceId, StepRequest};
+use crate::plan::{Rows, StepPlan, bounds_of, num_rows};
 use learn::{ModelCalibration, heads};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A step in progress. It stays open until it is committed or aborted.
@@ -140,31 +140,9 @@ impl PagedKvCache {
     /// [`Error::OutOfBlocks`], [`Error::OutOfOpenPages`], [`Error::OutOfMemory`], [`Error::UnknownSequence`],
     /// [`Error::OpenStep`], [`Error::Config`]; nothing has changed.
     pub fn begin_step(&mut self, requests: &[(SequenceId, Rows<'_>)], retain: bool) -> Result<Step> {
-        let mut reservations = Vec::with_capacity(requests.len());
-        for &(sequence, rows) in requests {
-            let held = self.paging.sequence(sequence)?;
-            let keep_from = match self.config.window {
-                Some(window) if !retain => (held.len() + 1).saturating_sub(window),
-                _ => 0,
-            };
-            let num_new = rows.num_tokens();
-            let sealed_to =
-                if self.paging.seals() { sealed_to(self.config.block_size, held.len(), num_new) } else { 0 };
-            reservations.push(StepRequest { sequence, num_new, keep_from, sealed_to });
-        }
-        let (num_blocks, num_pages) = self.paging.room_after(&reservations)?;
-        self.backend.grow(num_blocks, num_pages)?;
-        // From here on only a plan can fail, and an abort keeps the copies in the block tables: they are made first.
-        let copies = self.paging.begin(&reservations)?;
-        self.backend.copy_pages(&copies);
+        let asked = StepPlan::requests(&self.paging, self.config.window, requests, retain)?;
+        let plan = self.begin(&asked, requests)?;
         let sequences: Arc<[SequenceId]> = requests.iter().map(|request| request.0).collect();
-        let plan = match plan_step(&self.paging, self.config.block_size, requests) {
-            Ok(plan) => Arc::new(plan),
-            Err(error) => {
-                self.paging.abort(&sequences)?;
-                return Err(error);
-            }
-        };
         let id = self.next_step;
         self.next_step += 1;
         self.steps
@@ -191,12 +169,13 @@ impl PagedKvCache {
             let rows = self.wanted_rows(&step.plan, layer, q)?;
             if !appended && !rows.is_empty() {
                 // What is refused teaches nothing.
-                self.backend.check_append(layer, &step.plan, fresh)?;
+                self.backend.check_append(layer, step.plan.over(self.paging.places()), fresh)?;
                 self.observe(&rows, layer, fresh.k, q)?;
             }
         }
         let calibrated = self.calibrated_for(&step.plan, layer)?;
-        self.backend.append(layer, &step.plan, fresh, heads(calibrated.as_deref()))?;
+        let view = step.plan.over(self.paging.places());
+        self.backend.append(layer, view, fresh, heads(calibrated.as_deref()))?;
         if let Some(open) = self.steps.get_mut(&step.id) {
             open.appended[layer] = true;
         }
@@ -214,18 +193,14 @@ impl PagedKvCache {
         layer: usize,
         q: TensorView<'_>,
         fresh: Option<Fresh<'_>>,
-        mut options: AttendOptions<'_>,
+        options: AttendOptions<'_>,
         out: TensorViewMut<'_>,
     ) -> Result<()> {
         self.check_layer(layer)?;
         if !self.open_step(step)?.appended[layer] {
             return Err(Error::IncompleteStep { missing: vec![layer] });
         }
-        options.window = match (self.config.window, options.window) {
-            (Some(own), Some(asked)) => Some(own.min(asked)),
-            (own, asked) => own.or(asked),
-        };
-        self.backend.attend(layer, &step.plan, q, fresh, options, out)
+        self.backend.attend(layer, step.plan.over(self.paging.places()), q, fresh, options, out)
     }
 
     /// Makes the step's tokens the sequences' own.
@@ -239,26 +214,17 @@ impl PagedKvCache {
             return Err(Error::IncompleteStep { missing });
         }
         let sequences = Arc::clone(&open.sequences);
-        // Pages that another open step has in its plan stay: what is in them is sealed by a later step.
-        let others = self.steps.iter().filter(|(id, _)| **id != step.id);
-        let in_use: HashSet<PageId> = others.flat_map(|(_, other)| other.plan.pages()).collect();
-        let sealed: Vec<BlockId> = step
-            .plan
-            .seals()
-            .iter()
-            .filter(|seal| matches!(seal.source, SealSource::Page(page) if !in_use.contains(&page)))
-            .map(|seal| step.plan.sequences()[seal.sequence].block_table()[seal.block])
-            .collect();
-        let num_sealed = self.paging.commit(&sequences, &sealed)?;
-        let at_once = step.plan.seals().iter().filter(|seal| seal.source == SealSource::Fresh).count();
+        let num_sealed = self.paging.commit(&sequences)?;
+        let at_once = step.plan.seals().filter(|seal| seal.page.is_none()).count();
         self.sealed += num_sealed + at_once;
         if self.config.format != Format::Raw {
             self.first_page_tokens = step.plan.first_page_tokens().or(self.first_page_tokens);
         }
-        if !step.plan.refits().is_empty() {
+        if step.plan.refits().len() > 0 {
             for layer in 0..self.config.num_layers {
                 let calibrated = self.calibrated(layer);
-                self.backend.refit(layer, &step.plan, heads(calibrated.as_deref()));
+                let view = step.plan.over(self.paging.places());
+                self.backend.refit(layer, view, heads(calibrated.as_deref()));
             }
         }
         self.steps.remove(&step.id);
@@ -306,12 +272,11 @@ impl PagedKvCache {
             return Err(Error::Shape { name: "k", expected, got: k.shape().to_vec() });
         }
         // What attention of the step reads: blocks that it has sealed are tiles already.
-        let planned = open.and_then(|open| {
-            let index = open.sequences.iter().position(|id| *id == sequence)?;
-            Some(open.plan.sequences()[index].pages().to_vec())
-        });
-        let pages = planned.map_or_else(|| self.paging.pages(sequence), Ok)?;
-        self.backend.dequantize(layer, held.blocks(), &pages, start, k, v)
+        if open.is_some() {
+            let places = &self.paging.places().row(self.paging.row(sequence)?)[..held.blocks().len()];
+            return self.backend.dequantize(layer, places, start, k, v);
+        }
+        self.backend.dequantize(layer, &self.paging.committed_places(sequence)?, start, k, v)
     }
 
     /// What it holds.
@@ -359,6 +324,17 @@ impl PagedKvCache {
         Ok(self.paging.sequence(sequence)?.blocks())
     }
 
+    /// Begins a step in the tables, with the memory and the copies that it needs.
+    fn begin(&mut self, asked: &[StepRequest], rows: &[(SequenceId, Rows<'_>)]) -> Result<Arc<StepPlan>> {
+        let room = self.paging.room(asked)?;
+        num_rows(rows.iter().map(|request| request.1))?;
+        let bounds = bounds_of(&room);
+        self.backend.grow(room.num_blocks(), room.num_pages())?;
+        let copies = room.begin();
+        self.backend.copy_pages(&copies);
+        Ok(Arc::new(StepPlan::begin(&mut self.paging, self.config.window, rows, bounds)))
+    }
+
     fn open_step(&self, step: &Step) -> Result<&OpenStep> {
         self.steps.get(&step.id).filter(|open| open.is_of(step)).ok_or_else(stale)
     }
@@ -373,27 +349,4 @@ impl PagedKvCache {
 
 fn stale() -> Error {
     Error::StaleStep("the step is not open: it was committed or aborted, or belongs to another cache".to_owned())
-}
-
-fn plan_step(paging: &Paging, block_size: usize, requests: &[(SequenceId, Rows<'_>)]) -> Result<StepPlan> {
-    let pages: Vec<Option<Vec<PageId>>> = requests
-        .iter()
-        .map(|request| if paging.seals() { paging.pages(request.0).map(Some) } else { Ok(None) })
-        .collect::<Result<_>>()?;
-    let inputs = requests
-        .iter()
-        .zip(&pages)
-        .map(|(&(sequence, rows), pages)| {
-            let sequence = paging.sequence(sequence)?;
-            Ok(SequenceInput {
-                block_table: sequence.blocks(),
-                pages: pages.as_deref(),
-                context_len: sequence.len(),
-                first_held: sequence.first_held(),
-                rows,
-            })
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let partly_used = if paging.seals() { paging.ends_within() } else { HashSet::new() };
-    StepPlan::keeping_open(block_size, &inputs, partly_used)
 }

@@ -11,12 +11,14 @@ pub mod emit;
 pub mod kind;
 pub mod order;
 pub mod page;
+pub mod plan_layout;
 pub mod record;
 pub mod tile;
 
 pub use kind::{Dtype, Format};
 pub use order::Arrangement;
 pub use page::{Int8Page, Int8Parameter, LOW_BYTES, RawPage};
+pub use plan_layout::{PlanArray, PlanLayout};
 pub use record::{RecordLayout, page_bytes, record_bytes};
 pub use tile::{Plane, SealedTile, TileParameter};
 

@@ -17,8 +17,11 @@ use super::BlockId;
 
 /// End of the free list.
 const NONE: u32 = u32::MAX;
-/// Most blocks that ids can name; the id after them is [`BlockId::RELEASED`].
-pub(super) const MAX_BLOCKS: usize = u32::MAX as usize;
+
+/// Most blocks, and most pages, of a pool: places, positions and slots are `i32`.
+pub(super) const fn max_blocks(block_size: usize) -> usize {
+    i32::MAX as usize / block_size
+}
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
@@ -33,6 +36,8 @@ pub(super) struct BlockPool {
     entries: Vec<Entry>,
     /// `None`: grows as needed.
     bound: Option<usize>,
+    /// Most blocks that there can be, bounded or not.
+    most: usize,
     oldest: u32,
     newest: u32,
     num_listed: usize,
@@ -40,16 +45,21 @@ pub(super) struct BlockPool {
 }
 
 impl BlockPool {
-    pub(super) fn new(bound: Option<usize>) -> Self {
-        Self { entries: Vec::new(), bound, oldest: NONE, newest: NONE, num_listed: 0, peak: 0 }
+    pub(super) fn new(bound: Option<usize>, most: usize) -> Self {
+        Self { entries: Vec::new(), bound, most, oldest: NONE, newest: NONE, num_listed: 0, peak: 0 }
+    }
+
+    /// An empty pool with the same bound.
+    pub(super) fn emptied(&self) -> Self {
+        Self::new(self.bound, self.most)
     }
 
     pub(super) fn bound(&self) -> Option<usize> {
         self.bound
     }
 
-    fn limit(&self) -> usize {
-        self.bound.unwrap_or(MAX_BLOCKS)
+    pub(super) fn limit(&self) -> usize {
+        self.bound.unwrap_or(self.most)
     }
 
     pub(super) fn num_known(&self) -> usize {
@@ -170,7 +180,7 @@ mod tests {
 
     #[test]
     fn the_oldest_free_block_is_taken_first() {
-        let mut pool = BlockPool::new(Some(3));
+        let mut pool = BlockPool::new(Some(3), 9);
         let ids: Vec<_> = (0..3).map(|_| pool.take().unwrap()).collect();
         assert_eq!(pool.take(), None);
         for id in [ids[1], ids[2], ids[0]] {
@@ -181,7 +191,7 @@ mod tests {
 
     #[test]
     fn a_bounded_pool_takes_unused_blocks_before_free_ones() {
-        let mut pool = BlockPool::new(Some(2));
+        let mut pool = BlockPool::new(Some(2), 9);
         let first = pool.take().unwrap();
         pool.release(first);
         assert_ne!(pool.take().unwrap(), first);
@@ -190,7 +200,7 @@ mod tests {
 
     #[test]
     fn a_growing_pool_takes_free_blocks_before_it_grows() {
-        let mut pool = BlockPool::new(None);
+        let mut pool = BlockPool::new(None, 9);
         let first = pool.take().unwrap();
         pool.release(first);
         assert_eq!(pool.take().unwrap(), first);
@@ -201,7 +211,7 @@ mod tests {
     #[test]
     fn a_free_block_is_revived_from_anywhere_on_the_list() {
         for revived in 0..3 {
-            let mut pool = BlockPool::new(Some(3));
+            let mut pool = BlockPool::new(Some(3), 9);
             let ids: Vec<_> = (0..3).map(|_| pool.take().unwrap()).collect();
             for &id in &ids {
                 pool.release(id);
@@ -216,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_block_is_free_only_after_its_last_holder() {
-        let mut pool = BlockPool::new(Some(1));
+        let mut pool = BlockPool::new(Some(1), 9);
         let id = pool.take().unwrap();
         pool.retain(id);
         pool.release(id);

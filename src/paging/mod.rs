@@ -4,9 +4,11 @@
 //! (after [`fork`](Paging::fork) or [`match_prefix`](Paging::match_prefix)); a block is written by one. A step goes
 //!
 //! ```text
-//! begin   release what left the window, copy the shared open page, take blocks for the new tokens: all or nothing
-//!         the backend copies, then writes
-//! commit  len += pending, and what the step sealed loses its page   or   abort   the blocks taken for new tokens return, len as before
+//! room     count what the step needs; nothing has changed if it is not there
+//! begin    release what left the window, copy shared blocks that will be written, take blocks for the new tokens
+//!          the backend copies and grows, then seals and writes
+//! commit   len += pending; blocks that the step has sealed lose their pages
+//! abort    the blocks taken for new tokens return; len as before
 //! ```
 //!
 //! Invariants, besides those of the block pool, the prefix index and each sequence:
@@ -24,23 +26,32 @@
 //! table is given back last block first: tails go before heads, which are what makes a prefix findable.
 
 mod block_pool;
+mod check;
 mod ids;
 mod open_pages;
+mod partial;
+mod place;
 mod prefix;
+mod rollback;
+mod room;
 mod sequence;
+mod sequences;
 mod step;
 mod tables;
 
-use std::collections::{HashMap, HashSet};
-
-use self::block_pool::{BlockPool, MAX_BLOCKS};
+use self::block_pool::{BlockPool, max_blocks};
 use self::open_pages::{OpenPages, PagePool};
+use self::partial::PartialBlocks;
+use self::place::PlaceTable;
 use self::prefix::PrefixIndex;
+use self::sequences::Sequences;
 use crate::error::{Error, Result};
 
 pub use ids::{BlockId, PageId, SequenceId};
+pub use place::{Place, PlaceChange, PlaceChanges, PlaceKind, Places};
+pub use rollback::Rollback;
+pub use room::{Room, StepRequest};
 pub use sequence::Sequence;
-pub use step::StepRequest;
 pub use tables::{Table, Tables, UsedBlock};
 
 /// The block pool, the sequences over it, and the prefixes found in it.
@@ -50,7 +61,9 @@ pub struct Paging {
     pool: BlockPool,
     pages: OpenPages,
     prefix: PrefixIndex,
-    sequences: HashMap<SequenceId, Sequence>,
+    partial: PartialBlocks,
+    sequences: Sequences,
+    places: PlaceTable,
     next_id: u64,
     cow_copies: usize,
 }
@@ -66,15 +79,18 @@ impl Paging {
         if block_size == 0 {
             return Err(Error::Config("block_size must be at least 1, got 0".into()));
         }
-        if let Some(num_blocks) = num_blocks.filter(|&num_blocks| num_blocks > MAX_BLOCKS) {
-            return Err(Error::Config(format!("num_blocks must be at most {MAX_BLOCKS}, got {num_blocks}")));
+        let most = max_blocks(block_size);
+        if let Some(num_blocks) = num_blocks.filter(|&num_blocks| num_blocks > most) {
+            return Err(Error::Config(format!("num_blocks must be at most {most}, got {num_blocks}")));
         }
         Ok(Self {
             block_size,
-            pool: BlockPool::new(num_blocks),
+            pool: BlockPool::new(num_blocks, most),
             pages: OpenPages::OfEveryBlock,
             prefix: PrefixIndex::new(block_size, salt),
-            sequences: HashMap::new(),
+            partial: PartialBlocks::default(),
+            sequences: Sequences::default(),
+            places: PlaceTable::default(),
             next_id: 0,
             cow_copies: 0,
         })
@@ -90,12 +106,12 @@ impl Paging {
         num_open_pages: Option<usize>,
         salt: &[u8],
     ) -> Result<Self> {
-        if num_open_pages.is_some_and(|pages| pages == 0 || pages > MAX_BLOCKS) {
-            let given = num_open_pages.unwrap_or_default();
-            return Err(Error::Config(format!("num_open_pages must be in 1..={MAX_BLOCKS}, got {given}")));
-        }
         let paging = Self::new(block_size, num_blocks, salt)?;
-        Ok(Self { pages: OpenPages::Pool(PagePool::new(num_open_pages)), ..paging })
+        let most = max_blocks(block_size);
+        if let Some(given) = num_open_pages.filter(|&pages| pages == 0 || pages > most) {
+            return Err(Error::Config(format!("num_open_pages must be in 1..={most}, got {given}")));
+        }
+        Ok(Self { pages: OpenPages::Pool(PagePool::new(num_open_pages, most)), ..paging })
     }
 
     /// A sequence of no tokens.
@@ -107,8 +123,20 @@ impl Paging {
     fn insert(&mut self, sequence: Sequence) -> SequenceId {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        self.sequences.insert(id, sequence);
+        self.insert_as(id, sequence);
         id
+    }
+
+    fn insert_as(&mut self, id: SequenceId, sequence: Sequence) {
+        self.partial.add(sequence.partial_block(self.block_size));
+        let row = self.sequences.insert(id, sequence);
+        let num_rows = self.sequences.rows().len();
+        let sequence = self.sequences.at_mut(row);
+        self.places.reserve(num_rows, sequence.blocks.len());
+        for index in sequence.first_held / self.block_size..sequence.blocks.len() {
+            self.places.set(row, index, self.pages.place_of(sequence.blocks[index]));
+        }
+        sequence.pass_tiles(self.block_size, &self.pages);
     }
 
     /// A second sequence over the same blocks, of the same length and first held token. Takes no block.
@@ -123,82 +151,20 @@ impl Paging {
     /// Forgets a sequence; blocks that no other one holds become free.
     pub fn free(&mut self, id: SequenceId) -> Result<()> {
         self.settled(id)?;
-        if let Some(sequence) = self.sequences.remove(&id) {
-            held(&sequence).iter().rev().for_each(|&block| self.release(block));
-        }
+        let sequence = self.sequences.remove(id)?;
+        self.partial.remove(sequence.partial_block(self.block_size));
+        held(&sequence).iter().rev().for_each(|&block| self.release(block));
         Ok(())
     }
 
     /// Forgets every sequence, open steps and the prefix index included, and the peak; ids of sequences are not given
     /// out again.
     pub fn clear(&mut self) {
-        self.sequences.clear();
-        self.pool = BlockPool::new(self.pool.bound());
+        self.sequences = Sequences::default();
+        self.partial = PartialBlocks::default();
+        self.pool = self.pool.emptied();
         self.pages = self.pages.emptied();
         self.prefix.clear();
-    }
-
-    /// Rolls a sequence back to its first `len` tokens.
-    ///
-    /// # Errors
-    /// [`Error::RollbackTooFar`] when it has fewer, or when the next query, at position `len`, would see a token
-    /// already released: it sees `window` tokens, its own included, or all (`None`). [`Error::Sealed`] when `len` is
-    /// within a sealed block. `len` as it is changes nothing.
-    pub fn truncate(&mut self, id: SequenceId, len: usize, window: Option<usize>) -> Result<()> {
-        self.check_rollback(id, len, window)?;
-        if self.sealed_within(id, len)?.is_some() {
-            let start = len - len % self.block_size;
-            return Err(Error::Sealed { id: id.0, requested: len, start, end: start + self.block_size });
-        }
-        self.cut(id, len)
-    }
-
-    /// The sealed block that position `len` of a sequence lies in the middle of, if there is one.
-    pub fn sealed_within(&self, id: SequenceId, len: usize) -> Result<Option<BlockId>> {
-        let sequence = self.sequence(id)?;
-        if len >= sequence.len || len.is_multiple_of(self.block_size) {
-            return Ok(None);
-        }
-        let block = sequence.blocks[len / self.block_size];
-        Ok((block != BlockId::RELEASED && self.pages.page_of(block).is_none()).then_some(block))
-    }
-
-    /// Like [`truncate`](Self::truncate) to `len`, and then back to the beginning of the block that `len` is within:
-    /// the caller writes the tokens between the two again.
-    pub fn reopen(&mut self, id: SequenceId, len: usize, window: Option<usize>) -> Result<()> {
-        self.check_rollback(id, len, window)?;
-        self.cut(id, len - len % self.block_size)
-    }
-
-    fn check_rollback(&self, id: SequenceId, len: usize, window: Option<usize>) -> Result<()> {
-        let Sequence { len: committed, first_held: floor, .. } = *self.settled(id)?;
-        let first_seen = window.map_or(0, |window| (len.saturating_add(1)).saturating_sub(window)).min(len);
-        if len > committed || len < committed && first_seen < floor {
-            return Err(Error::RollbackTooFar { id: id.0, requested: len, floor, len: committed });
-        }
-        Ok(())
-    }
-
-    fn cut(&mut self, id: SequenceId, len: usize) -> Result<()> {
-        let (block_size, root) = (self.block_size, self.prefix.root());
-        let sequence = known(&mut self.sequences, id)?;
-        if len == sequence.len {
-            return Ok(());
-        }
-        sequence.len = len;
-        if sequence.chained > len / block_size {
-            (sequence.chained, sequence.chain) = (0, root);
-        }
-        self.shrink(id)
-    }
-
-    /// Gives back the blocks past the committed tokens, last first.
-    fn shrink(&mut self, id: SequenceId) -> Result<()> {
-        let sequence = known(&mut self.sequences, id)?;
-        let keep = sequence.len.div_ceil(self.block_size);
-        let dropped = sequence.blocks.split_off(keep);
-        dropped.into_iter().rev().for_each(|block| self.release(block));
-        Ok(())
     }
 
     /// One holder less. A block that nobody holds has no page, so an open one is not found any more.
@@ -233,7 +199,8 @@ impl Paging {
     /// # Errors
     /// [`Error::Config`] when there are fewer ids than committed tokens.
     pub fn publish_prefix(&mut self, id: SequenceId, token_ids: &[u32]) -> Result<usize> {
-        let sequence = known(&mut self.sequences, id)?;
+        let row = self.sequences.row(id)?;
+        let sequence = self.sequences.at_mut(row);
         if token_ids.len() < sequence.len {
             return Err(Error::Config(format!(
                 "publishing sequence {id} needs the ids of its {} committed tokens, got {}",
@@ -255,18 +222,48 @@ impl Paging {
         Ok(num_published)
     }
 
-    /// The page of each block of a sequence, [`PageId::SEALED`] for tiles and where a window released the block.
-    pub fn pages(&self, id: SequenceId) -> Result<Vec<PageId>> {
-        let page_of = |&block: &BlockId| match block {
-            BlockId::RELEASED => PageId::SEALED,
-            block => self.pages.page_of(block).unwrap_or(PageId::SEALED),
-        };
-        Ok(self.sequence(id)?.blocks.iter().map(page_of).collect())
+    /// The table of places: the row of a sequence, [`row`](Self::row), says where each block that it holds is read.
+    ///
+    /// A full block that a sequence's open step seals is its tile there; everywhere else it is its page until the step
+    /// is committed.
+    #[must_use]
+    pub fn places(&self) -> Places<'_> {
+        self.places.view()
+    }
+
+    /// What has changed in the table of places since the last call.
+    pub fn take_place_changes(&mut self) -> PlaceChanges {
+        self.places.take_changes()
+    }
+
+    /// A sequence's row in the table of places, from its creation until it is freed.
+    pub fn row(&self, id: SequenceId) -> Result<usize> {
+        self.sequences.row(id)
+    }
+
+    /// The sequence of a row; an empty one if the row is nobody's.
+    ///
+    /// # Panics
+    /// For a row that no sequence ever had.
+    #[must_use]
+    pub fn at(&self, row: usize) -> &Sequence {
+        self.sequences.at(row)
+    }
+
+    /// Where each block of a sequence is once the open steps have been aborted; entries of released blocks are stale.
+    pub fn committed_places(&self, id: SequenceId) -> Result<Vec<Place>> {
+        let row = self.sequences.row(id)?;
+        let sequence = self.sequences.at(row);
+        let mut places = self.places.view().row(row)[..sequence.blocks.len()].to_vec();
+        for &index in &sequence.sealing {
+            places[index] = self.pages.place_of(sequence.blocks[index]);
+        }
+        Ok(places)
     }
 
     /// Where a sequence lives.
     pub fn sequence(&self, id: SequenceId) -> Result<&Sequence> {
-        self.sequences.get(&id).ok_or(Error::UnknownSequence { id: id.0 })
+        Ok(self.sequences.at(self.sequences.row(id)?))
     }
 
     /// A sequence that no step is open on.
@@ -324,17 +321,17 @@ impl Paging {
         self.sequences.len()
     }
 
-    /// Blocks that are the open page of some sequence. Visits every sequence.
+    /// Blocks that some sequence ends within.
     #[must_use]
     pub fn open_blocks(&self) -> usize {
-        self.ends_within().len()
+        self.partial.len()
     }
 
-    /// The blocks that some sequence ends within: the next token of it goes there, so they cannot be sealed, though
-    /// another sequence may have filled them. Visits every sequence.
+    /// Does a sequence end within the block? Its next token goes there, so the block cannot be sealed, though another
+    /// sequence may have filled it.
     #[must_use]
-    pub fn ends_within(&self) -> HashSet<BlockId> {
-        self.sequences.values().filter_map(|sequence| sequence.open_page(self.block_size)).collect()
+    pub fn is_partial(&self, block: BlockId) -> bool {
+        self.partial.contains(block)
     }
 
     /// Copy-on-write copies ordered so far.
@@ -342,47 +339,6 @@ impl Paging {
     pub fn cow_copies(&self) -> usize {
         self.cow_copies
     }
-
-    /// Do all invariants hold? Visits everything.
-    #[must_use]
-    pub fn is_valid(&self) -> bool {
-        self.check().is_ok()
-    }
-
-    /// Like [`is_valid`](Self::is_valid), naming an equation that does not hold.
-    #[doc(hidden)]
-    pub fn check(&self) -> std::result::Result<(), String> {
-        let mut holders = vec![0_u32; self.pool.num_known()];
-        for (id, sequence) in &self.sequences {
-            sequence.check(self.block_size).map_err(|broken| format!("sequence {id}: {broken}"))?;
-            for block in held(sequence) {
-                let count = holders.get_mut(block.0 as usize);
-                *count.ok_or_else(|| format!("sequence {id}: block {block} was never handed out"))? += 1;
-            }
-        }
-        self.pool.check(&holders)?;
-        self.pages.check(&holders)?;
-        self.prefix.check(self.pool.num_known())?;
-        for (id, sequence) in &self.sequences {
-            if let Some(block) =
-                sequence.open_page(self.block_size).filter(|&block| self.pages.page_of(block).is_none())
-            {
-                return Err(format!("sequence {id}: block {block} is partly filled and sealed"));
-            }
-        }
-        for (id, sequence) in self.sequences.iter().filter(|(_, s)| s.pending > Some(0)) {
-            for &block in &sequence.blocks[sequence.len / self.block_size..] {
-                if self.pool.refcount(block) != 1 || self.prefix.contains(block) {
-                    return Err(format!("sequence {id} writes block {block}, which is shared or published"));
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-fn known(sequences: &mut HashMap<SequenceId, Sequence>, id: SequenceId) -> Result<&mut Sequence> {
-    sequences.get_mut(&id).ok_or(Error::UnknownSequence { id: id.0 })
 }
 
 /// The blocks that a sequence holds, in order.

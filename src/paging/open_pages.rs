@@ -9,8 +9,7 @@
 //! page_of[b]                     =   SEALED where nobody holds b
 //! ```
 
-use super::block_pool::MAX_BLOCKS;
-use super::{BlockId, PageId};
+use super::{BlockId, PageId, Place};
 
 #[derive(Debug, Clone)]
 pub(super) enum OpenPages {
@@ -27,12 +26,18 @@ pub(super) struct PagePool {
     num_known: usize,
     /// `None`: grows as needed.
     bound: Option<usize>,
+    /// Most pages that there can be, bounded or not.
+    most: usize,
     peak: usize,
 }
 
 impl PagePool {
-    pub(super) fn new(bound: Option<usize>) -> Self {
-        Self { page_of: Vec::new(), free: Vec::new(), num_known: 0, bound, peak: 0 }
+    pub(super) fn new(bound: Option<usize>, most: usize) -> Self {
+        Self { page_of: Vec::new(), free: Vec::new(), num_known: 0, bound, most, peak: 0 }
+    }
+
+    fn limit(&self) -> usize {
+        self.bound.unwrap_or(self.most)
     }
 
     fn num_open(&self) -> usize {
@@ -41,11 +46,11 @@ impl PagePool {
 }
 
 impl OpenPages {
-    /// The same, of no block.
+    /// An empty pool with the same bound.
     pub(super) fn emptied(&self) -> Self {
         match self {
             Self::OfEveryBlock => Self::OfEveryBlock,
-            Self::Pool(pool) => Self::Pool(PagePool::new(pool.bound)),
+            Self::Pool(pool) => Self::Pool(PagePool::new(pool.bound, pool.most)),
         }
     }
 
@@ -62,12 +67,17 @@ impl OpenPages {
         }
     }
 
+    /// Where a block is read that no open step seals.
+    pub(super) fn place_of(&self, block: BlockId) -> Place {
+        self.page_of(block).map_or(Place::tile(block), Place::page)
+    }
+
     /// Gives a page to a block that has none; `None` when all are taken.
     pub(super) fn open(&mut self, block: BlockId) -> Option<PageId> {
         let Self::Pool(pool) = self else { return Some(PageId(block.0)) };
         let page = match pool.free.pop() {
             Some(page) => page,
-            None if pool.num_known < pool.bound.unwrap_or(MAX_BLOCKS) => {
+            None if pool.num_known < pool.limit() => {
                 pool.num_known += 1;
                 PageId((pool.num_known - 1) as u32)
             }
@@ -94,7 +104,7 @@ impl OpenPages {
     pub(super) fn num_available(&self) -> usize {
         match self {
             Self::OfEveryBlock => usize::MAX,
-            Self::Pool(pool) => pool.bound.unwrap_or(MAX_BLOCKS) - pool.num_open(),
+            Self::Pool(pool) => pool.limit() - pool.num_open(),
         }
     }
 
@@ -133,7 +143,7 @@ impl OpenPages {
         if let Some(lost) = taken.iter().position(|taken| !taken) {
             return Err(format!("page {lost} is neither of a block nor free"));
         }
-        if pool.num_known > pool.bound.unwrap_or(MAX_BLOCKS) || pool.num_open() > pool.peak {
+        if pool.num_known > pool.limit() || pool.num_open() > pool.peak {
             return Err(format!("{} pages, {} open, at most {} at once", pool.num_known, pool.num_open(), pool.peak));
         }
         let held = |block: usize| holders.get(block).is_some_and(|&holders| holders > 0);
@@ -150,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_bounded_pool_gives_its_pages_and_takes_them_back() {
-        let mut pages = OpenPages::Pool(PagePool::new(Some(2)));
+        let mut pages = OpenPages::Pool(PagePool::new(Some(2), 9));
         let first = pages.open(BlockId(7)).unwrap();
         assert_ne!(pages.open(BlockId(3)).unwrap(), first);
         assert_eq!((pages.open(BlockId(1)), pages.num_available()), (None, 0));

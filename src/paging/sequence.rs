@@ -6,12 +6,15 @@
 //! first_held        =  0 mod block_size,  first_held <= len
 //! blocks[i]         =  RELEASED  <=>  i < first_held / block_size
 //! chained           <= len / block_size
+//! num_tiles         <= len / block_size,  blocks[i] is sealed for first_held / block_size <= i < num_tiles
+//! sealing           indices of full blocks that still have a page
 //! ```
 //!
-//! The *open page* of a sequence is its last block when that block is partly filled, `len % block_size > 0`: the one
-//! block that the next step writes into without taking it first.
+//! The *partial block* of a sequence is its last one where `len % block_size > 0`: the one block that the next step
+//! writes into without taking it first.
 
 use super::BlockId;
+use super::open_pages::OpenPages;
 use super::prefix::Chain;
 
 /// Where one sequence lives.
@@ -21,6 +24,10 @@ pub struct Sequence {
     pub(super) first_held: usize,
     pub(super) blocks: Vec<BlockId>,
     pub(super) pending: Option<usize>,
+    /// Blocks before this index have been sealed: the search for blocks to seal starts here.
+    pub(super) num_tiles: usize,
+    /// The blocks that the open step seals from their pages.
+    pub(super) sealing: Vec<usize>,
     /// The full blocks whose chain hash is known, and the last of those hashes: publishing goes on from there.
     pub(super) chained: usize,
     pub(super) chain: Chain,
@@ -29,7 +36,16 @@ pub struct Sequence {
 impl Sequence {
     /// A sequence that holds `blocks`, all full and all hashed into `chain`.
     pub(super) fn from_chain(block_size: usize, blocks: Vec<BlockId>, chain: Chain) -> Self {
-        Self { len: blocks.len() * block_size, first_held: 0, chained: blocks.len(), blocks, pending: None, chain }
+        Self {
+            len: blocks.len() * block_size,
+            first_held: 0,
+            chained: blocks.len(),
+            blocks,
+            pending: None,
+            num_tiles: 0,
+            sealing: Vec::new(),
+            chain,
+        }
     }
 
     /// Committed tokens, those that a window released included.
@@ -63,9 +79,22 @@ impl Sequence {
         self.pending
     }
 
-    /// The open page, of committed tokens.
-    pub(super) fn open_page(&self, block_size: usize) -> Option<BlockId> {
+    /// Blocks before this index are sealed; whether later ones are, the table of places says.
+    #[must_use]
+    pub fn num_tiles(&self) -> usize {
+        self.num_tiles
+    }
+
+    /// The partly filled block of committed tokens.
+    pub(super) fn partial_block(&self, block_size: usize) -> Option<BlockId> {
         (!self.len.is_multiple_of(block_size)).then(|| self.blocks[self.len / block_size])
+    }
+
+    /// Counts the sealed blocks on, as far as they go.
+    pub(super) fn pass_tiles(&mut self, block_size: usize, pages: &OpenPages) {
+        self.num_tiles = self.num_tiles.max(self.first_held / block_size);
+        let full = &self.blocks[..self.len / block_size];
+        self.num_tiles += full[self.num_tiles..].iter().take_while(|&&block| pages.page_of(block).is_none()).count();
     }
 
     /// The first token held once those before `keep_from` may go: whole blocks of committed tokens only.
@@ -89,6 +118,10 @@ impl Sequence {
         }
         if self.chained > self.len / block_size {
             return Err(format!("{} hashed blocks for {} tokens", self.chained, self.len));
+        }
+        let num_full = self.len / block_size;
+        if self.num_tiles > num_full || self.sealing.iter().any(|&index| index >= num_full || index < released) {
+            return Err(format!("{} tiles, {:?} being sealed, {num_full} full blocks", self.num_tiles, self.sealing));
         }
         Ok(())
     }

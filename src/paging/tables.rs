@@ -6,12 +6,13 @@
 
 use std::collections::HashMap;
 
-use super::block_pool::{BlockPool, MAX_BLOCKS};
 use super::{BlockId, PageId, Paging, Sequence, SequenceId};
 use crate::error::{Error, Result};
 
 /// Ids of sequences are below this, so that there are always more.
 const MAX_SEQUENCES: u64 = 1 << 63;
+/// Entries of all block tables together are fewer, so that holders can be counted.
+const MAX_ENTRIES: usize = u32::MAX as usize;
 
 /// The block table of one sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +53,7 @@ impl Paging {
     /// The sequences not yet freed, by ascending id.
     #[must_use]
     pub fn ids(&self) -> Vec<SequenceId> {
-        let mut ids: Vec<SequenceId> = self.sequences.keys().copied().collect();
+        let mut ids: Vec<SequenceId> = self.sequences.ids().collect();
         ids.sort_unstable();
         ids
     }
@@ -101,7 +102,7 @@ impl Paging {
     fn try_with_tables(mut self, tables: Tables) -> std::result::Result<Self, String> {
         let num_blocks = tables.open.len();
         let num_open = tables.open.iter().filter(|&&open| open).count();
-        let bound = self.pool.bound().unwrap_or(MAX_BLOCKS);
+        let bound = self.pool.limit();
         if num_blocks > bound {
             return Err(format!("{num_blocks} blocks in a pool of {bound}"));
         }
@@ -111,12 +112,11 @@ impl Paging {
         if tables.next_id > MAX_SEQUENCES {
             return Err(format!("the next sequence would be {}, ids are below {MAX_SEQUENCES}", tables.next_id));
         }
-        // So that holders can be counted.
         let num_entries: usize = tables.sequences.iter().map(|table| table.blocks.len()).sum();
-        if num_entries >= MAX_BLOCKS {
+        if num_entries >= MAX_ENTRIES {
             return Err(format!("block tables of {num_entries} entries"));
         }
-        let mut pool = BlockPool::new(self.pool.bound());
+        let mut pool = self.pool.emptied();
         for block in 0..num_blocks as u32 {
             pool.take();
             if tables.open[block as usize] {
@@ -137,9 +137,11 @@ impl Paging {
             if id.0 >= tables.next_id {
                 return Err(format!("sequence {id}, of which the next would be {}", tables.next_id));
             }
-            if self.sequences.insert(id, sequence).is_some() {
+            if self.sequences.contains(id) {
                 return Err(format!("sequence {id} a second time"));
             }
+            sequence.check(self.block_size).map_err(|broken| format!("sequence {id}: {broken}"))?;
+            self.insert_as(id, sequence);
         }
         for block in 0..num_blocks as u32 {
             if pool.refcount(BlockId(block)) == 1 {
@@ -156,14 +158,14 @@ impl Paging {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::paging::StepRequest;
+    use crate::paging::{Rollback, Room, StepRequest};
 
     /// New blocks that are full are sealed.
     fn step(paging: &mut Paging, sequence: SequenceId, num_new: usize, keep_from: usize) {
         let full = (paging.sequence(sequence).unwrap().len() + num_new) / paging.block_size();
         let sealed_to = if paging.seals() { full } else { 0 };
-        paging.begin(&[StepRequest { sequence, num_new, keep_from, sealed_to }]).unwrap();
-        paging.commit(&[sequence], &[]).unwrap();
+        paging.room(&[StepRequest { sequence, num_new, keep_from, sealed_to }]).map(Room::begin).unwrap();
+        paging.commit(&[sequence]).unwrap();
     }
 
     /// Two sequences that share a block, after a third that is gone and a window that released one.
@@ -229,7 +231,7 @@ mod tests {
         let a = paging.new_sequence();
         step(&mut paging, a, 7, 0);
         let b = paging.fork(a).unwrap();
-        paging.truncate(a, 5, None).unwrap();
+        paging.truncate(Rollback { sequence: a, len: 5, first_seen: 0 }).unwrap();
         assert_eq!(paging.tables().unwrap().1.iter().map(|block| block.used).collect::<Vec<_>>(), [4, 3]);
         paging.free(b).unwrap();
         assert_eq!(paging.tables().unwrap().1[1].used, 1);

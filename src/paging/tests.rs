@@ -1,19 +1,24 @@
 use super::*;
 
 fn append(paging: &mut Paging, sequence: SequenceId, num_new: usize, keep_from: usize) {
-    paging.begin(&[StepRequest { sequence, num_new, keep_from, sealed_to: 0 }]).unwrap();
-    paging.commit(&[sequence], &[]).unwrap();
+    paging.room(&[StepRequest { sequence, num_new, keep_from, sealed_to: 0 }]).map(Room::begin).unwrap();
+    paging.commit(&[sequence]).unwrap();
 }
 
 fn blocks(paging: &Paging, id: SequenceId) -> Vec<u32> {
     paging.sequence(id).unwrap().blocks().iter().map(|block| block.0).collect()
 }
 
+/// A rollback after which a query sees `window` tokens.
+fn to(sequence: SequenceId, len: usize, window: Option<usize>) -> Rollback {
+    Rollback { sequence, len, first_seen: window.map_or(0, |window| (len + 1).saturating_sub(window)) }
+}
+
 #[test]
 fn a_pool_that_cannot_be_is_refused() {
     assert!(matches!(Paging::new(0, None, b""), Err(Error::Config(_))));
     assert!(matches!(Paging::new(1, Some(usize::MAX), b""), Err(Error::Config(_))));
-    assert_eq!(Paging::new(16, Some(u32::MAX as usize), b"").unwrap().num_blocks(), u32::MAX as usize);
+    assert_eq!(Paging::new(16, Some((1 << 27) - 1), b"").unwrap().num_blocks(), (1 << 27) - 1);
 }
 
 #[test]
@@ -68,7 +73,7 @@ fn a_published_block_that_is_written_again_is_no_longer_found() {
     let a = paging.new_sequence();
     append(&mut paging, a, 4, 0);
     paging.publish_prefix(a, &[1, 2, 3, 4]).unwrap();
-    paging.truncate(a, 3, None).unwrap();
+    paging.truncate(to(a, 3, None)).unwrap();
     append(&mut paging, a, 1, 0);
     let b = paging.match_prefix(&[1, 2, 3, 4, 5]);
     assert_eq!(paging.sequence(b).unwrap().len(), 2);
@@ -83,7 +88,7 @@ fn a_published_block_that_is_shared_is_copied_and_stays_found() {
     append(&mut paging, a, 4, 0);
     paging.publish_prefix(a, &[1, 2, 3, 4]).unwrap();
     let b = paging.match_prefix(&[1, 2, 3, 4, 5]);
-    paging.truncate(b, 3, None).unwrap();
+    paging.truncate(to(b, 3, None)).unwrap();
     append(&mut paging, b, 1, 0);
     assert_eq!(paging.cow_copies(), 1);
     let c = paging.match_prefix(&[1, 2, 3, 4, 5]);
@@ -97,12 +102,12 @@ fn a_rollback_needs_the_tokens_that_the_next_query_sees() {
     append(&mut paging, a, 8, 0);
     append(&mut paging, a, 1, 4);
     let too_far = |requested| Err(Error::RollbackTooFar { id: a.0, requested, floor: 4, len: 9 });
-    assert_eq!(paging.truncate(a, 10, Some(3)), too_far(10));
-    assert_eq!(paging.truncate(a, 5, Some(3)), too_far(5));
-    assert_eq!(paging.truncate(a, 3, Some(0)), too_far(3));
-    assert_eq!(paging.truncate(a, 8, None), too_far(8));
-    assert_eq!(paging.truncate(a, 9, None), Ok(()));
-    assert_eq!(paging.truncate(a, 6, Some(3)), Ok(()));
+    assert_eq!(paging.truncate(to(a, 10, Some(3))), too_far(10));
+    assert_eq!(paging.truncate(to(a, 5, Some(3))), too_far(5));
+    assert_eq!(paging.truncate(to(a, 3, Some(0))), too_far(3));
+    assert_eq!(paging.truncate(to(a, 8, None)), too_far(8));
+    assert_eq!(paging.truncate(to(a, 9, None)), Ok(()));
+    assert_eq!(paging.truncate(to(a, 6, Some(3))), Ok(()));
     assert_eq!(blocks(&paging, a).len(), 3);
     assert_eq!(paging.publish_prefix(a, &[0; 6]), Ok(0));
     paging.check().unwrap();
@@ -133,7 +138,8 @@ fn clearing_forgets_open_steps_and_prefixes_and_reuses_no_id() {
     let a = paging.new_sequence();
     append(&mut paging, a, 2, 0);
     paging.publish_prefix(a, &[1, 2]).unwrap();
-    paging.begin(&[StepRequest { sequence: a, num_new: 1, keep_from: 0, sealed_to: 0 }]).unwrap();
+    let step = StepRequest { sequence: a, num_new: 1, keep_from: 0, sealed_to: 0 };
+    paging.room(&[step]).map(Room::begin).unwrap();
     paging.clear();
     let b = paging.match_prefix(&[1, 2, 3]);
     assert!(b > a && paging.sequence(b).unwrap().is_empty());

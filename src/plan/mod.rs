@@ -1,32 +1,43 @@
-//! What will the next step do? A pure function from block tables and lengths to integers.
+//! The plan of a step: everything that is decided about it, as integers. A pure function of block tables and lengths.
 //!
 //! A *step* appends some tokens to some sequences, in every layer, and lets their queries attend. Its tensors have
 //! `num_rows` token rows; a row is a token or padding. For each sequence `s`, with `c = context_lens[s]`:
 //!
 //! ```text
-//! rows of s            query_start_loc[s] .. query_start_loc[s+1]
-//! position of a token  c, c+1, .. c+num_new[s]-1 in row order; -1 for padding
-//! slot of a token      block_table[position / block_size] * block_size + position % block_size; -1 for padding
-//! a query sees         positions max(first_held, position + 1 - window) ..= position
+//! rows of s              query_start_loc[s] .. query_start_loc[s + 1]
+//! position of a token    c, c + 1, .. in row order; -1 for padding
+//! slot of a token        page * block_size + position % block_size; -1 for padding and in blocks sealed at once
+//! place of block b of s  places[rows[s]][b]
+//! a query sees           positions max(first_held[s], first_seen(position, window)) ..= position
 //! ```
 //!
-//! The same plan serves every layer. Backends execute it and decide nothing: they seal what [`Seal`] names, then write
-//! the tokens, then seal the rest, and read each block where [`SequencePlan::page`] says. At commit, they refit what
-//! [`PageRefit`] names.
+//! The arrays stand one after the other in one buffer, [`PlanLayout`] says where. The table of places is not among them:
+//! it persists in [`crate::paging`], and a plan holds the rows of its sequences and the entries that have changed. A
+//! sequence changes by no other way while its step is open, so the rows stay as they are until it is closed.
+//!
+//! The same plan serves every layer. Backends execute it and decide nothing: they seal what [`Seal`] names, open what
+//! [`PageOpen`] names, write the tokens by their slots, then seal the blocks that the step fills, and attend by
+//! [`Split`]s. At commit, they refit what [`PageRefit`] names.
 
+mod build;
+mod check;
+mod input;
 mod open;
+mod request;
 mod seal;
+mod sequence;
 mod split;
 
+pub use input::{Rows, Sealing, SequenceInput, num_rows};
 pub use open::{PageOpen, PageRefit};
-pub use seal::{Seal, SealSource, sealed_to};
-use seal::{Sealing, check_pages};
+pub use request::bounds_of;
+pub use seal::{Seal, sealed_to};
+pub use sequence::{SequencePlan, first_seen};
 pub use split::{SPLIT_TOKENS, Split, splits};
 
-use crate::error::{Error, Result};
-use crate::format::first_page_tokens;
-use crate::paging::{BlockId, PageId};
-use std::collections::HashSet;
+use crate::format::{PlanArray, PlanLayout, first_page_tokens};
+use crate::paging::{Place, PlaceChange, PlaceKind, Places};
+use std::ops::Deref;
 
 /// Most new tokens of a sequence in decode, and in the verification of drafts.
 pub const DECODE_TOKENS: usize = 16;
@@ -38,370 +49,208 @@ pub const fn is_prefill(block_size: usize, context_len: usize, num_new: usize) -
     num_new > DECODE_TOKENS || context_len < first_page_tokens(block_size)
 }
 
-/// One sequence of a step, as its owner's tables say.
-#[derive(Debug, Clone, Copy)]
-pub struct SequenceInput<'a> {
-    /// Blocks of the sequence, those of the new tokens included; entries before `first_held` are not read.
-    pub block_table: &'a [BlockId],
-    /// The page of each block, [`PageId::SEALED`] for tiles, those of new blocks that the step seals itself included
-    /// ([`sealed_to`]). `None` where blocks do not seal: each is the page of its number.
-    pub pages: Option<&'a [PageId]>,
-    /// Tokens before this step.
-    pub context_len: usize,
-    /// First token still held: 0 unless a sliding window released blocks. A multiple of the block size.
-    pub first_held: usize,
-    /// One entry a row: is it a token (`true`) or padding?
-    pub rows: Rows<'a>,
+/// What a backend must have memory for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Bounds {
+    /// Every page of the step has a number below this.
+    pub num_pages: usize,
+    /// Every block of the step that is a tile has a number below this; 0 where blocks do not seal.
+    pub num_tiles: usize,
 }
 
-/// Which of a sequence's rows are tokens.
-#[derive(Debug, Clone, Copy)]
-pub enum Rows<'a> {
-    /// All of this many.
-    All(usize),
-    /// Those marked `true`.
-    Masked(&'a [bool]),
-}
-
-impl Rows<'_> {
-    /// Rows, padding included.
+impl Bounds {
+    /// The least bounds of these places.
     #[must_use]
-    pub fn num_rows(self) -> usize {
-        match self {
-            Self::All(count) => count,
-            Self::Masked(mask) => mask.len(),
-        }
-    }
-
-    /// Tokens.
-    #[must_use]
-    pub fn num_tokens(self) -> usize {
-        match self {
-            Self::All(count) => count,
-            Self::Masked(mask) => mask.iter().filter(|&&real| real).count(),
-        }
-    }
-
-    fn is_token(self, row: usize) -> bool {
-        match self {
-            Self::All(_) => true,
-            Self::Masked(mask) => mask[row],
-        }
+    pub fn of(places: &[Place]) -> Self {
+        places.iter().fold(Self::default(), |bounds, place| match place.kind() {
+            PlaceKind::Page(page) => Self { num_pages: bounds.num_pages.max(page.0 as usize + 1), ..bounds },
+            PlaceKind::Tile(block) => Self { num_tiles: bounds.num_tiles.max(block.0 as usize + 1), ..bounds },
+        })
     }
 }
 
-/// One sequence of a planned step.
-#[derive(Debug, Clone)]
-pub struct SequencePlan {
-    /// Its blocks, those of the new tokens included.
-    pub(crate) block_table: Vec<BlockId>,
-    /// The page of each block once the step has sealed, [`PageId::SEALED`] for tiles; as long as the block table.
-    pub(crate) pages: Vec<PageId>,
-    /// Tokens before this step.
-    pub(crate) context_len: usize,
-    /// First token still held.
-    pub(crate) first_held: usize,
-    /// Row of each new token, in order.
-    pub(crate) token_rows: Vec<u32>,
-    is_prefill: bool,
-}
-
-impl SequencePlan {
-    /// Its blocks, those of the new tokens included.
-    #[must_use]
-    pub fn block_table(&self) -> &[BlockId] {
-        &self.block_table
-    }
-
-    /// The page of each block, [`PageId::SEALED`] for tiles.
-    #[must_use]
-    pub fn pages(&self) -> &[PageId] {
-        &self.pages
-    }
-
-    /// The page of a block of its table, `None` for a tile.
-    #[must_use]
-    pub fn page(&self, block: usize) -> Option<PageId> {
-        self.pages.get(block).copied().filter(|&page| page != PageId::SEALED)
-    }
-
-    /// New tokens of this step.
-    #[must_use]
-    pub fn num_new(&self) -> usize {
-        self.token_rows.len()
-    }
-
-    /// Tokens after this step.
-    #[must_use]
-    pub fn seq_len(&self) -> usize {
-        self.context_len + self.num_new()
-    }
-
-    /// Is this step a prefill of the sequence ([`is_prefill`])?
-    #[must_use]
-    pub fn is_prefill(&self) -> bool {
-        self.is_prefill
-    }
-
-    /// The positions that the query at `position` sees, as a half-open range.
-    #[must_use]
-    pub fn visible(&self, position: usize, window: Option<usize>) -> (usize, usize) {
-        let end = position + 1;
-        let start = window.map_or(0, |window| end.saturating_sub(window));
-        (start.max(self.first_held), end)
-    }
-}
-
-/// The integers of one step. Made by [`StepPlan::new`] only, whose checks backends rely on.
+/// The plan of one step. Made by [`StepPlan::new`] and [`StepPlan::begin`] only, whose checks backends rely on.
 #[derive(Debug, Clone)]
 pub struct StepPlan {
-    /// Tokens of a block.
-    pub(crate) block_size: usize,
-    /// Token rows of the step's tensors, padding included.
-    pub(crate) num_rows: usize,
-    /// First row of each sequence, and `num_rows` last.
-    pub(crate) query_start_loc: Vec<usize>,
-    /// Slot of each row; -1 for padding.
-    pub(crate) slot_mapping: Vec<i64>,
-    /// The sequences.
-    pub(crate) sequences: Vec<SequencePlan>,
-    /// The pages that this step opens, and where their statistics come from.
-    pub(crate) opens: Vec<PageOpen>,
-    /// The first pages whose statistics are taken anew when the step is committed.
-    pub(crate) refits: Vec<PageRefit>,
-    /// The blocks that this step seals: those of committed tokens, then those of its own, sequence by sequence.
-    pub(crate) seals: Vec<Seal>,
-    /// The largest block id that the step reads or writes.
-    pub(crate) max_block: Option<BlockId>,
-    /// The largest page that the step reads or writes.
-    pub(crate) max_page: Option<PageId>,
+    block_size: usize,
+    window: Option<usize>,
+    bounds: Bounds,
+    is_whole_table: bool,
+    layout: PlanLayout,
+    words: Vec<i32>,
 }
 
 impl StepPlan {
-    /// Plans a step over `inputs`.
-    ///
-    /// # Errors
-    /// [`Error::Config`] when a block table is too short for its tokens, when `first_held` is no block boundary before
-    /// the step, when pages are missing or too many, or when two sequences would write the same block.
-    pub fn new(block_size: usize, inputs: &[SequenceInput<'_>]) -> Result<Self> {
-        Self::keeping_open(block_size, inputs, HashSet::new())
+    /// Tokens of a block.
+    #[must_use]
+    pub fn block_size(&self) -> usize {
+        self.block_size
     }
 
-    /// Like [`new`](Self::new), but the blocks `partly_used` are not sealed: sequences outside the step end within them.
-    ///
-    /// # Errors
-    /// Those of [`new`](Self::new).
-    pub fn keeping_open(
-        block_size: usize,
-        inputs: &[SequenceInput<'_>],
-        partly_used: HashSet<BlockId>,
-    ) -> Result<Self> {
-        if block_size == 0 {
-            return Err(Error::Config("a block holds at least one token, got block_size 0".to_owned()));
-        }
-        let mut plan = Self {
-            block_size,
-            num_rows: 0,
-            query_start_loc: vec![0],
-            slot_mapping: Vec::new(),
-            sequences: Vec::with_capacity(inputs.len()),
-            opens: Vec::new(),
-            refits: Vec::new(),
-            seals: Vec::new(),
-            max_block: None,
-            max_page: None,
-        };
-        let mut sealing = Sealing { partly_used, taken: HashSet::new() };
-        for input in inputs {
-            let (context_len, first_held) = (input.context_len, input.first_held);
-            if first_held > context_len || !first_held.is_multiple_of(block_size) {
-                return Err(Error::Config(format!(
-                    "first_held {first_held} is no block boundary within the {context_len} tokens before the step"
-                )));
-            }
-            let seq_len = context_len.saturating_add(input.rows.num_tokens());
-            let needed = seq_len.div_ceil(block_size);
-            if input.block_table.len() < needed {
-                return Err(Error::Config(format!(
-                    "a block table of {} blocks cannot hold {seq_len} tokens in blocks of {block_size}",
-                    input.block_table.len()
-                )));
-            }
-            if let Some(pages) = input.pages {
-                check_pages(block_size, input, pages, seq_len)?;
-            }
-            plan.push(input, &mut sealing);
-        }
-        plan.check_written_blocks()?;
-        Ok(plan)
+    /// What a backend must have memory for.
+    #[must_use]
+    pub fn bounds(&self) -> Bounds {
+        self.bounds
+    }
+
+    /// Where each array is in [`words`](Self::words).
+    #[must_use]
+    pub fn layout(&self) -> &PlanLayout {
+        &self.layout
+    }
+
+    /// All arrays.
+    #[must_use]
+    pub fn words(&self) -> &[i32] {
+        &self.words
+    }
+
+    /// The words of one array.
+    #[must_use]
+    pub fn array(&self, array: PlanArray) -> &[i32] {
+        &self.words[self.layout.range(array)]
+    }
+
+    fn records<const N: usize>(&self, array: PlanArray) -> impl ExactSizeIterator<Item = [i32; N]> + '_ {
+        debug_assert_eq!(array.width(), N);
+        self.array(array).as_chunks().0.iter().copied()
+    }
+
+    /// Sequences of the step.
+    #[must_use]
+    pub fn num_sequences(&self) -> usize {
+        self.layout.count(PlanArray::Rows)
     }
 
     /// Token rows of the step's tensors, padding included.
     #[must_use]
     pub fn num_rows(&self) -> usize {
-        self.num_rows
+        self.layout.count(PlanArray::Positions)
     }
 
-    /// First row of each sequence, and `num_rows` last.
+    /// New tokens of the step.
     #[must_use]
-    pub fn query_start_loc(&self) -> &[usize] {
-        &self.query_start_loc
+    pub fn num_tokens(&self) -> usize {
+        self.layout.count(PlanArray::TokenRows)
     }
 
-    /// Slot of each row; -1 for padding.
+    /// Position of each row's token, -1 for padding.
     #[must_use]
-    pub fn slot_mapping(&self) -> &[i64] {
-        &self.slot_mapping
+    pub fn positions(&self) -> &[i32] {
+        self.array(PlanArray::Positions)
     }
 
-    /// The sequences.
+    /// Slot of each row: page and offset; -1 where no page is written.
     #[must_use]
-    pub fn sequences(&self) -> &[SequencePlan] {
-        &self.sequences
+    pub fn slots(&self) -> &[i32] {
+        self.array(PlanArray::Slots)
     }
 
-    /// The blocks that the step seals.
+    /// Rows that hold tokens, in order.
     #[must_use]
-    pub fn seals(&self) -> &[Seal] {
-        &self.seals
+    pub fn token_rows(&self) -> &[i32] {
+        self.array(PlanArray::TokenRows)
     }
 
-    fn push(&mut self, input: &SequenceInput<'_>, sealing: &mut Sealing) {
-        let mut token_rows = Vec::with_capacity(input.rows.num_tokens());
-        for row in 0..input.rows.num_rows() {
-            if !input.rows.is_token(row) {
-                self.slot_mapping.push(-1);
-                continue;
-            }
-            let position = input.context_len + token_rows.len();
-            let block = input.block_table[position / self.block_size].0 as usize;
-            self.slot_mapping.push((block * self.block_size + position % self.block_size) as i64);
-            token_rows.push((self.num_rows + row) as u32);
-        }
-        let seq_len = input.context_len + token_rows.len();
-        let held = input.first_held / self.block_size..seq_len.div_ceil(self.block_size);
-        let own_page = |block: &BlockId| PageId(block.0);
-        let pages = input.pages.map_or_else(|| input.block_table.iter().map(own_page).collect(), <[PageId]>::to_vec);
-        let pages_held = pages.get(held.clone()).unwrap_or_default().iter().filter(|&&page| page != PageId::SEALED);
-        self.max_page = self.max_page.max(pages_held.max().copied());
-        self.max_block = self.max_block.max(input.block_table.get(held).and_then(|held| held.iter().copied().max()));
-        self.num_rows += input.rows.num_rows();
-        self.query_start_loc.push(self.num_rows);
-        let mut sequence = SequencePlan {
-            block_table: input.block_table.to_vec(),
-            pages,
-            context_len: input.context_len,
-            first_held: input.first_held,
-            is_prefill: is_prefill(self.block_size, input.context_len, token_rows.len()),
-            token_rows,
-        };
-        let index = self.sequences.len();
-        if input.pages.is_some() {
-            seal::plan_seals(self.block_size, index, &mut sequence, sealing, &mut self.seals);
-        }
-        open::plan_opens(self.block_size, index, &sequence, &mut self.opens);
-        self.refits.extend(open::plan_refit(self.block_size, index, &sequence));
-        self.sequences.push(sequence);
+    /// The pages that the step opens, by sequence and block.
+    pub fn opens(&self) -> impl ExactSizeIterator<Item = PageOpen> + '_ {
+        self.records(PlanArray::Opens).map(PageOpen::from_words)
     }
 
-    /// (sequence, index in its block table) of every block that this step writes.
+    /// The first pages whose statistics are taken anew when the step is committed.
+    pub fn refits(&self) -> impl ExactSizeIterator<Item = PageRefit> + '_ {
+        self.records(PlanArray::Refits).map(PageRefit::from_words)
+    }
+
+    /// The blocks that the step seals, by sequence: from pages, before its tokens are written, and from its rows.
+    pub fn seals(&self) -> impl ExactSizeIterator<Item = Seal> + '_ {
+        self.records(PlanArray::Seals).map(Seal::from_words)
+    }
+
+    /// The pieces that the history of each sequence that decodes is attended to in, by sequence and position.
+    pub fn splits(&self) -> impl ExactSizeIterator<Item = Split> + '_ {
+        self.records(PlanArray::Splits).map(Split::from_words)
+    }
+
+    /// What a copy of the table of places must be told before the step, in order; see
+    /// [`is_whole_table`](Self::is_whole_table). Of a plan by [`new`](Self::new), what the owner of the table must set.
+    #[must_use]
+    pub fn changes(&self) -> impl ExactSizeIterator<Item = PlaceChange> + '_ {
+        self.records(PlanArray::Changes).map(|[row, block, place]| PlaceChange {
+            row: row as usize,
+            block: block as usize,
+            place: Place::from_word(place),
+        })
+    }
+
+    /// Has the table of places moved or grown, so that a copy of it is taken whole?
+    #[must_use]
+    pub fn is_whole_table(&self) -> bool {
+        self.is_whole_table
+    }
+
+    /// The plan beside the table that it was made over.
+    #[must_use]
+    pub fn over<'a>(&'a self, places: Places<'a>) -> StepView<'a> {
+        StepView { plan: self, places }
+    }
+
+    /// (sequence, index in its block table) of every block that this step writes, those that it seals at once included.
     pub fn written_blocks(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
-        self.sequences.iter().enumerate().flat_map(move |(index, sequence)| {
-            let first = sequence.context_len / self.block_size;
-            let end = if sequence.num_new() == 0 { first } else { sequence.seq_len().div_ceil(self.block_size) };
+        (0..self.num_sequences()).flat_map(move |index| {
+            let num_new = self.num_new(index);
+            let context_len = self.context_len(index);
+            let first = context_len / self.block_size;
+            let end = if num_new == 0 { first } else { (context_len + num_new).div_ceil(self.block_size) };
             (first..end).map(move |block| (index, block))
         })
     }
 
-    /// Each written block is written through one sequence, and each written page is of one block: what lets backends
-    /// write blocks in parallel.
-    fn check_written_blocks(&self) -> Result<()> {
-        let mut written: Vec<BlockId> =
-            self.written_blocks().map(|(s, block)| self.sequences[s].block_table[block]).collect();
-        written.sort_unstable();
-        if let Some(block) = repeated(&written) {
-            return Err(Error::Config(format!("block {block} would be written through two sequences")));
-        }
-        let page_of = |(sequence, block): (usize, usize)| self.sequences[sequence].page(block);
-        let mut pages: Vec<PageId> = self.written_blocks().filter_map(page_of).collect();
-        pages.sort_unstable();
-        match repeated(&pages) {
-            Some(PageId(page)) => Err(Error::Config(format!("page {page} would be written for two blocks"))),
-            None => Ok(()),
-        }
+    /// Tokens of a sequence before the step.
+    #[must_use]
+    pub fn context_len(&self, sequence: usize) -> usize {
+        self.array(PlanArray::ContextLens)[sequence] as usize
+    }
+
+    /// New tokens of a sequence.
+    #[must_use]
+    pub fn num_new(&self, sequence: usize) -> usize {
+        let starts = self.array(PlanArray::TokenStartLoc);
+        (starts[sequence + 1] - starts[sequence]) as usize
     }
 }
 
-/// The first that is there twice, of those in order.
-fn repeated<T: PartialEq>(sorted: &[T]) -> Option<&T> {
-    sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| &pair[0])
+/// A plan and the table of places that its rows are of.
+#[derive(Debug, Clone, Copy)]
+pub struct StepView<'a> {
+    plan: &'a StepPlan,
+    places: Places<'a>,
+}
+
+impl Deref for StepView<'_> {
+    type Target = StepPlan;
+
+    fn deref(&self) -> &StepPlan {
+        self.plan
+    }
+}
+
+impl<'a> StepView<'a> {
+    /// One sequence of the step.
+    ///
+    /// # Panics
+    /// When the step has fewer sequences.
+    #[must_use]
+    pub fn sequence(&self, index: usize) -> SequencePlan<'a> {
+        SequencePlan::of(self.plan, self.places, index)
+    }
+
+    /// The place of a block of a sequence.
+    #[must_use]
+    pub fn place(&self, sequence: usize, block: usize) -> Place {
+        self.places.row(self.array(PlanArray::Rows)[sequence] as usize)[block]
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn ids(ids: &[u32]) -> Vec<BlockId> {
-        ids.iter().copied().map(BlockId).collect()
-    }
-
-    #[test]
-    fn padding_has_no_slot_and_takes_no_position() {
-        let table = ids(&[7, 2]);
-        let mask = [false, true, true];
-        let input = SequenceInput {
-            block_table: &table,
-            pages: None,
-            context_len: 15,
-            first_held: 0,
-            rows: Rows::Masked(&mask),
-        };
-        let plan = StepPlan::new(16, &[input]).unwrap();
-        assert_eq!(plan.slot_mapping, [-1, 7 * 16 + 15, 2 * 16]);
-        assert_eq!((plan.num_rows, plan.sequences[0].num_new()), (3, 2));
-    }
-
-    #[test]
-    fn a_query_sees_its_window_and_nothing_released() {
-        let table = ids(&[0, 1, 2]);
-        let input =
-            SequenceInput { block_table: &table, pages: None, context_len: 40, first_held: 16, rows: Rows::All(1) };
-        let sequence = &StepPlan::new(16, &[input]).unwrap().sequences[0];
-        assert_eq!(sequence.visible(40, None), (16, 41));
-        assert_eq!(sequence.visible(40, Some(8)), (33, 41));
-    }
-
-    #[test]
-    fn two_sequences_cannot_write_one_block() {
-        let table = ids(&[3]);
-        let input =
-            SequenceInput { block_table: &table, pages: None, context_len: 0, first_held: 0, rows: Rows::All(1) };
-        assert!(matches!(StepPlan::new(16, &[input, input]), Err(Error::Config(_))));
-    }
-
-    #[test]
-    fn two_blocks_cannot_write_one_page() {
-        let (first, second) = (ids(&[0]), ids(&[1]));
-        let pages = [PageId(0)];
-        let input = |block_table, pages| SequenceInput {
-            block_table,
-            pages: Some(pages),
-            context_len: 0,
-            first_held: 0,
-            rows: Rows::All(1),
-        };
-        let inputs = [input(&first[..], &pages[..]), input(&second[..], &pages[..])];
-        assert!(matches!(StepPlan::new(16, &inputs), Err(Error::Config(_))));
-        let (table, pages) = (ids(&[0, 1]), [PageId(0), PageId(0)]);
-        let one = SequenceInput { rows: Rows::All(17), context_len: 15, ..input(&table, &pages) };
-        assert!(matches!(StepPlan::new(16, &[one]), Err(Error::Config(_))));
-    }
-
-    #[test]
-    fn a_short_block_table_is_refused() {
-        let table = ids(&[3]);
-        let input =
-            SequenceInput { block_table: &table, pages: None, context_len: 10, first_held: 0, rows: Rows::All(7) };
-        assert!(matches!(StepPlan::new(16, &[input]), Err(Error::Config(_))));
-    }
-}
+mod tests;

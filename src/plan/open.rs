@@ -1,4 +1,4 @@
-//! Which pages does a step open, and over which tokens are their channel statistics taken?
+//! Pages that a step opens, and the tokens that their channel statistics are taken over.
 //!
 //! A page is opened by the step that writes its first token, and its statistics are frozen then: those of its own rows
 //! where the step writes them all, else those of the `STATISTICS_TOKENS` before it, else (the first page that is held)
@@ -6,7 +6,7 @@
 //! back from their pages; those of the step itself are taken as given, so that no page waits for another one to be
 //! written.
 
-use super::{SequencePlan, StepPlan};
+use super::{SequenceInput, StepPlan};
 use crate::format::{STATISTICS_TOKENS, first_page_tokens};
 
 /// A page opened by a step.
@@ -36,67 +36,89 @@ pub struct PageRefit {
 const REFIT_EACH: usize = 8;
 const REFIT_STRIDE: usize = 4;
 
+impl PageOpen {
+    pub(super) fn from_words([sequence, block, start, end]: [i32; 4]) -> Self {
+        Self { sequence: sequence as usize, block: block as usize, start: start as usize, end: end as usize }
+    }
+
+    pub(super) fn words(self) -> [i32; 4] {
+        [self.sequence, self.block, self.start, self.end].map(|word| word as i32)
+    }
+}
+
+impl PageRefit {
+    pub(super) fn from_words([sequence, num_tokens]: [i32; 2]) -> Self {
+        Self { sequence: sequence as usize, num_tokens: num_tokens as usize }
+    }
+
+    pub(super) fn words(self) -> [i32; 2] {
+        [self.sequence as i32, self.num_tokens as i32]
+    }
+}
+
 /// The first page's statistics are taken anew as tokens are appended, until there were [`first_page_tokens`] of them.
 /// Depends on what the committed length was and becomes, and on nothing else.
-pub(super) fn plan_refit(block_size: usize, index: usize, sequence: &SequencePlan) -> Option<PageRefit> {
-    let (context_len, num_tokens) = (sequence.context_len, sequence.seq_len().min(block_size));
+pub(super) fn plan_refit(
+    block_size: usize,
+    index: usize,
+    input: &SequenceInput<'_>,
+    num_new: usize,
+) -> Option<PageRefit> {
+    let context_len = input.context_len;
+    let num_tokens = (context_len + num_new).min(block_size);
     let is_short = (1..first_page_tokens(block_size)).contains(&context_len);
     let is_due = if num_tokens <= REFIT_EACH {
         num_tokens > context_len
     } else {
         num_tokens / REFIT_STRIDE > context_len / REFIT_STRIDE
     };
-    let is_held = sequence.first_held == 0 && sequence.page(0).is_some();
-    (is_short && is_due && is_held).then_some(PageRefit { sequence: index, num_tokens })
+    let is_page = || input.first_held == 0 && input.places[0].as_page().is_some();
+    (is_short && is_due && is_page()).then_some(PageRefit { sequence: index, num_tokens })
 }
 
 /// A block that the step seals itself has no page to open.
-pub(super) fn plan_opens(block_size: usize, index: usize, sequence: &SequencePlan, opens: &mut Vec<PageOpen>) {
-    let (context_len, seq_len) = (sequence.context_len, sequence.seq_len());
+pub(super) fn plan_opens<'a>(
+    block_size: usize,
+    index: usize,
+    input: &'a SequenceInput<'_>,
+    num_new: usize,
+) -> impl Iterator<Item = PageOpen> + 'a {
+    let (context_len, seq_len) = (input.context_len, input.context_len + num_new);
     let new = context_len.div_ceil(block_size)..seq_len.div_ceil(block_size);
-    for block in new.filter(|&block| sequence.page(block).is_some()) {
+    new.filter(|&block| input.places[block].as_page().is_some()).map(move |block| {
         let first = block * block_size;
         let own_end = seq_len.min(first + block_size);
-        let window_start = first.saturating_sub(STATISTICS_TOKENS).max(sequence.first_held.min(first));
+        let window_start = first.saturating_sub(STATISTICS_TOKENS).max(input.first_held.min(first));
         let is_written_whole = own_end - first == block_size;
         let (start, end) =
             if is_written_whole || window_start == first { (first, own_end) } else { (window_start, first) };
-        opens.push(PageOpen { sequence: index, block, start, end });
-    }
+        PageOpen { sequence: index, block, start, end }
+    })
 }
 
 impl StepPlan {
-    /// The pages that the step opens.
-    #[must_use]
-    pub fn opens(&self) -> &[PageOpen] {
-        &self.opens
-    }
-
     /// Tokens that the statistics of a first page are taken over which the step opens or refits: of the last of them.
     #[must_use]
     pub fn first_page_tokens(&self) -> Option<usize> {
-        let opened = self.opens.iter().filter(|open| open.block == 0).map(|open| open.end - open.start);
-        opened.chain(self.refits.iter().map(|refit| refit.num_tokens)).last()
-    }
-
-    /// The first pages whose statistics are taken anew when the step is committed.
-    #[must_use]
-    pub fn refits(&self) -> &[PageRefit] {
-        &self.refits
+        let opened = self.opens().filter(|open| open.block == 0).map(|open| open.end - open.start);
+        opened.chain(self.refits().map(|refit| refit.num_tokens)).last()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Rows, SequenceInput, StepPlan};
-    use crate::paging::BlockId;
+    use super::super::StepPlan;
+    use super::super::tests::pages_of_blocks;
+
+    fn plan(block_size: usize, context_len: usize, first_held: usize, num_new: usize) -> StepPlan {
+        pages_of_blocks(block_size, &(0..100).collect::<Vec<_>>(), context_len, first_held, num_new).unwrap()
+    }
 
     fn opens(block_size: usize, context_len: usize, first_held: usize, num_new: usize) -> Vec<(usize, (usize, usize))> {
-        let block_table: Vec<BlockId> = (0..100).map(BlockId).collect();
-        let rows = Rows::All(num_new);
-        let input = SequenceInput { block_table: &block_table, pages: None, context_len, first_held, rows };
-        let plan = StepPlan::new(block_size, &[input]).unwrap();
-        plan.opens.iter().map(|open| (open.block, (open.start, open.end))).collect()
+        plan(block_size, context_len, first_held, num_new)
+            .opens()
+            .map(|open| (open.block, (open.start, open.end)))
+            .collect()
     }
 
     #[test]
@@ -132,10 +154,7 @@ mod tests {
     #[test]
     fn the_first_page_is_refitted_until_half_of_it_is_written() {
         let refit = |context_len, num_new| {
-            let block_table: Vec<BlockId> = (0..100).map(BlockId).collect();
-            let rows = Rows::All(num_new);
-            let input = SequenceInput { block_table: &block_table, pages: None, context_len, first_held: 0, rows };
-            StepPlan::new(128, &[input]).unwrap().refits.iter().map(|refit| refit.num_tokens).collect::<Vec<_>>()
+            plan(128, context_len, 0, num_new).refits().map(|refit| refit.num_tokens).collect::<Vec<_>>()
         };
         let one_by_one: Vec<usize> = (0..200).flat_map(|context_len| refit(context_len, 1)).collect();
         let expected: Vec<usize> = (2..8).chain((8..=64).step_by(4)).collect();

@@ -1,4 +1,4 @@
-//! Which blocks does a step seal, and from what?
+//! Blocks that a step seals, and what from.
 //!
 //! ```text
 //! before the step's tokens are written   every full block of committed tokens that is still a page, from the page
@@ -8,9 +8,8 @@
 //! The last full block of a prefill stays a page, so that tokens which turn out to be rejected drafts can be rolled
 //! back. What the first rule seals was committed before; what the second seals is dropped with the step.
 
-use super::{DECODE_TOKENS, SequenceInput, SequencePlan, StepPlan};
-use crate::error::{Error, Result};
-use crate::paging::{BlockId, PageId};
+use super::{DECODE_TOKENS, SequenceInput};
+use crate::paging::{BlockId, PageId, Place, PlaceChange};
 use std::collections::HashSet;
 
 /// A block that a step seals.
@@ -18,19 +17,28 @@ use std::collections::HashSet;
 pub struct Seal {
     /// Index of the sequence in the step.
     pub sequence: usize,
-    /// Index in its block table.
+    /// Index in its block table; its place there is the tile.
     pub block: usize,
-    /// Where its tokens are.
-    pub source: SealSource,
+    /// The page that holds its tokens; `None` where they are among the step's own rows.
+    pub page: Option<PageId>,
+    /// The row of the block that is kept apart, unquantized: the first token of a sequence.
+    pub first_row: Option<usize>,
 }
 
-/// Where the tokens of a block that is sealed are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SealSource {
-    /// In its page.
-    Page(PageId),
-    /// Among the step's own rows.
-    Fresh,
+impl Seal {
+    pub(super) fn from_words([sequence, block, page, first_row]: [i32; 4]) -> Self {
+        Self {
+            sequence: sequence as usize,
+            block: block as usize,
+            page: u32::try_from(page).ok().map(PageId),
+            first_row: usize::try_from(first_row).ok(),
+        }
+    }
+
+    pub(super) fn words(self) -> [i32; 4] {
+        let page = self.page.map_or(-1, |page| page.0 as i32);
+        [self.sequence as i32, self.block as i32, page, self.first_row.map_or(-1, |row| row as i32)]
+    }
 }
 
 /// Index of the first block that a step of `num_new` tokens does not seal itself: new blocks before it need no page.
@@ -41,145 +49,161 @@ pub fn sealed_to(block_size: usize, context_len: usize, num_new: usize) -> usize
     if num_new > DECODE_TOKENS { last_full.max(first) } else { first }
 }
 
-/// What the sequences of a step have to agree on.
-pub(super) struct Sealing {
-    /// Blocks that a sequence ends within: not to be sealed.
-    pub partly_used: HashSet<BlockId>,
-    /// Blocks that a sequence of the step seals already.
-    pub taken: HashSet<BlockId>,
+/// What the sequences of a step have sealed so far.
+#[derive(Default)]
+pub(super) struct SealedByStep {
+    blocks: HashSet<BlockId>,
+    /// The places of blocks that become tiles, in the rows of all sequences of the step that hold them.
+    pub(super) tiles: Vec<PlaceChange>,
 }
 
-/// Appends the seals of a sequence, and marks its blocks as tiles.
+/// The seals of a sequence. Blocks that another sequence of the step seals are tiles of this one too.
 pub(super) fn plan_seals(
     block_size: usize,
     index: usize,
-    sequence: &mut SequencePlan,
-    sealing: &mut Sealing,
-    seals: &mut Vec<Seal>,
-) {
-    let new = sequence.context_len.div_ceil(block_size);
-    for block in sequence.first_held / block_size..sequence.context_len / block_size {
-        let id = sequence.block_table[block];
-        if sealing.partly_used.contains(&id) {
-            continue;
-        }
-        let page = std::mem::replace(&mut sequence.pages[block], PageId::SEALED);
-        if page != PageId::SEALED && sealing.taken.insert(id) {
-            seals.push(Seal { sequence: index, block, source: SealSource::Page(page) });
-        }
-    }
-    let end = sealed_to(block_size, sequence.context_len, sequence.num_new());
-    seals.extend((new..end).map(|block| Seal { sequence: index, block, source: SealSource::Fresh }));
-}
-
-/// Every new block has a page but those that the step seals itself, and so has the block that is written further.
-pub(super) fn check_pages(
-    block_size: usize,
     input: &SequenceInput<'_>,
-    pages: &[PageId],
-    seq_len: usize,
-) -> Result<()> {
-    let (context_len, num_new) = (input.context_len, input.rows.num_tokens());
-    if pages.len() != input.block_table.len() {
-        let (pages, blocks) = (pages.len(), input.block_table.len());
-        return Err(Error::Config(format!("{pages} pages for a block table of {blocks} blocks")));
-    }
-    let first = if num_new == 0 { seq_len.div_ceil(block_size) } else { context_len / block_size };
-    let (new, sealed) = (context_len.div_ceil(block_size), sealed_to(block_size, context_len, num_new));
-    for block in first..seq_len.div_ceil(block_size) {
-        let is_sealed = pages[block] == PageId::SEALED;
-        if is_sealed != (new..sealed).contains(&block) {
-            let what = if is_sealed { "is written and has no page" } else { "is sealed by the step and has a page" };
-            return Err(Error::Config(format!("block {block} of a sequence of {seq_len} tokens {what}")));
+    num_new: usize,
+    is_partial: &dyn Fn(BlockId) -> bool,
+    sealed: &mut SealedByStep,
+) -> Vec<Seal> {
+    let context_len = input.context_len;
+    let mut seals = Vec::new();
+    // Padding takes no slot: the first token of a sequence is row 0 of its first block.
+    let seal = |block: usize, page| Seal { sequence: index, block, page, first_row: (block == 0).then_some(0) };
+    for block in input.num_tiles.max(input.first_held / block_size)..context_len / block_size {
+        let (id, place) = (input.blocks[block], input.places[block]);
+        let Some(page) = place.as_page().filter(|_| !is_partial(id)) else { continue };
+        sealed.tiles.push(PlaceChange { row: input.row, block, place: Place::tile(id) });
+        if sealed.blocks.insert(id) {
+            seals.push(seal(block, Some(page)));
         }
     }
-    Ok(())
-}
-
-impl StepPlan {
-    /// Every page that the step reads: of the blocks that its sequences hold, and of those that it seals.
-    pub fn pages(&self) -> impl Iterator<Item = PageId> + '_ {
-        let held = self.sequences.iter().flat_map(|sequence| {
-            let first = sequence.first_held / self.block_size;
-            sequence.pages[first..].iter().copied().filter(|&page| page != PageId::SEALED)
-        });
-        held.chain(self.seals.iter().filter_map(|seal| match seal.source {
-            SealSource::Page(page) => Some(page),
-            SealSource::Fresh => None,
-        }))
-    }
+    let new = context_len.div_ceil(block_size)..sealed_to(block_size, context_len, num_new);
+    seals.extend(new.map(|block| seal(block, None)));
+    seals
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Rows, SequenceInput, StepPlan};
+    use super::super::{Rows, Sealing, StepPlan};
     use super::*;
+    use crate::error::Result;
 
-    const OPEN: PageId = PageId(9);
+    const OPEN: Place = Place::page(PageId(9));
+    const NOBODY: &dyn Fn(BlockId) -> bool = &|_| false;
 
-    fn page_of_new(block: u32) -> PageId {
-        PageId(100 + block)
+    fn sealed_before(block: u32) -> Place {
+        Place::tile(BlockId(block))
     }
 
-    fn plan(context_len: usize, pages: &[PageId], num_new: usize) -> StepPlan {
-        let block_table: Vec<BlockId> = (0..100).map(BlockId).collect();
-        let mut pages = pages.to_vec();
-        let sealed = sealed_to(16, context_len, num_new).max(pages.len());
-        pages.resize(sealed, PageId::SEALED);
-        pages.extend((sealed as u32..100).map(page_of_new));
-        let input = SequenceInput {
-            block_table: &block_table,
-            pages: Some(&pages),
-            context_len,
-            first_held: 0,
-            rows: Rows::All(num_new),
-        };
-        StepPlan::new(16, &[input]).unwrap()
+    fn page_of_new(block: u32) -> Place {
+        Place::page(PageId(100 + block))
     }
 
-    fn sealed(plan: &StepPlan) -> Vec<(usize, SealSource)> {
-        plan.seals.iter().map(|seal| (seal.block, seal.source)).collect()
+    fn plan(context_len: usize, places: &[Place], num_new: usize, is_partial: &dyn Fn(BlockId) -> bool) -> StepPlan {
+        let blocks: Vec<BlockId> = (0..100).map(BlockId).collect();
+        let mut places = places.to_vec();
+        let sealed = sealed_to(16, context_len, num_new).max(places.len());
+        places.extend((places.len() as u32..sealed as u32).map(sealed_before));
+        places.extend((sealed as u32..100).map(page_of_new));
+        one(&blocks, &places, context_len, num_new, is_partial).unwrap()
+    }
+
+    fn one(
+        blocks: &[BlockId],
+        places: &[Place],
+        context_len: usize,
+        num_new: usize,
+        is_partial: &dyn Fn(BlockId) -> bool,
+    ) -> Result<StepPlan> {
+        let rows = Rows::All(num_new);
+        let input = SequenceInput { row: 0, blocks, places, num_tiles: 0, context_len, first_held: 0, rows };
+        StepPlan::new(16, None, &[input], Sealing::FullBlocks { is_partial })
+    }
+
+    fn sealed(plan: &StepPlan) -> Vec<(usize, Option<PageId>)> {
+        plan.seals().map(|seal| (seal.block, seal.page)).collect()
     }
 
     #[test]
     fn a_full_page_of_committed_tokens_is_sealed_by_the_next_step() {
-        let page = SealSource::Page(OPEN);
-        assert_eq!(sealed(&plan(15, &[OPEN], 1)), []);
-        let next = plan(16, &[OPEN], 1);
+        let page = Some(PageId(9));
+        assert_eq!(sealed(&plan(15, &[OPEN], 1, NOBODY)), []);
+        let next = plan(16, &[OPEN], 1, NOBODY);
         assert_eq!(sealed(&next), [(0, page)]);
-        assert_eq!(next.sequences[0].pages[..2], [PageId::SEALED, page_of_new(1)]);
-        assert_eq!(sealed(&plan(33, &[PageId::SEALED, OPEN, OPEN], 1)), [(1, page)]);
+        let change = PlaceChange { row: 0, block: 0, place: sealed_before(0) };
+        assert_eq!(next.changes().collect::<Vec<_>>(), [change]);
+        assert_eq!(next.slots(), [101 * 16]);
+        assert_eq!(sealed(&plan(33, &[sealed_before(0), OPEN, OPEN], 1, NOBODY)), [(1, page)]);
+    }
+
+    #[test]
+    fn the_first_token_of_a_sequence_is_kept_apart() {
+        let seals: Vec<_> = plan(0, &[], 70, NOBODY).seals().map(|seal| seal.first_row).collect();
+        assert_eq!(seals, [Some(0), None, None]);
+    }
+
+    #[test]
+    fn a_block_that_a_sequence_ends_within_stays_a_page() {
+        let partial = |block| block == BlockId(1);
+        let next = plan(48, &[OPEN, Place::page(PageId(8)), Place::page(PageId(7))], 1, &partial);
+        assert_eq!(sealed(&next), [(0, Some(PageId(9))), (2, Some(PageId(7)))]);
     }
 
     #[test]
     fn a_prefill_seals_what_it_writes_whole_but_the_last_full_block() {
-        let fresh = |blocks: &[usize]| blocks.iter().map(|&block| (block, SealSource::Fresh)).collect::<Vec<_>>();
-        assert_eq!(sealed(&plan(0, &[], 70)), fresh(&[0, 1, 2]));
-        assert_eq!(sealed(&plan(0, &[], 64)), fresh(&[0, 1, 2]));
-        assert_eq!(sealed(&plan(0, &[], 31)), []);
-        assert_eq!(sealed(&plan(8, &[OPEN], 60)), fresh(&[1, 2]));
+        let fresh = |blocks: &[usize]| blocks.iter().map(|&block| (block, None)).collect::<Vec<_>>();
+        let seventy = plan(0, &[], 70, NOBODY);
+        assert_eq!(sealed(&seventy), fresh(&[0, 1, 2]));
+        assert_eq!((seventy.slots()[47], seventy.slots()[48]), (-1, 103 * 16), "no page for what is sealed at once");
+        assert_eq!(sealed(&plan(0, &[], 64, NOBODY)), fresh(&[0, 1, 2]));
+        assert_eq!(sealed(&plan(0, &[], 31, NOBODY)), []);
+        assert_eq!(sealed(&plan(8, &[OPEN], 60, NOBODY)), fresh(&[1, 2]));
     }
 
     #[test]
     fn a_decode_seals_nothing_of_its_own() {
-        assert_eq!(sealed(&plan(0, &[], 16)), []);
+        assert_eq!(sealed(&plan(0, &[], 16, NOBODY)), []);
         assert_eq!(sealed_to(1, 5, 16), 5);
     }
 
     #[test]
-    fn a_block_that_two_sequences_share_is_sealed_once() {
+    fn pages_are_where_tokens_are_written_and_only_there() {
+        let blocks: Vec<BlockId> = (0..4).map(BlockId).collect();
+        let pages: Vec<Place> = (0..4).map(page_of_new).collect();
+        let refused = one(&blocks, &pages, 0, 60, NOBODY).unwrap_err().to_string();
+        assert!(
+            refused.contains("block 0 of a sequence of 60 tokens is sealed by the step and has a page"),
+            "{refused}"
+        );
+        let tiles: Vec<Place> = (0..4).map(sealed_before).collect();
+        let refused = one(&blocks, &tiles, 8, 1, NOBODY).unwrap_err().to_string();
+        assert!(refused.contains("block 0 of a sequence of 9 tokens is written and has no page"), "{refused}");
+        let refused = one(&blocks, &[sealed_before(3), pages[1]], 16, 0, NOBODY).unwrap_err().to_string();
+        assert!(refused.contains("2 places for a block table of 4"), "{refused}");
+        let other = [&[sealed_before(3)], &pages[1..]].concat();
+        let refused = one(&blocks, &other, 16, 0, NOBODY).unwrap_err().to_string();
+        assert!(refused.contains("is at the tile of block 3"), "{refused}");
+    }
+
+    #[test]
+    fn a_block_that_two_sequences_share_is_sealed_once_and_a_tile_of_both() {
         let table = [BlockId(0), BlockId(1)];
         let other = [BlockId(0), BlockId(2)];
-        let pages = [OPEN, PageId(1)];
-        let input = |block_table, pages| SequenceInput {
-            block_table,
-            pages: Some(pages),
+        let input = |row, blocks, places| SequenceInput {
+            row,
+            blocks,
+            places,
+            num_tiles: 0,
             context_len: 16,
             first_held: 0,
             rows: Rows::All(1),
         };
-        let plan = StepPlan::new(16, &[input(&table, &pages), input(&other, &[OPEN, PageId(2)])]).unwrap();
-        assert_eq!(plan.seals.len(), 1);
-        assert_eq!([plan.sequences[0].pages[0], plan.sequences[1].pages[0]], [PageId::SEALED; 2]);
+        let (first, second) = ([OPEN, page_of_new(1)], [OPEN, page_of_new(2)]);
+        let inputs = [input(0, &table, &first), input(1, &other, &second)];
+        let plan = StepPlan::new(16, None, &inputs, Sealing::FullBlocks { is_partial: NOBODY }).unwrap();
+        assert_eq!(plan.seals().len(), 1);
+        let tile = |row| PlaceChange { row, block: 0, place: sealed_before(0) };
+        assert_eq!(plan.changes().collect::<Vec<_>>(), [tile(0), tile(1)]);
     }
 }

@@ -8,18 +8,29 @@ pub const SPLIT_TOKENS: usize = 512;
 /// A piece of a sequence's visible history, as positions `start..end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Split {
+    /// Index of the sequence in the step.
+    pub sequence: usize,
     /// First position.
     pub start: usize,
     /// One past the last.
     pub end: usize,
 }
 
-/// Cuts positions `start..end` at the multiples of [`SPLIT_TOKENS`].
-pub fn splits(start: usize, end: usize) -> impl Iterator<Item = Split> {
+impl Split {
+    pub(super) fn from_words([sequence, start, end]: [i32; 3]) -> Self {
+        Self { sequence: sequence as usize, start: start as usize, end: end as usize }
+    }
+
+    pub(super) fn words(self) -> [i32; 3] {
+        [self.sequence, self.start, self.end].map(|word| word as i32)
+    }
+}
+
+/// Cuts positions `start..end` at the multiples of [`SPLIT_TOKENS`], into pieces `(start, end)`.
+pub fn splits(start: usize, end: usize) -> impl Iterator<Item = (usize, usize)> {
     let first = start / SPLIT_TOKENS;
     let last = if start < end { end.div_ceil(SPLIT_TOKENS) } else { first };
-    (first..last)
-        .map(move |index| Split { start: start.max(index * SPLIT_TOKENS), end: end.min((index + 1) * SPLIT_TOKENS) })
+    (first..last).map(move |index| (start.max(index * SPLIT_TOKENS), end.min((index + 1) * SPLIT_TOKENS)))
 }
 
 #[cfg(test)]
@@ -28,7 +39,7 @@ mod tests {
 
     #[test]
     fn cuts_do_not_move_with_the_range() {
-        let cut: Vec<_> = splits(500, 1030).map(|split| (split.start, split.end)).collect();
+        let cut: Vec<_> = splits(500, 1030).collect();
         assert_eq!(cut, [(500, 512), (512, 1024), (1024, 1030)]);
         assert_eq!(splits(7, 7).count(), 0);
         assert_eq!(splits(0, 512).count(), 1);

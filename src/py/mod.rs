@@ -28,7 +28,9 @@ mod _core {
     #[pymodule_export]
     use super::step::Step;
     #[pymodule_export]
-    use super::{capacity, codec_bytes_per_token, codecs, formats, is_prefill, num_threads, page_bytes, simd_level};
+    use super::{
+        capacity, codec_bytes_per_token, codecs, first_seen, formats, is_prefill, num_threads, page_bytes, simd_level,
+    };
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
@@ -47,6 +49,11 @@ mod _core {
 #[pyfunction]
 fn is_prefill(block_size: usize, context_len: usize, num_new: usize) -> bool {
     crate::plan::is_prefill(block_size, context_len, num_new)
+}
+
+#[pyfunction]
+fn first_seen(position: usize, window: Option<usize>) -> usize {
+    crate::plan::first_seen(position, window)
 }
 
 fn parse_format(name: &str) -> Result<Format> {

@@ -137,7 +137,7 @@ fn metadata_that_no_cache_has_is_refused() {
 fn a_bound_that_no_machine_could_have_takes_no_memory() {
     let mut parts = Parts::new(Format::Int4);
     for key in ["num_blocks", "num_open_pages"] {
-        parts.header["__metadata__"][format!("caches.0.{key}")] = json!("4294967294");
+        parts.header["__metadata__"][format!("caches.0.{key}")] = json!("134217727");
     }
     let read = PagedKvCache::from_bytes(&parts.bytes()).expect("bounds are only bounds");
     assert!(read.stats().allocated_bytes < 16 << 20);

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kvarn::error::Error;
-use kvarn::paging::{BlockId, PageId, Paging, SequenceId, StepRequest};
+use kvarn::paging::{BlockId, PageId, Paging, PlaceKind, Rollback, Room, SequenceId, StepRequest};
 
 use super::operation::{MAX_SEQUENCES, NO_SEQUENCE, Operation, Pages, Setup};
 use super::predict::{distinct_blocks, slots};
 
-const POISON: u32 = u32::MAX;
+pub(super) const POISON: u32 = u32::MAX;
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Tokens {
@@ -29,7 +29,7 @@ pub(super) struct Model {
     /// By page.
     pub(super) memory: Vec<u32>,
     /// By block, of those that are sealed.
-    tiles: BTreeMap<BlockId, Vec<u32>>,
+    pub(super) tiles: BTreeMap<BlockId, Vec<u32>>,
     /// Blocks with a page, where blocks seal.
     pub(super) open: BTreeSet<BlockId>,
     /// The block that holds the last tokens of each published prefix.
@@ -130,17 +130,6 @@ impl Model {
         self.setup.pages.seals() && !self.open.contains(&block)
     }
 
-    /// Where a token is, or will be.
-    fn slot(&mut self, id: SequenceId, position: usize) -> &mut u32 {
-        let (index, offset) = (position / self.setup.block_size, position % self.setup.block_size);
-        let (block, page) = (self.table(id)[index], self.paging.pages(id).unwrap()[index]);
-        if page == PageId::SEALED {
-            let block_size = self.setup.block_size;
-            return &mut self.tiles.entry(block).or_insert_with(|| vec![POISON; block_size])[offset];
-        }
-        &mut self.memory[page.0 as usize * self.setup.block_size + offset]
-    }
-
     fn clear(&mut self) {
         self.paging.clear();
         self.sequences.clear();
@@ -175,7 +164,10 @@ impl Model {
     fn truncate(&mut self, id: SequenceId, back: usize) {
         let committed = self.sequences.get(&id).map_or(0, |tokens| tokens.committed.len());
         let len = if back == 12 { committed + 1 } else { committed.saturating_sub(back) };
-        let result = self.paging.truncate(id, len, self.setup.window);
+        let first_seen = self.setup.window.map_or(0, |window| (len + 1).saturating_sub(window));
+        let rollback = Rollback { sequence: id, len, first_seen };
+        let foreseen = self.paging.check_rollbacks(&[rollback]);
+        let result = self.paging.truncate(rollback);
         if let Some(error) = self.refuses_open(id) {
             return assert_eq!(result, Err(error));
         }
@@ -183,17 +175,21 @@ impl Model {
         let within = len < committed && !len.is_multiple_of(block_size);
         let sealed = within.then(|| self.table(id)[len / block_size]).is_some_and(|block| self.is_sealed(block));
         let tokens = self.sequences.get_mut(&id).unwrap();
-        let first_seen = self.setup.window.map_or(0, |window| (len + 1).saturating_sub(window));
         if len > committed || len < committed && first_seen < tokens.first_held {
             let too_far = Error::RollbackTooFar { id: id.0, requested: len, floor: tokens.first_held, len: committed };
             self.count("rollback refused", usize::from(len < committed));
+            assert_eq!(foreseen, Err(too_far.clone()));
             return assert_eq!(result, Err(too_far));
         }
         let (requested, start) = (len, len - len % block_size);
         let len = if sealed { start } else { len };
         if sealed {
             assert_eq!(result, Err(Error::Sealed { id: id.0, requested, start, end: start + block_size }));
-            self.paging.reopen(id, requested, self.setup.window).unwrap();
+            self.paging.reopen(rollback).unwrap();
+            // What was foreseen is what the step finds that writes the rest of the block again.
+            let again = StepRequest { sequence: id, num_new: requested - start, keep_from: 0, sealed_to: 0 };
+            let room = self.paging.room(&[again]).map(|room| (room.num_blocks(), room.num_pages()));
+            assert_eq!(foreseen, room);
             *self.outcomes.entry("unsealed").or_default() += 1;
         } else {
             result.unwrap();
@@ -216,7 +212,7 @@ impl Model {
             }
         }
         let before = self.tables();
-        let result = self.paging.begin(&steps);
+        let result = self.paging.room(&steps).map(Room::begin);
         let distinct: BTreeSet<_> = steps.iter().map(|step| step.sequence).collect();
         if distinct.len() < steps.len() || steps.iter().any(|step| self.refuses_open(step.sequence).is_some()) {
             let error = result.unwrap_err();
@@ -257,7 +253,8 @@ impl Model {
         self.count("begun", 1);
         self.count("copied", copies.len());
         self.count("released", usize::from(kept != before));
-        let (num_blocks, num_pages) = self.paging.room_after(&[]).unwrap();
+        let room = self.paging.room(&[]).unwrap();
+        let (num_blocks, num_pages) = (room.num_blocks(), room.num_pages());
         assert_eq!(num_blocks, self.paging.num_blocks());
         self.memory.resize(self.memory.len().max(num_pages * block_size), POISON);
         let used = distinct_blocks(&kept);
@@ -320,7 +317,13 @@ impl Model {
             .filter(|(_, tokens)| !tokens.committed.len().is_multiple_of(self.setup.block_size))
             .map(|(&id, tokens)| self.table(id)[tokens.committed.len() / self.setup.block_size])
             .collect();
-        let result = if commit { self.paging.commit(ids, &sealed).map(|_| ()) } else { self.paging.abort(ids) };
+        if commit {
+            for (id, index) in self.due_entries(ids, &sealed) {
+                self.paging.seal(self.paging.row(id).unwrap(), index);
+            }
+        }
+        let read_elsewhere = self.read_elsewhere(ids);
+        let result = if commit { self.paging.commit(ids) } else { self.paging.abort(ids).map(|()| 0) };
         let open: BTreeSet<_> =
             ids.iter().filter(|id| self.sequences.get(id).is_some_and(|tokens| tokens.pending.is_some())).collect();
         if open.len() < ids.len() {
@@ -329,8 +332,11 @@ impl Model {
                 "{result:?}"
             );
         }
-        result.unwrap();
-        let sealed = sealed.into_iter().zip(contents).filter(|(block, _)| !ends_within.contains(block));
+        let num_due = sealed.len();
+        let may_be_sealed = |block: &BlockId| !ends_within.contains(block) && !read_elsewhere.contains(block);
+        let sealed: Vec<_> = sealed.into_iter().zip(contents).filter(|(block, _)| may_be_sealed(block)).collect();
+        assert_eq!(result, Ok(sealed.len()));
+        self.count("sealing put off", num_due - sealed.len());
         for (block, content) in sealed {
             *self.outcomes.entry("sealed").or_default() += 1;
             self.open.remove(&block);
@@ -357,12 +363,15 @@ impl Model {
             assert_eq!(sequence.first_held(), tokens.first_held);
             assert_eq!(sequence.pending(), tokens.pending.as_ref().map(Vec::len));
             let written = tokens.committed.iter().chain(tokens.pending.iter().flatten());
-            let pages = self.paging.pages(id).unwrap();
+            let places = self.places(id);
             for (position, &token) in written.enumerate().skip(tokens.first_held) {
-                let (block, page) = (sequence.blocks()[position / block_size], pages[position / block_size]);
-                let read = match page {
-                    PageId::SEALED => self.tiles[&block][position % block_size],
-                    page => self.memory[page.0 as usize * block_size + position % block_size],
+                let block = sequence.blocks()[position / block_size];
+                let read = match places[position / block_size].kind() {
+                    PlaceKind::Tile(tile) => {
+                        assert_eq!(tile, block);
+                        self.tiles[&tile][position % block_size]
+                    }
+                    PlaceKind::Page(page) => self.memory[page.0 as usize * block_size + position % block_size],
                 };
                 assert_eq!(read, token, "sequence {id}, position {position}, block {block}");
             }

@@ -2,11 +2,27 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kvarn::paging::{BlockId, PageId, SequenceId, StepRequest};
+use kvarn::paging::{BlockId, PageId, Place, PlaceKind, SequenceId, StepRequest};
 
-use super::model::Model;
+use super::model::{Model, POISON};
 
 impl Model {
+    /// The row of a sequence in the table of places.
+    pub(super) fn places(&self, id: SequenceId) -> Vec<Place> {
+        let len = self.paging.sequence(id).unwrap().blocks().len();
+        self.paging.places().row(self.paging.row(id).unwrap())[..len].to_vec()
+    }
+
+    /// Where a token is, or will be.
+    pub(super) fn slot(&mut self, id: SequenceId, position: usize) -> &mut u32 {
+        let (index, offset) = (position / self.setup.block_size, position % self.setup.block_size);
+        let block_size = self.setup.block_size;
+        match self.places(id)[index].kind() {
+            PlaceKind::Tile(block) => &mut self.tiles.entry(block).or_insert_with(|| vec![POISON; block_size])[offset],
+            PlaceKind::Page(page) => &mut self.memory[page.0 as usize * block_size + offset],
+        }
+    }
+
     /// With a window, some requests keep a token too many, everything (`num_new` 9) or nothing (8).
     pub(super) fn request(&self, pick: usize, num_new: usize) -> StepRequest {
         let sequence = self.pick(pick);
@@ -32,8 +48,11 @@ impl Model {
 
     /// The page of every block that a sequence holds, and that has one.
     pub(super) fn paged(&self) -> BTreeMap<BlockId, PageId> {
-        let of = |&id: &SequenceId| self.table(id).into_iter().zip(self.paging.pages(id).unwrap());
-        self.sequences.keys().flat_map(of).filter(|&(_, page)| page != PageId::SEALED).collect()
+        let of = |&id: &SequenceId| {
+            let held = self.table(id).into_iter().zip(self.places(id)).filter(|held| held.0 != BlockId::RELEASED);
+            held.filter_map(|(block, place)| place.as_page().map(|page| (block, page)))
+        };
+        self.sequences.keys().flat_map(of).collect()
     }
 
     pub(super) fn first_held_in(&self, step: &StepRequest) -> usize {
@@ -66,11 +85,10 @@ impl Model {
         (shared, needed)
     }
 
-    /// The full blocks of committed tokens that a step of `ids` seals: none beside another open step.
+    /// The full blocks of committed tokens that a step of `ids` seals.
     pub(super) fn due(&self, ids: &[SequenceId]) -> Vec<BlockId> {
-        let open_steps = self.sequences.values().filter(|tokens| tokens.pending.is_some()).count();
         let known = ids.iter().all(|id| self.sequences.get(id).is_some_and(|tokens| tokens.pending.is_some()));
-        if open_steps != ids.len() || !known {
+        if !known || ids.iter().collect::<BTreeSet<_>>().len() < ids.len() {
             return Vec::new();
         }
         let full = |id: &SequenceId| {
@@ -79,6 +97,21 @@ impl Model {
         };
         let due: BTreeSet<BlockId> = ids.iter().flat_map(full).filter(|block| self.open.contains(block)).collect();
         due.into_iter().collect()
+    }
+
+    /// The entries of the step's tables that are these blocks.
+    pub(super) fn due_entries(&self, ids: &[SequenceId], due: &[BlockId]) -> Vec<(SequenceId, usize)> {
+        let of = |&id: &SequenceId| {
+            let entries = self.table(id).into_iter().enumerate().filter(|(_, block)| due.contains(block));
+            entries.map(move |(index, _)| (id, index)).collect::<Vec<_>>()
+        };
+        if due.is_empty() { Vec::new() } else { ids.iter().flat_map(of).collect() }
+    }
+
+    /// The blocks that open steps hold other than that of `ids`.
+    pub(super) fn read_elsewhere(&self, ids: &[SequenceId]) -> BTreeSet<BlockId> {
+        let others = self.sequences.iter().filter(|(id, tokens)| tokens.pending.is_some() && !ids.contains(id));
+        others.flat_map(|(&id, _)| self.table(id)).collect()
     }
 }
 

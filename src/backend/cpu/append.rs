@@ -5,7 +5,8 @@ use super::{Cpu, ORDER, PARALLEL_VALUES};
 use crate::backend::{Fresh, TensorView};
 use crate::error::{Error, Result};
 use crate::format::{MAX_HEAD_DIM, RecordLayout};
-use crate::plan::{PageOpen, SequencePlan, StepPlan};
+use crate::paging::PageId;
+use crate::plan::{PageOpen, StepView};
 use crate::quant::range::TokenSet;
 use crate::quant::record::{self, int8, raw};
 use crate::quant::{self, ChannelStatistics, HeadCalibration};
@@ -19,22 +20,30 @@ struct Written {
     out_of_range: TokenSet,
 }
 
+/// The pages that a step opens.
+struct Opened {
+    pages: Vec<PageOpen>,
+    /// `[pages, num_kv_heads]`.
+    statistics: Vec<ChannelStatistics>,
+}
+
 impl Cpu {
     pub(super) fn append_step(
         &mut self,
         layer: usize,
-        plan: &StepPlan,
+        step: StepView<'_>,
         fresh: Fresh<'_>,
         heads: &[HeadCalibration],
     ) -> Result<()> {
         let (num_kv_heads, head_dim) = (self.num_kv_heads, self.head_dim);
-        self.check_fresh(plan, fresh)?;
-        let parallel = self.is_worth_threads(plan);
-        if !plan.seals.is_empty() && self.tile.is_none() {
-            return Err(Error::Config(format!("a plan that seals {} blocks, pages that never do", plan.seals.len())));
+        self.check_fresh(step, fresh)?;
+        let parallel = self.is_worth_threads(step);
+        let num_seals = step.seals().len();
+        if num_seals > 0 && self.tile.is_none() {
+            return Err(Error::Config(format!("a plan that seals {num_seals} blocks, pages that never do")));
         }
         // Most steps neither seal nor open a page: they do not look at the heads.
-        let used = !plan.seals.is_empty() || !plan.opens.is_empty();
+        let used = num_seals > 0 || step.opens().len() > 0;
         let fit = || heads.len() == num_kv_heads && heads.iter().all(|head| head.fits(head_dim));
         if used && !heads.is_empty() && !fit() {
             let (own, channels) = (heads.len(), heads[0].channels.mean.len());
@@ -43,15 +52,13 @@ impl Cpu {
             )));
         }
 
-        self.seal(layer, plan, None, heads);
-        let statistics = self.open_statistics(layer, plan, fresh.k, heads, parallel);
-        let has_page = |&(sequence, block): &(usize, usize)| plan.sequences[sequence].page(block).is_some();
-        let blocks: Vec<(usize, usize)> = plan.written_blocks().filter(has_page).collect();
+        self.seal(layer, step, None, heads);
+        let opened = self.open_statistics(layer, step, fresh.k, heads, parallel);
+        let page = |(sequence, block)| step.place(sequence, block).as_page().map(|page| (sequence, block, page));
+        let blocks: Vec<(usize, usize, PageId)> = step.written_blocks().filter_map(page).collect();
         let jobs = blocks.len() * num_kv_heads;
-        let write = |job: usize| {
-            let ((sequence, block), head) = (blocks[job / num_kv_heads], job % num_kv_heads);
-            self.write_block(layer, plan, fresh, sequence, block, head, &statistics)
-        };
+        let write =
+            |job: usize| self.write_block(layer, step, fresh, blocks[job / num_kv_heads], job % num_kv_heads, &opened);
         let written: Vec<Written> =
             if parallel { (0..jobs).into_par_iter().map(write).collect() } else { (0..jobs).map(write).collect() };
         if matches!(self.page, RecordLayout::Int8(_)) && !written.is_empty() {
@@ -63,26 +70,25 @@ impl Cpu {
                 health.out_of_range(heads.iter().map(|job| job.out_of_range));
             }
         }
-        self.seal(layer, plan, Some(fresh), heads);
+        self.seal(layer, step, Some(fresh), heads);
         Ok(())
     }
 
-    fn is_worth_threads(&self, plan: &StepPlan) -> bool {
-        let num_tokens: usize = plan.sequences.iter().map(SequencePlan::num_new).sum();
-        num_tokens * self.num_kv_heads * self.head_dim >= PARALLEL_VALUES
+    fn is_worth_threads(&self, step: StepView<'_>) -> bool {
+        step.num_tokens() * self.num_kv_heads * self.head_dim >= PARALLEL_VALUES
     }
 
     /// Are these the step's keys and values, all of them finite?
-    pub(super) fn check_fresh(&self, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()> {
-        fresh.k.check("k", self.num_kv_heads, plan.num_rows, self.head_dim)?;
-        fresh.v.check("v", self.num_kv_heads, plan.num_rows, self.head_dim)?;
-        let parallel = self.is_worth_threads(plan);
-        self.check_finite("k", plan, fresh.k, parallel)?;
-        self.check_finite("v", plan, fresh.v, parallel)
+    pub(super) fn check_fresh(&self, step: StepView<'_>, fresh: Fresh<'_>) -> Result<()> {
+        fresh.k.check("k", self.num_kv_heads, step.num_rows(), self.head_dim)?;
+        fresh.v.check("v", self.num_kv_heads, step.num_rows(), self.head_dim)?;
+        let parallel = self.is_worth_threads(step);
+        self.check_finite("k", step, fresh.k, parallel)?;
+        self.check_finite("v", step, fresh.v, parallel)
     }
 
-    fn check_finite(&self, name: &'static str, plan: &StepPlan, view: TensorView<'_>, parallel: bool) -> Result<()> {
-        let check = |&row: &u32| -> Result<()> {
+    fn check_finite(&self, name: &'static str, step: StepView<'_>, view: TensorView<'_>, parallel: bool) -> Result<()> {
+        let check = |&row: &i32| -> Result<()> {
             let mut values = [0f32; MAX_HEAD_DIM];
             let values = &mut values[..self.head_dim];
             for head in 0..self.num_kv_heads {
@@ -93,50 +99,49 @@ impl Cpu {
             }
             Ok(())
         };
-        let mut rows = plan.sequences.iter().map(|sequence| &sequence.token_rows);
-        if parallel {
-            rows.try_for_each(|rows| rows.par_iter().try_for_each(check))
-        } else {
-            rows.try_for_each(|rows| rows.iter().try_for_each(check))
-        }
+        let rows = step.token_rows();
+        if parallel { rows.par_iter().try_for_each(check) } else { rows.iter().try_for_each(check) }
     }
 
-    /// Statistics of every page that the step opens, `[opens, num_kv_heads]`.
+    /// The pages that the step opens, with their statistics; none where pages are `raw`.
     fn open_statistics(
         &self,
         layer: usize,
-        plan: &StepPlan,
+        step: StepView<'_>,
         k: TensorView<'_>,
         heads: &[HeadCalibration],
         parallel: bool,
-    ) -> Vec<ChannelStatistics> {
+    ) -> Opened {
         if self.page.is_raw() {
-            return Vec::new();
+            return Opened { pages: Vec::new(), statistics: Vec::new() };
         }
+        let pages: Vec<PageOpen> = step.opens().collect();
         let statistics = |job: usize| {
-            let (open, head) = (&plan.opens[job / self.num_kv_heads], job % self.num_kv_heads);
-            self.statistics_of(layer, plan, k, open, (head, heads.get(head)))
+            let (open, head) = (&pages[job / self.num_kv_heads], job % self.num_kv_heads);
+            self.statistics_of(layer, step, k, open, (head, heads.get(head)))
         };
-        let jobs = plan.opens.len() * self.num_kv_heads;
-        if parallel { (0..jobs).into_par_iter().map(statistics).collect() } else { (0..jobs).map(statistics).collect() }
+        let jobs = 0..pages.len() * self.num_kv_heads;
+        let statistics =
+            if parallel { jobs.into_par_iter().map(statistics).collect() } else { jobs.map(statistics).collect() };
+        Opened { pages, statistics }
     }
 
     fn statistics_of(
         &self,
         layer: usize,
-        plan: &StepPlan,
+        step: StepView<'_>,
         k: TensorView<'_>,
         open: &PageOpen,
         (head, calibration): (usize, Option<&HeadCalibration>),
     ) -> ChannelStatistics {
         let &PageOpen { start, end, .. } = open;
-        let sequence = &plan.sequences[open.sequence];
+        let sequence = step.sequence(open.sequence);
         let (head_dim, block_size) = (self.head_dim, self.block_size);
         let mut rows = vec![0f32; (end - start) * head_dim];
         let stored = end.min(sequence.context_len);
         let mut block_rows = vec![0f32; block_size * head_dim];
         for block in start / block_size..stored.div_ceil(block_size) {
-            let (layout, record) = self.record(layer, sequence.block_table[block], sequence.page(block), head);
+            let (layout, record) = self.record(layer, sequence.places[block], head);
             record::read_k(layout, ORDER, record, &mut block_rows);
             let (first, last) = (start.max(block * block_size), stored.min((block + 1) * block_size));
             let from = &block_rows[first % block_size * head_dim..][..(last - first) * head_dim];
@@ -150,10 +155,10 @@ impl Cpu {
     }
 
     /// Takes the statistics of first pages anew, and rounds their K by them.
-    pub(super) fn refit_pages(&mut self, layer: usize, plan: &StepPlan, heads: &[HeadCalibration]) {
+    pub(super) fn refit_pages(&mut self, layer: usize, step: StepView<'_>, heads: &[HeadCalibration]) {
         let RecordLayout::Int8(page) = self.page else { return };
-        for refit in &plan.refits {
-            let Some(id) = plan.sequences[refit.sequence].page(0) else { continue };
+        for refit in step.refits() {
+            let Some(id) = step.place(refit.sequence, 0).as_page() else { continue };
             for head in 0..self.num_kv_heads {
                 let model = heads.get(head).map(|head| &head.channels);
                 // SAFETY: `&mut self` holds the arena exclusively, and one record at a time is asked for.
@@ -164,26 +169,23 @@ impl Cpu {
     }
 
     /// Writes the tokens of one block and head.
-    #[allow(clippy::too_many_arguments)] // the coordinates of one record in one step
     fn write_block(
         &self,
         layer: usize,
-        plan: &StepPlan,
+        step: StepView<'_>,
         fresh: Fresh<'_>,
-        index: usize,
-        block: usize,
+        (index, block, page): (usize, usize, PageId),
         head: usize,
-        statistics: &[ChannelStatistics],
+        opened: &Opened,
     ) -> Written {
-        let sequence = &plan.sequences[index];
-        let page = sequence.pages[block];
+        let sequence = step.sequence(index);
         // SAFETY: `append_step` holds the arena exclusively, and the plan writes each page for one block
-        // (`StepPlan::check_written_blocks`), so each record is asked for by one job.
+        // (`plan::build::check_written`), so each record is asked for by one job.
         let record = unsafe { self.layers[layer].pages.record_mut(page.0, head) };
-        let opened = plan.opens.binary_search_by_key(&(index, block), |open| (open.sequence, open.block));
-        let frozen = match (self.page, opened) {
+        let open = opened.pages.binary_search_by_key(&(index, block), |open| (open.sequence, open.block));
+        let frozen = match (self.page, open) {
             (RecordLayout::Int8(page), Ok(open)) => {
-                let statistics = statistics[open * self.num_kv_heads + head].clone();
+                let statistics = opened.statistics[open * self.num_kv_heads + head].clone();
                 int8::write_statistics(page, ORDER, record, &statistics);
                 Some(statistics)
             }
@@ -192,14 +194,14 @@ impl Cpu {
         };
         let (mut k, mut v) = ([0f32; MAX_HEAD_DIM], [0f32; MAX_HEAD_DIM]);
         let (k, v) = (&mut k[..self.head_dim], &mut v[..self.head_dim]);
-        let start = sequence.context_len.max(block * plan.block_size);
-        let end = sequence.seq_len().min((block + 1) * plan.block_size);
+        let start = sequence.context_len.max(block * self.block_size);
+        let end = sequence.seq_len().min((block + 1) * self.block_size);
         let mut written = Written { rows: end - start, squares: 0.0, out_of_range: 0 };
         for position in start..end {
             let row = sequence.token_rows[position - sequence.context_len] as usize;
             fresh.k.read_row(row, head, k);
             fresh.v.read_row(row, head, v);
-            let token = position % plan.block_size;
+            let token = step.slots()[row] as usize % self.block_size;
             match (self.page, &frozen) {
                 (RecordLayout::Int8(page), Some(frozen)) => {
                     if self.rotates_v() {

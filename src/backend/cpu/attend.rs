@@ -5,7 +5,7 @@ use super::{Cpu, ORDER, PARALLEL_VALUES};
 use crate::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
 use crate::error::{Error, Result};
 use crate::format::{MAX_HEAD_DIM, RecordLayout};
-use crate::plan::{SequencePlan, Split, StepPlan, splits};
+use crate::plan::{SequencePlan, Split, StepView};
 use crate::quant;
 use crate::quant::record::tile;
 use rayon::prelude::*;
@@ -14,7 +14,7 @@ use rayon::prelude::*;
 pub(super) struct Attention<'a> {
     pub cpu: &'a Cpu,
     pub layer: usize,
-    pub plan: &'a StepPlan,
+    pub step: StepView<'a>,
     pub q: TensorView<'a>,
     pub options: AttendOptions<'a>,
     pub out: &'a TensorViewMut<'a>,
@@ -53,34 +53,32 @@ impl Cpu {
     pub(super) fn attend_step(
         &self,
         layer: usize,
-        plan: &StepPlan,
+        step: StepView<'_>,
         q: TensorView<'_>,
         fresh: Option<Fresh<'_>>,
         options: AttendOptions<'_>,
         out: &TensorViewMut<'_>,
     ) -> Result<()> {
-        let attention = self.check_attend(layer, plan, q, fresh, options, out)?;
+        let attention = self.check_attend(layer, step, q, fresh, options, out)?;
         attention.zero_padding();
-        let (prefill, decode): (Vec<_>, Vec<_>) =
-            (0..plan.sequences.len()).partition(|&s| plan.sequences[s].is_prefill());
-        attention.decode(&decode);
-        attention.prefill(&prefill, fresh)
+        attention.decode();
+        attention.prefill(fresh)
     }
 
     fn check_attend<'a>(
         &'a self,
         layer: usize,
-        plan: &'a StepPlan,
+        step: StepView<'a>,
         q: TensorView<'a>,
         fresh: Option<Fresh<'_>>,
         options: AttendOptions<'a>,
         out: &'a TensorViewMut<'a>,
     ) -> Result<Attention<'a>> {
-        let num_q_heads = q.check_queries(self.num_kv_heads, plan.num_rows, self.head_dim)?;
-        out.check("out", num_q_heads, plan.num_rows, self.head_dim)?;
+        let num_q_heads = q.check_queries(self.num_kv_heads, step.num_rows(), self.head_dim)?;
+        out.check("out", num_q_heads, step.num_rows(), self.head_dim)?;
         if let Some(fresh) = fresh {
-            fresh.k.check("k", self.num_kv_heads, plan.num_rows, self.head_dim)?;
-            fresh.v.check("v", self.num_kv_heads, plan.num_rows, self.head_dim)?;
+            fresh.k.check("k", self.num_kv_heads, step.num_rows(), self.head_dim)?;
+            fresh.v.check("v", self.num_kv_heads, step.num_rows(), self.head_dim)?;
         }
         let scale = options.scale.unwrap_or(1.0 / (self.head_dim as f32).sqrt());
         if !scale.is_finite() {
@@ -103,18 +101,18 @@ impl Cpu {
             }
         }
         let group = num_q_heads / self.num_kv_heads;
-        Ok(Attention { cpu: self, layer, plan, q, options, out, group, scale })
+        Ok(Attention { cpu: self, layer, step, q, options, out, group, scale })
     }
 }
 
 impl Attention<'_> {
-    pub(super) fn sequence(&self, index: usize) -> &SequencePlan {
-        &self.plan.sequences[index]
+    pub(super) fn sequence(&self, index: usize) -> SequencePlan<'_> {
+        self.step.sequence(index)
     }
 
     fn zero_padding(&self) {
         let zeros = [0f32; MAX_HEAD_DIM];
-        for (row, _) in self.plan.slot_mapping.iter().enumerate().filter(|(_, slot)| **slot < 0) {
+        for (row, _) in self.step.positions().iter().enumerate().filter(|(_, position)| **position < 0) {
             for head in 0..self.q.shape()[1] {
                 // SAFETY: no job has started; this thread alone writes.
                 unsafe { self.out.write_row(row, head, &zeros[..self.cpu.head_dim]) };
@@ -153,8 +151,8 @@ impl Attention<'_> {
     }
 
     /// The record of a block, as the sequence's positions see it.
-    pub(super) fn record(&self, sequence: &SequencePlan, block: usize, head: usize) -> RecordView<'_> {
-        let (layout, record) = self.cpu.record(self.layer, sequence.block_table[block], sequence.page(block), head);
+    pub(super) fn record(&self, sequence: &SequencePlan<'_>, block: usize, head: usize) -> RecordView<'_> {
+        let (layout, record) = self.cpu.record(self.layer, sequence.places[block], head);
         let k_rotated = match layout {
             RecordLayout::Tile(layout) => tile::k_is_rotated(layout, ORDER, record),
             _ => false,
@@ -186,20 +184,28 @@ impl Attention<'_> {
         unsafe { self.out.write_row(row, head, acc) };
     }
 
-    fn decode(&self, sequences: &[usize]) {
+    /// The splits of each sequence that decodes, without what the options' window hides.
+    fn visible_splits(&self) -> Vec<Vec<Split>> {
+        let mut of_sequence: Vec<Vec<Split>> = vec![Vec::new(); self.step.num_sequences()];
+        for split in self.step.splits() {
+            let sequence = self.sequence(split.sequence);
+            let (start, _) = sequence.visible(sequence.context_len, self.options.window);
+            if start < split.end {
+                of_sequence[split.sequence].push(Split { start: start.max(split.start), ..split });
+            }
+        }
+        of_sequence
+    }
+
+    fn decode(&self) {
         let head_dim = self.cpu.head_dim;
         let part_len = |count: usize| count * (head_dim + 2);
         let mut plans: Vec<(RowRange, Vec<Split>)> = Vec::new();
         let (mut total, mut values) = (0, 0);
-        for &index in sequences {
-            let sequence = self.sequence(index);
-            if sequence.num_new() == 0 {
-                continue;
-            }
-            let count = sequence.num_new() * self.group;
-            let (start, _) = sequence.visible(sequence.context_len, self.options.window);
-            let cuts: Vec<Split> = splits(start, sequence.seq_len()).collect();
-            values += (sequence.seq_len() - start) * head_dim * self.cpu.num_kv_heads;
+        for (index, cuts) in self.visible_splits().into_iter().enumerate().filter(|(_, cuts)| !cuts.is_empty()) {
+            let count = self.sequence(index).num_new() * self.group;
+            let num_tokens: usize = cuts.iter().map(|split| split.end - split.start).sum();
+            values += num_tokens * head_dim * self.cpu.num_kv_heads;
             for head in 0..self.cpu.num_kv_heads {
                 total += cuts.len() * part_len(count);
                 plans.push((RowRange { sequence: index, head, first: 0, count }, cuts.clone()));
@@ -245,7 +251,7 @@ impl Attention<'_> {
         let mut state = Rows { head_dim: self.cpu.head_dim, q, q_rotated, visible, max, sum, acc };
         let block_size = self.cpu.block_size;
         for block in split.start / block_size..split.end.div_ceil(block_size) {
-            self.attend_record(&self.record(sequence, block, rows.head), &mut state, scratch);
+            self.attend_record(&self.record(&sequence, block, rows.head), &mut state, scratch);
         }
     }
 

@@ -27,8 +27,8 @@ pub use health::LayerHealth;
 use super::{AttendOptions, Backend, Fresh, TensorView, TensorViewMut};
 use crate::error::{Error, Result};
 use crate::format::{Arrangement, BLOCK_SIZES, Dtype, Format, RecordLayout, supports_block_size, supports_head_dim};
-use crate::paging::{BlockId, PageId};
-use crate::plan::StepPlan;
+use crate::paging::{PageId, Place, PlaceKind};
+use crate::plan::{Bounds, StepView};
 use crate::quant::{self, Codec, HeadCalibration, record};
 use arena::Arena;
 use dispatch::Kernels;
@@ -159,24 +159,23 @@ impl Cpu {
         matches!(self.tile, Some(RecordLayout::Tile(_)))
     }
 
-    /// The record of a block and its layout: the page's, or without one the tile's.
-    fn record(&self, layer: usize, block: BlockId, page: Option<PageId>, head: usize) -> (RecordLayout, &[u8]) {
+    /// The record of a page or tile, and its layout.
+    fn record(&self, layer: usize, place: Place, head: usize) -> (RecordLayout, &[u8]) {
         let layer = &self.layers[layer];
-        match (page, self.tile) {
-            (None, Some(tile)) => (tile, layer.tiles.record(block.0, head)),
-            (page, _) => (self.page, layer.pages.record(page.map_or(block.0, |page| page.0), head)),
+        match place.kind() {
+            PlaceKind::Page(page) => (self.page, layer.pages.record(page.0, head)),
+            PlaceKind::Tile(block) => (self.tile.unwrap_or(self.page), layer.tiles.record(block.0, head)),
         }
     }
 
     /// Is this a plan, and a layer, that this backend's pages can be used with?
-    fn check_plan(&self, layer: usize, plan: &StepPlan) -> Result<()> {
+    fn check_plan(&self, layer: usize, step: StepView<'_>) -> Result<()> {
         self.check_layer(layer)?;
-        if plan.block_size != self.block_size {
-            let (own, plan) = (self.block_size, plan.block_size);
-            return Err(Error::Config(format!("a plan for blocks of {plan} tokens, pages of {own}")));
+        if step.block_size() != self.block_size {
+            let (planned, size) = (step.block_size(), self.block_size);
+            return Err(Error::Config(format!("a plan for blocks of {planned} tokens, pages of {size}")));
         }
-        self.check_block(plan.max_block)?;
-        self.check_page(plan.max_page)
+        self.check_bounds(step.bounds())
     }
 
     fn check_layer(&self, layer: usize) -> Result<()> {
@@ -186,22 +185,17 @@ impl Cpu {
         Err(Error::Config(format!("layer {layer}: the backend has {} layers", self.layers.len())))
     }
 
-    fn check_block(&self, block: Option<BlockId>) -> Result<()> {
-        let of_blocks =
-            |layer: &Layer| if self.tile.is_some() { layer.tiles.num_records() } else { layer.pages.num_records() };
-        let num_blocks = self.layers.first().map_or(0, of_blocks);
-        match block {
-            Some(BlockId(id)) if id as usize >= num_blocks => Err(Error::UnknownBlock { id, num_blocks }),
-            _ => Ok(()),
+    /// Is there memory for the pages and tiles?
+    fn check_bounds(&self, bounds: Bounds) -> Result<()> {
+        let layer = self.layers.first();
+        let (num_pages, num_tiles) =
+            layer.map_or((0, 0), |layer| (layer.pages.num_records(), layer.tiles.num_records()));
+        for (bound, num_blocks) in [(bounds.num_tiles, num_tiles), (bounds.num_pages, num_pages)] {
+            if bound > num_blocks {
+                return Err(Error::UnknownBlock { id: (bound - 1) as u32, num_blocks });
+            }
         }
-    }
-
-    fn check_page(&self, page: Option<PageId>) -> Result<()> {
-        let num_pages = self.layers.first().map_or(0, |layer| layer.pages.num_records());
-        match page {
-            Some(PageId(id)) if id as usize >= num_pages => Err(Error::UnknownBlock { id, num_blocks: num_pages }),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Bytes of address space that the pages take; a page takes memory when it is first used.
@@ -234,38 +228,37 @@ impl Backend for Cpu {
         }
     }
 
-    fn check_append(&self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>) -> Result<()> {
-        self.check_plan(layer, plan)?;
-        self.check_fresh(plan, fresh)
+    fn check_append(&self, layer: usize, step: StepView<'_>, fresh: Fresh<'_>) -> Result<()> {
+        self.check_plan(layer, step)?;
+        self.check_fresh(step, fresh)
     }
 
-    fn append(&mut self, layer: usize, plan: &StepPlan, fresh: Fresh<'_>, heads: &[HeadCalibration]) -> Result<()> {
-        self.check_plan(layer, plan)?;
-        self.append_step(layer, plan, fresh, heads)
+    fn append(&mut self, layer: usize, step: StepView<'_>, fresh: Fresh<'_>, heads: &[HeadCalibration]) -> Result<()> {
+        self.check_plan(layer, step)?;
+        self.append_step(layer, step, fresh, heads)
     }
 
-    fn refit(&mut self, layer: usize, plan: &StepPlan, heads: &[HeadCalibration]) {
-        self.refit_pages(layer, plan, heads);
+    fn refit(&mut self, layer: usize, step: StepView<'_>, heads: &[HeadCalibration]) {
+        self.refit_pages(layer, step, heads);
     }
 
     fn attend(
         &self,
         layer: usize,
-        plan: &StepPlan,
+        step: StepView<'_>,
         q: TensorView<'_>,
         fresh: Option<Fresh<'_>>,
         options: AttendOptions<'_>,
         out: TensorViewMut<'_>,
     ) -> Result<()> {
-        self.check_plan(layer, plan)?;
-        self.attend_step(layer, plan, q, fresh, options, &out)
+        self.check_plan(layer, step)?;
+        self.attend_step(layer, step, q, fresh, options, &out)
     }
 
     fn dequantize(
         &self,
         layer: usize,
-        block_table: &[BlockId],
-        pages: &[PageId],
+        places: &[Place],
         start: usize,
         k: TensorViewMut<'_>,
         v: TensorViewMut<'_>,
@@ -274,24 +267,22 @@ impl Backend for Cpu {
         let count = k.shape()[0].saturating_mul(k.shape()[2]);
         k.check("k", self.num_kv_heads, count, self.head_dim)?;
         v.check("v", self.num_kv_heads, count, self.head_dim)?;
-        let num_blocks = block_table.len().min(pages.len());
-        if start.saturating_add(count) > num_blocks * self.block_size {
+        let num_tokens = places.len() * self.block_size;
+        if start.saturating_add(count) > num_tokens {
             return Err(Error::Shape {
                 name: "k",
-                expected: format!("at most {} tokens from {start} on", num_blocks * self.block_size),
+                expected: format!("at most {num_tokens} tokens from {start} on"),
                 got: k.shape().to_vec(),
             });
         }
         let read = start / self.block_size..(start + count).div_ceil(self.block_size);
-        self.check_block(block_table[read.clone()].iter().copied().max())?;
-        self.check_page(pages[read.clone()].iter().copied().filter(|&page| page != PageId::SEALED).max())?;
+        self.check_bounds(Bounds::of(&places[read.clone()]))?;
         let mut rows = vec![0f32; self.block_size * self.head_dim];
         for block in read {
-            let page = Some(pages[block]).filter(|&page| page != PageId::SEALED);
             let first = start.max(block * self.block_size);
             let end = (start + count).min((block + 1) * self.block_size);
             for head in 0..self.num_kv_heads {
-                let (layout, record) = self.record(layer, block_table[block], page, head);
+                let (layout, record) = self.record(layer, places[block], head);
                 let tokens = |rows: &[f32], view: &TensorViewMut<'_>| {
                     for position in first..end {
                         let row = &rows[position % self.block_size * self.head_dim..][..self.head_dim];

@@ -37,10 +37,11 @@ struct Worker {
 }
 
 impl Attention<'_> {
-    pub(super) fn prefill(&self, sequences: &[usize], fresh: Option<Fresh<'_>>) -> Result<()> {
+    pub(super) fn prefill(&self, fresh: Option<Fresh<'_>>) -> Result<()> {
         // `raw` pages hold the fresh tokens as they are.
         let fresh = if self.cpu.page.is_raw() && self.cpu.codec.is_none() { None } else { fresh };
-        for &index in sequences {
+        let sequences = 0..self.step.num_sequences();
+        for index in sequences.filter(|&index| self.sequence(index).is_prefill) {
             let packed = fresh.map(|fresh| self.pack(index, fresh)).transpose()?;
             let num_rows = self.sequence(index).num_new() * self.group;
             let chunks = num_rows.div_ceil(CHUNK_ROWS);
@@ -75,7 +76,7 @@ impl Attention<'_> {
         let seen: Vec<(usize, usize)> = visible.iter().map(|&(s, e)| (s, e.min(history_end))).collect();
         let mut rows = Rows { head_dim, q, q_rotated, visible: &seen, max, sum, acc };
         for block in start / block_size..history_end.div_ceil(block_size) {
-            let mut view = self.record(sequence, block, range.head);
+            let mut view = self.record(&sequence, block, range.head);
             if !view.layout.is_raw() {
                 let raw = RawPage { head_dim, block_size, dtype: Dtype::F32 };
                 unpacked.resize(raw.bytes() / 4, 0.0);

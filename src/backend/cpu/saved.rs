@@ -2,7 +2,7 @@
 
 use super::{Cpu, ORDER};
 use crate::format::{Arrangement, RecordLayout};
-use crate::paging::{BlockId, PageId, UsedBlock};
+use crate::paging::{BlockId, PageId, Place, UsedBlock};
 use crate::quant::record;
 
 impl Cpu {
@@ -20,7 +20,8 @@ impl Cpu {
     /// all heads.
     pub fn save(&self, layer: usize, block: &UsedBlock, page: Option<PageId>, out: &mut [u8]) {
         for (head, out) in out.chunks_exact_mut(self.record_bytes(page.is_some())).enumerate() {
-            let (layout, record) = self.record(layer, block.id, page, head);
+            let place = page.map_or(Place::tile(block.id), Place::page);
+            let (layout, record) = self.record(layer, place, head);
             record::reorder(layout, [ORDER, Arrangement::Canonical], record, out);
             record::clear_rows(layout, out, block.used, block.is_first);
         }

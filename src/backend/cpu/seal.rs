@@ -3,7 +3,8 @@
 use super::{Cpu, ORDER};
 use crate::backend::Fresh;
 use crate::format::{RawPage, RecordLayout};
-use crate::plan::{Seal, SealSource, StepPlan};
+use crate::paging::{Place, PlaceKind};
+use crate::plan::{Seal, StepView};
 use crate::quant::range::{TokenSet, out_of_range_tokens};
 use crate::quant::record::{self, raw, tile};
 use crate::quant::{self, HeadCalibration, HeadFeedback};
@@ -11,10 +12,15 @@ use rayon::prelude::*;
 
 impl Cpu {
     /// Seals those of the plan's blocks that come from pages, or those that come from the step's own rows.
-    pub(super) fn seal(&mut self, layer: usize, plan: &StepPlan, fresh: Option<Fresh<'_>>, heads: &[HeadCalibration]) {
+    pub(super) fn seal(
+        &mut self,
+        layer: usize,
+        step: StepView<'_>,
+        fresh: Option<Fresh<'_>>,
+        heads: &[HeadCalibration],
+    ) {
         let of_step = fresh.is_some();
-        let seals: Vec<&Seal> =
-            plan.seals.iter().filter(|seal| (seal.source == SealSource::Fresh) == of_step).collect();
+        let seals: Vec<Seal> = step.seals().filter(|seal| seal.page.is_none() == of_step).collect();
         if seals.is_empty() {
             return;
         }
@@ -23,10 +29,10 @@ impl Cpu {
         let sealed: Vec<(usize, TokenSet)> = (0..jobs)
             .into_par_iter()
             .map(|job| {
-                let (seal, head) = (seals[job / self.num_kv_heads], job % self.num_kv_heads);
-                let (k, v) = self.rows_of(layer, plan, fresh, seal, head);
+                let (seal, head) = (&seals[job / self.num_kv_heads], job % self.num_kv_heads);
+                let (k, v) = self.rows_of(layer, step, fresh, seal, head);
                 let feedback = none.as_ref().unwrap_or_else(|| &heads[head].feedback);
-                self.write_tile(layer, plan, seal, head, feedback, k, v)
+                self.write_tile(layer, step, seal, head, feedback, k, v)
             })
             .collect();
         let num_codes = jobs * self.block_size * self.head_dim;
@@ -41,21 +47,21 @@ impl Cpu {
     fn rows_of(
         &self,
         layer: usize,
-        plan: &StepPlan,
+        step: StepView<'_>,
         fresh: Option<Fresh<'_>>,
         seal: &Seal,
         head: usize,
     ) -> (Vec<f32>, Vec<f32>) {
-        let sequence = &plan.sequences[seal.sequence];
         let mut k = vec![0f32; self.block_size * self.head_dim];
         let mut v = k.clone();
-        match (seal.source, fresh) {
-            (SealSource::Page(page), _) => {
-                let (layout, record) = self.record(layer, sequence.block_table[seal.block], Some(page), head);
+        match (seal.page, fresh) {
+            (Some(page), _) => {
+                let (layout, record) = self.record(layer, Place::page(page), head);
                 record::read_k(layout, ORDER, record, &mut k);
                 record::read_v(layout, ORDER, record, &mut v);
             }
-            (SealSource::Fresh, Some(fresh)) => {
+            (None, Some(fresh)) => {
+                let sequence = step.sequence(seal.sequence);
                 let first = seal.block * self.block_size - sequence.context_len;
                 let rows = &sequence.token_rows[first..first + self.block_size];
                 let out = k.chunks_exact_mut(self.head_dim).zip(v.chunks_exact_mut(self.head_dim));
@@ -67,7 +73,7 @@ impl Cpu {
                     }
                 }
             }
-            (SealSource::Fresh, None) => unreachable!("the caller took the seals of the step's rows"),
+            (None, None) => unreachable!("the caller took the seals of the step's rows"),
         }
         (k, v)
     }
@@ -77,24 +83,24 @@ impl Cpu {
     fn write_tile(
         &self,
         layer: usize,
-        plan: &StepPlan,
+        step: StepView<'_>,
         seal: &Seal,
         head: usize,
         feedback: &HeadFeedback,
         mut k: Vec<f32>,
         mut v: Vec<f32>,
     ) -> (usize, TokenSet) {
-        let block = plan.sequences[seal.sequence].block_table[seal.block];
+        let PlaceKind::Tile(block) = step.place(seal.sequence, seal.block).kind() else {
+            unreachable!("the place of a block that a step seals is its tile")
+        };
         // SAFETY: `append_step` holds the arena exclusively, and a plan seals a block once, so each record is asked for
         // by one job.
         let record = unsafe { self.layers[layer].tiles.record_mut(block.0, head) };
         match self.tile {
             Some(RecordLayout::Tile(layout)) => {
-                // Padding takes no slot: the first token of a sequence is row 0 of its first block.
-                let first_row = (seal.block == 0).then_some(0);
                 let encode = self.kernels.encode_tile;
                 // SAFETY: the kernels' level is available.
-                let sealed = unsafe { encode(&k, &v, self.head_dim, layout.bits, feedback, first_row) };
+                let sealed = unsafe { encode(&k, &v, self.head_dim, layout.bits, feedback, seal.first_row) };
                 tile::write(layout, ORDER, record, &sealed);
                 (sealed.num_clamped, out_of_range_tokens(&sealed, &k, &v))
             }
