@@ -67,6 +67,12 @@ pub trait Backend {
     /// are committed. `heads` as for [`append`](Self::append).
     fn refit(&mut self, layer: usize, step: StepView<'_>, heads: &[HeadCalibration]);
 
+    /// The records of all heads at a place, as this backend arranges them.
+    fn read_records(&self, layer: usize, place: Place) -> Vec<u8>;
+
+    /// Writes the records of all heads at a place: what [`read_records`](Self::read_records) gave of one of its kind.
+    fn write_records(&mut self, layer: usize, place: Place, records: &[u8]);
+
     /// Attends with `q`, `[B, num_q_heads, T, head_dim]`, to what `layer` holds, causally, and writes `out` of the same
     /// shape; rows of padding become zeros. With `fresh`, a prefill's own tokens attend to each other unquantized.
     fn attend(

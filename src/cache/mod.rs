@@ -18,6 +18,7 @@ pub mod file;
 mod learn;
 mod rollback;
 mod stats;
+mod undo;
 
 pub use stats::{CacheStats, LayerStats};
 
@@ -32,6 +33,7 @@ use crate::plan::{Rows, StepPlan, bounds_of, num_rows};
 use learn::{ModelCalibration, heads};
 use std::collections::HashMap;
 use std::sync::Arc;
+use undo::Before;
 
 /// A step in progress. It stays open until it is committed or aborted.
 #[derive(Debug, Clone)]
@@ -55,6 +57,8 @@ struct OpenStep {
     sequences: Arc<[SequenceId]>,
     /// Which layers have their keys and values.
     appended: Vec<bool>,
+    /// What was appended over.
+    before: Vec<Before>,
 }
 
 impl OpenStep {
@@ -145,8 +149,8 @@ impl PagedKvCache {
         let sequences: Arc<[SequenceId]> = requests.iter().map(|request| request.0).collect();
         let id = self.next_step;
         self.next_step += 1;
-        self.steps
-            .insert(id, OpenStep { plan: Arc::clone(&plan), sequences, appended: vec![false; self.config.num_layers] });
+        let appended = vec![false; self.config.num_layers];
+        self.steps.insert(id, OpenStep { plan: Arc::clone(&plan), sequences, appended, before: Vec::new() });
         Ok(Step { id, plan })
     }
 
@@ -174,11 +178,17 @@ impl PagedKvCache {
             }
         }
         let calibrated = self.calibrated_for(&step.plan, layer)?;
+        let before = if appended {
+            self.undo_append(step, layer, fresh)?;
+            Vec::new()
+        } else {
+            self.pages_opened_again(&step.plan, layer)
+        };
         let view = step.plan.over(self.paging.places());
         self.backend.append(layer, view, fresh, heads(calibrated.as_deref()))?;
-        if let Some(open) = self.steps.get_mut(&step.id) {
-            open.appended[layer] = true;
-        }
+        let open = self.steps.get_mut(&step.id).ok_or_else(stale)?;
+        open.before.extend(before);
+        open.appended[layer] = true;
         Ok(())
     }
 
@@ -237,9 +247,10 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::StaleStep`].
     pub fn abort(&mut self, step: &Step) -> Result<()> {
-        let sequences = Arc::clone(&self.open_step(step)?.sequences);
-        self.steps.remove(&step.id);
-        self.paging.abort(&sequences)
+        self.open_step(step)?;
+        let Some(open) = self.steps.remove(&step.id) else { return Err(stale()) };
+        self.put_back(&open.before);
+        self.paging.abort(&open.sequences)
     }
 
     /// Is the step neither committed nor aborted?

@@ -1,10 +1,13 @@
 //! Pages that a step opens, and the tokens that their channel statistics are taken over.
 //!
-//! A page is opened by the step that writes its first token, and its statistics are frozen then: those of its own rows
-//! where the step writes them all, else those of the `STATISTICS_TOKENS` before it, else (the first page that is held)
-//! those of as many of its own rows as the step brings. Positions of the window that are older than the step are read
-//! back from their pages; those of the step itself are taken as given, so that no page waits for another one to be
-//! written.
+//! A page is opened by the step that writes its first token, with the statistics of its own rows where the step writes
+//! them all, else of the `STATISTICS_TOKENS` before it, else (the first page that is held) of as many of its own rows as
+//! the step brings. Positions older than the step are read back from their pages; those of the step itself are taken
+//! as given, so that no page waits for another one to be written.
+//!
+//! The statistics stay, but in a sequence's first page until half of it is written. A step that ends within the first
+//! half has the page refitted at commit, from the low bytes of K's codes. One that ends beyond, and would write over low
+//! bytes, opens the page anew. Both depend on the lengths before and after the step only.
 
 use super::{SequenceInput, StepPlan};
 use crate::format::{STATISTICS_TOKENS, first_page_tokens};
@@ -20,6 +23,14 @@ pub struct PageOpen {
     pub start: usize,
     /// One past the last of them; there is at least one.
     pub end: usize,
+}
+
+impl PageOpen {
+    /// Has the page tokens already, `context_len` in its sequence, whose K is encoded anew?
+    #[must_use]
+    pub const fn is_again(&self, context_len: usize) -> bool {
+        self.block == 0 && context_len > 0
+    }
 }
 
 /// The first page of a sequence, whose statistics are taken anew when the step is committed: those of so few rows as it
@@ -56,24 +67,27 @@ impl PageRefit {
     }
 }
 
-/// The first page's statistics are taken anew as tokens are appended, until there were [`first_page_tokens`] of them.
-/// Depends on what the committed length was and becomes, and on nothing else.
+/// Does the first page have tokens, and fewer than half of it?
+fn is_short(block_size: usize, input: &SequenceInput<'_>) -> bool {
+    (1..first_page_tokens(block_size)).contains(&input.context_len)
+        && input.first_held == 0
+        && input.places[0].as_page().is_some()
+}
+
 pub(super) fn plan_refit(
     block_size: usize,
     index: usize,
     input: &SequenceInput<'_>,
     num_new: usize,
 ) -> Option<PageRefit> {
-    let context_len = input.context_len;
-    let num_tokens = (context_len + num_new).min(block_size);
-    let is_short = (1..first_page_tokens(block_size)).contains(&context_len);
+    let (context_len, num_tokens) = (input.context_len, input.context_len + num_new);
     let is_due = if num_tokens <= REFIT_EACH {
         num_tokens > context_len
     } else {
         num_tokens / REFIT_STRIDE > context_len / REFIT_STRIDE
     };
-    let is_page = || input.first_held == 0 && input.places[0].as_page().is_some();
-    (is_short && is_due && is_page()).then_some(PageRefit { sequence: index, num_tokens })
+    let is_within = num_tokens <= first_page_tokens(block_size);
+    (is_due && is_within && is_short(block_size, input)).then_some(PageRefit { sequence: index, num_tokens })
 }
 
 /// A block that the step seals itself has no page to open.
@@ -85,7 +99,9 @@ pub(super) fn plan_opens<'a>(
 ) -> impl Iterator<Item = PageOpen> + 'a {
     let (context_len, seq_len) = (input.context_len, input.context_len + num_new);
     let new = context_len.div_ceil(block_size)..seq_len.div_ceil(block_size);
-    new.filter(|&block| input.places[block].as_page().is_some()).map(move |block| {
+    let crosses = seq_len > first_page_tokens(block_size) && is_short(block_size, input);
+    let again = crosses.then_some(PageOpen { sequence: index, block: 0, start: 0, end: seq_len.min(block_size) });
+    let new = new.filter(|&block| input.places[block].as_page().is_some()).map(move |block| {
         let first = block * block_size;
         let own_end = seq_len.min(first + block_size);
         let window_start = first.saturating_sub(STATISTICS_TOKENS).max(input.first_held.min(first));
@@ -93,7 +109,8 @@ pub(super) fn plan_opens<'a>(
         let (start, end) =
             if is_written_whole || window_start == first { (first, own_end) } else { (window_start, first) };
         PageOpen { sequence: index, block, start, end }
-    })
+    });
+    again.into_iter().chain(new)
 }
 
 impl StepPlan {
@@ -161,7 +178,7 @@ mod tests {
         assert_eq!(one_by_one, expected);
         assert!(refit(0, 5).is_empty());
         assert!(refit(9, 2).is_empty());
-        assert_eq!(refit(31, 300), [128]);
+        assert!(refit(31, 300).is_empty());
         assert_eq!(refit(63, 1), [64]);
         assert!(refit(64, 1).is_empty());
         assert!(refit(5, 0).is_empty());
@@ -170,5 +187,14 @@ mod tests {
     #[test]
     fn an_append_to_an_open_page_opens_nothing() {
         assert_eq!(opens(128, 5, 0, 20), []);
+        assert_eq!(opens(128, 133, 0, 100), []);
+    }
+
+    #[test]
+    fn a_first_page_is_opened_again_by_a_step_that_crosses_its_middle() {
+        assert_eq!(opens(128, 5, 0, 59), []);
+        assert_eq!(opens(128, 5, 0, 60), [(0, (0, 65))]);
+        assert_eq!(opens(128, 5, 0, 200), [(0, (0, 128)), (1, (0, 128))]);
+        assert_eq!(opens(128, 64, 0, 20), []);
     }
 }

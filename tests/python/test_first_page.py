@@ -6,14 +6,14 @@ must neither lose them nor read them where they are stale.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from kvarn_rs import PagedKvCache
-from paged_reference import contents, extend, keys_and_values, make_cache, same
+from kvarn_rs import NonFiniteError, PagedKvCache
+from paged_reference import append_layers, contents, extend, keys_and_values, make_cache, same
 
 FORMATS = pytest.mark.parametrize("format", ["int8", "int4"])
 BLOCK_SIZE = 128
@@ -24,7 +24,7 @@ AS_GOOD = 1.02
 
 def text(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first tokens of one text; K with channels far from zero beside channels near it."""
-    k, v = keys_and_values(2 * BLOCK_SIZE, 3)
+    k, v = keys_and_values(4 * BLOCK_SIZE, 3)
     offsets = torch.zeros(k.shape[-1])
     offsets[::4] = 100
     return (k * (1 + offsets / 20) + offsets)[:, :, :num_tokens], v[:, :, :num_tokens]
@@ -51,14 +51,17 @@ def test_tokens_that_come_one_by_one_are_as_near_as_tokens_that_come_at_once(for
     assert error(cache, slowly) <= AS_GOOD * error(cache, at_once)
 
 
-def test_a_step_that_writes_over_low_bytes_rounds_those_rows_twice_and_not_worse() -> None:
-    cache = make_cache("int8", block_size=BLOCK_SIZE)
-    at_once, in_two = cache.new_sequence(), cache.new_sequence()
-    k, v = text(BLOCK_SIZE)
-    extend(cache, at_once, k[:, :, :BLOCK_SIZE], v)
-    extend(cache, in_two, k[:, :, :32], v[:, :, :32])
-    extend(cache, in_two, k[:, :, 32:], v[:, :, 32:])
-    assert error(cache, in_two) <= 2 * error(cache, at_once)
+@FORMATS
+@pytest.mark.parametrize("cuts", [(1,), (5,), (32,), (63,), (1, 2, 9, 40)], ids=str)
+@pytest.mark.parametrize("end", [65, 100, BLOCK_SIZE])
+def test_a_step_that_crosses_the_middle_of_the_page_is_as_near_as_one_step(format, cuts, end) -> None:
+    cache = make_cache(format, block_size=BLOCK_SIZE)
+    at_once, in_steps = cache.new_sequence(), cache.new_sequence()
+    k, v = text(end)
+    extend(cache, at_once, k, v)
+    for first, last in pairwise((0, *cuts, end)):
+        extend(cache, in_steps, k[:, :, first:last], v[:, :, first:last])
+    assert error(cache, in_steps) <= AS_GOOD * error(cache, at_once)
 
 
 def truncated(cache: PagedKvCache, sequence: int) -> tuple[PagedKvCache, int]:
@@ -74,29 +77,52 @@ def forked(cache: PagedKvCache, sequence: int) -> tuple[PagedKvCache, int]:
     return cache, child
 
 
-def aborted(cache: PagedKvCache, sequence: int) -> tuple[PagedKvCache, int]:
-    step = cache.begin_step([sequence], 12)
-    step.append(0, *keys_and_values(12, 8))
-    step.abort()
-    return cache, sequence
-
-
 def saved(cache: PagedKvCache, sequence: int, folder: Path) -> tuple[PagedKvCache, int]:
     cache.save(folder / "cache.safetensors")
     return PagedKvCache.load(folder / "cache.safetensors"), sequence
 
 
 @FORMATS
-@pytest.mark.parametrize("change", [forked, aborted], ids=lambda change: change.__name__)
-def test_what_happens_to_a_short_sequence_leaves_its_page_as_it_was(format, change: Callable) -> None:
+def test_a_fork_of_a_short_sequence_has_a_page_of_its_own(format) -> None:
     plain, other = (make_cache(format, block_size=BLOCK_SIZE) for _ in range(2))
     sequence, changed = plain.new_sequence(), other.new_sequence()
     one_by_one(plain, sequence, 0, 20)
     one_by_one(other, changed, 0, 20)
-    other, changed = change(other, changed)
+    other, changed = forked(other, changed)
     one_by_one(plain, sequence, 20, 40)
     one_by_one(other, changed, 20, 40)
     assert same(contents(other, changed), contents(plain, sequence))
+
+
+@FORMATS
+@pytest.mark.parametrize("again", [False, True], ids=["aborted", "appended again"])
+@pytest.mark.parametrize(
+    ("block_size", "length", "num_new"),
+    [(128, 20, 12), (128, 20, 100), (128, 60, 20), (128, 1, 300), (16, 6, 5), (16, 4, 12), (32, 12, 16)],
+)
+def test_an_append_that_does_not_count_leaves_the_page_as_it_was(format, again, block_size, length, num_new) -> None:
+    plain, other = (make_cache(format, block_size=block_size, num_layers=2) for _ in range(2))
+    sequence, changed = plain.new_sequence(), other.new_sequence()
+    one_by_one(plain, sequence, 0, length)
+    one_by_one(other, changed, 0, length)
+    step = other.begin_step([changed], num_new)
+    wrong = keys_and_values(num_new, 8)
+    append_layers(other, step, *wrong)
+    if again:
+        k, v = text(length + num_new)
+        with pytest.raises(NonFiniteError):
+            step.append(0, torch.full_like(wrong[0], torch.nan), wrong[1])
+        append_layers(other, step, k[:, :, length:], v[:, :, length:])
+        step.commit()
+        extend(plain, sequence, k[:, :, length:], v[:, :, length:])
+    else:
+        step.abort()
+    for layer in range(2):
+        assert same(contents(other, changed, layer), contents(plain, sequence, layer))
+    one_by_one(plain, sequence, plain.seq_len(sequence), length + num_new + 20)
+    one_by_one(other, changed, other.seq_len(changed), length + num_new + 20)
+    for layer in range(2):
+        assert same(contents(other, changed, layer), contents(plain, sequence, layer))
 
 
 @FORMATS

@@ -177,9 +177,7 @@ impl Model {
     /// A first page that was not half written is rounded anew: K stays near what it was, V is what it was.
     fn refit(&mut self, id: SequenceId, num_new: usize, context: &str) {
         let len = self.tokens(id).ids.len();
-        let end = (len + num_new).min(BLOCK);
-        let is_due = if end <= 8 { end > len } else { end / 4 > len / 4 };
-        if !(1..BLOCK / 2).contains(&len) || !is_due || self.cache.sequence(id).unwrap().first_held() > 0 {
+        if !(1..BLOCK / 2).contains(&len) || num_new == 0 || self.cache.sequence(id).unwrap().first_held() > 0 {
             return;
         }
         let now = rows::stored(&self.cache, id, 0, len);

@@ -6,7 +6,7 @@ use crate::backend::{Fresh, TensorView};
 use crate::error::{Error, Result};
 use crate::format::{MAX_HEAD_DIM, RecordLayout};
 use crate::paging::PageId;
-use crate::plan::{PageOpen, StepView};
+use crate::plan::{PageOpen, PageRefit, StepView};
 use crate::quant::range::TokenSet;
 use crate::quant::record::{self, int8, raw};
 use crate::quant::{self, ChannelStatistics, HeadCalibration};
@@ -142,7 +142,12 @@ impl Cpu {
         let mut block_rows = vec![0f32; block_size * head_dim];
         for block in start / block_size..stored.div_ceil(block_size) {
             let (layout, record) = self.record(layer, sequence.places[block], head);
-            record::read_k(layout, ORDER, record, &mut block_rows);
+            match layout {
+                RecordLayout::Int8(page) if open.block == 0 => {
+                    int8::read_first_k(page, ORDER, record, &mut block_rows[..stored * head_dim]);
+                }
+                _ => record::read_k(layout, ORDER, record, &mut block_rows),
+            }
             let (first, last) = (start.max(block * block_size), stored.min((block + 1) * block_size));
             let from = &block_rows[first % block_size * head_dim..][..(last - first) * head_dim];
             rows[(first - start) * head_dim..][..from.len()].copy_from_slice(from);
@@ -157,14 +162,22 @@ impl Cpu {
     /// Takes the statistics of first pages anew, and rounds their K by them.
     pub(super) fn refit_pages(&mut self, layer: usize, step: StepView<'_>, heads: &[HeadCalibration]) {
         let RecordLayout::Int8(page) = self.page else { return };
-        for refit in step.refits() {
-            let Some(id) = step.place(refit.sequence, 0).as_page() else { continue };
-            for head in 0..self.num_kv_heads {
-                let model = heads.get(head).map(|head| &head.channels);
-                // SAFETY: `&mut self` holds the arena exclusively, and one record at a time is asked for.
-                let record = unsafe { self.layers[layer].pages.record_mut(id.0, head) };
-                int8::refit_k(page, ORDER, record, refit.num_tokens, model);
-            }
+        let page_of = |refit: PageRefit| step.place(refit.sequence, 0).as_page().map(|id| (id, refit.num_tokens));
+        let refits: Vec<(PageId, usize)> = step.refits().filter_map(page_of).collect();
+        let refit = |job: usize| {
+            let ((id, num_tokens), head) = (refits[job / self.num_kv_heads], job % self.num_kv_heads);
+            let model = heads.get(head).map(|head| &head.channels);
+            // SAFETY: `&mut self` holds the arena exclusively; a page is written for one sequence, so each record is
+            // asked for by one job.
+            let record = unsafe { self.layers[layer].pages.record_mut(id.0, head) };
+            int8::refit_k(page, ORDER, record, num_tokens, model);
+        };
+        let jobs = 0..refits.len() * self.num_kv_heads;
+        let num_tokens: usize = refits.iter().map(|refit| refit.1).sum();
+        if num_tokens * self.num_kv_heads * self.head_dim >= PARALLEL_VALUES {
+            jobs.into_par_iter().for_each(refit);
+        } else {
+            jobs.for_each(refit);
         }
     }
 
@@ -186,7 +199,11 @@ impl Cpu {
         let frozen = match (self.page, open) {
             (RecordLayout::Int8(page), Ok(open)) => {
                 let statistics = opened.statistics[open * self.num_kv_heads + head].clone();
-                int8::write_statistics(page, ORDER, record, &statistics);
+                let num_stored = sequence.context_len.saturating_sub(block * self.block_size);
+                let mut stored = vec![0f32; num_stored * self.head_dim];
+                int8::read_first_k(page, ORDER, record, &mut stored);
+                let num_tokens = sequence.seq_len().min(self.block_size);
+                int8::rewrite_first_k(page, ORDER, record, &statistics, &stored, num_tokens);
                 Some(statistics)
             }
             (RecordLayout::Int8(page), Err(_)) => Some(int8::read_statistics(page, ORDER, record)),

@@ -242,6 +242,22 @@ impl Backend for Cpu {
         self.refit_pages(layer, step, heads);
     }
 
+    fn read_records(&self, layer: usize, place: Place) -> Vec<u8> {
+        (0..self.num_kv_heads).flat_map(|head| self.record(layer, place, head).1).copied().collect()
+    }
+
+    fn write_records(&mut self, layer: usize, place: Place, records: &[u8]) {
+        let layer = &self.layers[layer];
+        let (arena, index) = match place.kind() {
+            PlaceKind::Page(page) => (&layer.pages, page.0),
+            PlaceKind::Tile(block) => (&layer.tiles, block.0),
+        };
+        for (head, bytes) in records.chunks_exact(records.len() / self.num_kv_heads).enumerate() {
+            // SAFETY: `&mut self` holds the arena exclusively, and one record at a time is asked for.
+            unsafe { arena.record_mut(index, head) }.copy_from_slice(bytes);
+        }
+    }
+
     fn attend(
         &self,
         layer: usize,

@@ -85,21 +85,14 @@ fn read_k_row(page: Int8Page, order: Arrangement, record: &[u8], row: usize, cod
     read_f16(record, order.parameter(page, Int8Parameter::KTokenScale, row))
 }
 
-/// Takes the statistics of a first page anew over its first `num_tokens` tokens as stored, low bytes included where the
-/// page has them, and encodes their K again.
-pub fn refit_k(
-    page: Int8Page,
-    order: Arrangement,
-    record: &mut [u8],
-    num_tokens: usize,
-    model: Option<&ModelChannels>,
-) {
+/// Decodes K of the first tokens of a first page, `[num_tokens, head_dim]`, low bytes included where the page has them.
+pub fn read_first_k(page: Int8Page, order: Arrangement, record: &[u8], k: &mut [f32]) {
     let head_dim = page.head_dim;
+    let num_tokens = k.len() / head_dim;
     let statistics = read_statistics(page, order, record);
     let (mut codes, mut low) = ([0i8; MAX_HEAD_DIM], [0i8; MAX_HEAD_DIM]);
     let (codes, low) = (&mut codes[..head_dim], &mut low[..head_dim]);
-    let mut rows = vec![0f32; num_tokens * head_dim];
-    for (token, k) in rows.chunks_exact_mut(head_dim).enumerate() {
+    for (token, k) in k.chunks_exact_mut(head_dim).enumerate() {
         let scale = read_k_row(page, order, record, token, codes);
         let has_low = page.has_low_bytes(token, num_tokens);
         if has_low && read_k_row(page, order, record, page.low_row(token), low) == LOW_BYTES {
@@ -108,11 +101,36 @@ pub fn refit_k(
             quant::decode_k(codes, scale, &statistics, k);
         }
     }
-    let statistics = ChannelStatistics::of_rows(&rows, head_dim, model, true);
-    write_statistics(page, order, record, &statistics);
-    for (token, k) in rows.chunks_exact(head_dim).enumerate() {
-        write_k(page, order, record, token, &statistics, k, page.has_low_bytes(token, num_tokens));
+}
+
+/// Encodes K of the first tokens of a first page anew, `[num, head_dim]`, under these statistics, of `num_tokens` tokens
+/// that the page is about to have.
+pub fn rewrite_first_k(
+    page: Int8Page,
+    order: Arrangement,
+    record: &mut [u8],
+    statistics: &ChannelStatistics,
+    k: &[f32],
+    num_tokens: usize,
+) {
+    write_statistics(page, order, record, statistics);
+    for (token, k) in k.chunks_exact(page.head_dim).enumerate() {
+        write_k(page, order, record, token, statistics, k, page.has_low_bytes(token, num_tokens));
     }
+}
+
+/// Takes the statistics of a first page anew over its first `num_tokens` tokens as stored, and encodes their K again.
+pub fn refit_k(
+    page: Int8Page,
+    order: Arrangement,
+    record: &mut [u8],
+    num_tokens: usize,
+    model: Option<&ModelChannels>,
+) {
+    let mut rows = vec![0f32; num_tokens * page.head_dim];
+    read_first_k(page, order, record, &mut rows);
+    let statistics = ChannelStatistics::of_rows(&rows, page.head_dim, model, true);
+    rewrite_first_k(page, order, record, &statistics, &rows, num_tokens);
 }
 
 /// Decodes K, `[block_size, head_dim]`.
@@ -136,5 +154,48 @@ pub fn read_v(page: Int8Page, order: Arrangement, record: &[u8], v: &mut [f32]) 
         }
         let half = |parameter| read_f16(record, order.parameter(page, parameter, t));
         quant::decode_v(codes, half(Int8Parameter::VTokenScale), half(Int8Parameter::VTokenZeroPoint), row);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: Int8Page = Int8Page { head_dim: 16, block_size: 32 };
+    const NUM_TOKENS: usize = 9;
+
+    fn k(token: usize, d: usize) -> f32 {
+        ((token * 16 + d) as f32 * 0.7).sin() * (1 + d) as f32
+    }
+
+    fn page(num_tokens: usize) -> Vec<u8> {
+        let rows: Vec<f32> = (0..num_tokens * 16).map(|i| k(i / 16, i % 16)).collect();
+        let statistics = ChannelStatistics::of_rows(&rows, 16, None, true);
+        let mut record = vec![0; PAGE.bytes()];
+        rewrite_first_k(PAGE, Arrangement::Cpu, &mut record, &statistics, &rows, num_tokens);
+        record
+    }
+
+    fn refitted(mut record: Vec<u8>) -> (Vec<f32>, f32) {
+        refit_k(PAGE, Arrangement::Cpu, &mut record, NUM_TOKENS, None);
+        let mut rows = vec![0f32; NUM_TOKENS * 16];
+        read_first_k(PAGE, Arrangement::Cpu, &record, &mut rows);
+        let error = rows.iter().enumerate().map(|(i, x)| (x - k(i / 16, i % 16)).abs()).fold(0.0, f32::max);
+        (rows, error)
+    }
+
+    #[test]
+    fn a_refit_reads_low_bytes_where_they_are_marked_and_nowhere_else() {
+        let with = page(NUM_TOKENS);
+        let mut without = with.clone();
+        let mut overwritten = with.clone();
+        for token in 0..NUM_TOKENS {
+            let row = PAGE.low_row(token);
+            write_k_row(PAGE, Arrangement::Cpu, &mut without, row, &[0; 16], f16::ZERO);
+            write_k_row(PAGE, Arrangement::Cpu, &mut overwritten, row, &[127; 16], f16::ONE); // the K of some token
+        }
+        let (rows, error) = refitted(without);
+        assert_eq!(refitted(overwritten).0, rows);
+        assert!(refitted(with).1 < error / 50.0);
     }
 }
