@@ -18,6 +18,7 @@ __all__ = [
     "PagedKvCache",
     "Step",
     "__version__",
+    "block_bytes",
     "caches_from_bytes",
     "caches_to_bytes",
     "capacity",
@@ -30,7 +31,6 @@ __all__ = [
     "is_prefill",
     "load_caches",
     "num_threads",
-    "page_bytes",
     "save_caches",
     "simd_level",
 ]
@@ -562,8 +562,8 @@ def is_prefill(block_size: int, context_len: int, num_new: int) -> bool:
 def num_threads() -> int:
     """Threads that the kernels use: `RAYON_NUM_THREADS`, or one a core."""
 
-def page_bytes(format: str, head_dim: int, block_size: int = 128, dtype: str = "bfloat16") -> int:
-    """Bytes of one block of one key/value head.
+def block_bytes(format: str, head_dim: int, block_size: int = 128, dtype: str = "bfloat16") -> int:
+    """Bytes of one block of one layer and key/value head at rest: of a tile in formats that seal, else of a page.
 
     Raises:
         UnknownFormatError, UnsupportedError, ConfigError

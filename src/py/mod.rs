@@ -29,7 +29,7 @@ mod _core {
     use super::step::Step;
     #[pymodule_export]
     use super::{
-        capacity, codec_bytes_per_token, codecs, first_seen, formats, is_prefill, num_threads, page_bytes, simd_level,
+        block_bytes, capacity, codec_bytes_per_token, codecs, first_seen, formats, is_prefill, num_threads, simd_level,
     };
 
     #[pymodule_export]
@@ -110,10 +110,10 @@ fn num_threads() -> usize {
     rayon::current_num_threads()
 }
 
-/// Bytes of one block of one key/value head.
+/// Bytes of one block of one layer and key/value head at rest: of a tile in formats that seal, else of a page.
 #[pyfunction]
 #[pyo3(signature = (format, head_dim, block_size = 128, dtype = "bfloat16"))]
-fn page_bytes(format: &str, head_dim: usize, block_size: usize, dtype: &str) -> Result<usize> {
+fn block_bytes(format: &str, head_dim: usize, block_size: usize, dtype: &str) -> Result<usize> {
     let (format, dtype) = (parse_format(format)?, parse_dtype(dtype)?);
     check_shape(head_dim, block_size)?;
     Ok(record_bytes(format, dtype, head_dim, block_size))

@@ -195,7 +195,7 @@ def check_format(name: str, block_size: int) -> None:
 
     if name not in FORMATS:
         raise UnknownFormatError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
-    _core.page_bytes(name, 16, block_size)
+    _core.block_bytes(name, 16, block_size)
 
 
 def encode(tokenizer: Any, prompt: str, raw: bool) -> Any:

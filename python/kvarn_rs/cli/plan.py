@@ -133,7 +133,7 @@ def page_refusal(name: str, group: LayerGroup, block_size: int) -> str:
     if not group.paged:
         return "chunked attention stays in the engine's own cache"
     try:
-        _core.page_bytes(name, group.head_dim, block_size)
+        _core.block_bytes(name, group.head_dim, block_size)
     except UnsupportedError as error:
         return str(error)
     return ""
