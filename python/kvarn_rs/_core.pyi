@@ -71,7 +71,7 @@ class CacheStats(TypedDict):
     peak_blocks: int
     free_blocks: int | None
     """`None` when the pool grows."""
-    open_blocks: int
+    partial_blocks: int
     """Blocks with room left."""
     open_pages: int
     """Of blocks that are not sealed; 0 in formats that never are."""
@@ -125,6 +125,7 @@ class CacheSummary(TypedDict):
     """Id, tokens, first token held."""
     sealed_blocks: int
     open_blocks: int
+    """Blocks that are pages: partly filled, not sealed yet, or of a format that never seals."""
     tile_bytes: int
     page_bytes: int
     bytes_per_token: float

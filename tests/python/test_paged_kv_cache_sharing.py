@@ -243,19 +243,19 @@ def test_bytes_are_those_of_blocks_of_all_layers_and_heads(format, head_dim, dty
     assert stats["bytes_per_token"] == 15 * token_bytes
     assert (stats["blocks_in_use"], stats["bytes_in_use"]) == (1, block_bytes)
     assert (stats["peak_blocks"], stats["peak_bytes"]) == (2, 2 * block_bytes)
-    assert (stats["free_blocks"], stats["open_blocks"], stats["num_sequences"]) == (3, 0, 1)
+    assert (stats["free_blocks"], stats["partial_blocks"], stats["num_sequences"]) == (3, 0, 1)
     assert stats["allocated_bytes"] >= 4 * block_bytes
     assert stats["cow_copies"] == 0
 
 
-def test_open_blocks_are_those_with_room_left() -> None:
+def test_partial_blocks_counts_blocks_with_room_left() -> None:
     cache = make_cache()
     for length in (0, 1, 15, 16, 17):
         filled(cache, length)
-    assert cache.stats()["open_blocks"] == 3
+    assert cache.stats()["partial_blocks"] == 3
     assert cache.stats()["blocks_in_use"] == 5
     cache.fork(filled(cache, 5))
-    assert cache.stats()["open_blocks"] == 4, "a shared block is one block"
+    assert cache.stats()["partial_blocks"] == 4, "a shared block is one block"
 
 
 def test_a_cache_says_what_it_was_made_of() -> None:
