@@ -28,7 +28,7 @@ from .console import Console
 from .runs import GreedyRun, attention, feed, greedy, tensor_bytes
 
 SCORED_PROMPT_TOKENS = 512  # prompts from this length on are scored too
-FIRST_TOKENS = 256
+UNSCORED_TOKENS = 256
 
 
 @dataclass
@@ -150,7 +150,7 @@ def reference_name(model: Any) -> str:
 
 def _chunks(prompt_ids: torch.Tensor, continuation: Iterable[int]) -> Iterator[tuple[torch.Tensor, bool]]:
     """(tokens [1, T], scored): the steps in which a prompt and its continuation are fed."""
-    first = FIRST_TOKENS if prompt_ids.shape[1] >= SCORED_PROMPT_TOKENS else prompt_ids.shape[1]
+    first = UNSCORED_TOKENS if prompt_ids.shape[1] >= SCORED_PROMPT_TOKENS else prompt_ids.shape[1]
     yield prompt_ids[:, :first], False
     for start in range(first, prompt_ids.shape[1], DECODE_TOKENS):
         yield prompt_ids[:, start : start + DECODE_TOKENS], True
