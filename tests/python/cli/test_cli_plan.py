@@ -109,7 +109,7 @@ def test_kv_heads_divide_among_gpus_and_never_below_one(
 ) -> None:
     report = kvarn("plan", config_file(**LLAMA_3_8B), "--memory", "8GiB", "--tp", gpus, "--json").json
     assert by_format(report)["int8"]["bytes_per_token"] == 32 * heads * 266
-    assert any("some hold the same" in note for note in report["notes"]) == (gpus > 8)
+    assert any("heads are replicated" in note for note in report["notes"]) == (gpus > 8)
 
 
 def test_gpus_that_heads_do_not_divide_among_are_refused(
