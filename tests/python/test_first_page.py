@@ -43,7 +43,7 @@ def error(cache: PagedKvCache, sequence: int) -> float:
 
 
 @FORMATS
-def test_tokens_that_come_one_by_one_are_as_near_as_tokens_that_come_at_once(format) -> None:
+def test_tokens_appended_one_by_one_are_as_accurate_as_tokens_appended_at_once(format) -> None:
     cache = make_cache(format, block_size=BLOCK_SIZE)
     at_once, slowly = cache.new_sequence(), cache.new_sequence()
     extend(cache, at_once, *text(HALF))
@@ -51,7 +51,7 @@ def test_tokens_that_come_one_by_one_are_as_near_as_tokens_that_come_at_once(for
     assert error(cache, slowly) <= AS_GOOD * error(cache, at_once)
 
 
-def test_a_step_that_writes_over_low_bytes_rounds_those_rows_twice_and_not_worse() -> None:
+def test_a_step_that_overwrites_low_bytes_at_most_doubles_the_error() -> None:
     cache = make_cache("int8", block_size=BLOCK_SIZE)
     at_once, in_two = cache.new_sequence(), cache.new_sequence()
     k, v = text(BLOCK_SIZE)
@@ -88,7 +88,7 @@ def saved(cache: PagedKvCache, sequence: int, folder: Path) -> tuple[PagedKvCach
 
 @FORMATS
 @pytest.mark.parametrize("change", [forked, aborted], ids=lambda change: change.__name__)
-def test_what_happens_to_a_short_sequence_leaves_its_page_as_it_was(format, change: Callable) -> None:
+def test_operations_on_a_short_sequence_do_not_change_its_page(format, change: Callable) -> None:
     plain, other = (make_cache(format, block_size=BLOCK_SIZE) for _ in range(2))
     sequence, changed = plain.new_sequence(), other.new_sequence()
     one_by_one(plain, sequence, 0, 20)
@@ -100,7 +100,7 @@ def test_what_happens_to_a_short_sequence_leaves_its_page_as_it_was(format, chan
 
 
 @FORMATS
-def test_a_saved_short_sequence_goes_on_bit_for_bit(format, tmp_path) -> None:
+def test_a_restored_short_sequence_continues_bit_for_bit(format, tmp_path) -> None:
     cache = make_cache(format, block_size=BLOCK_SIZE)
     sequence = cache.new_sequence()
     one_by_one(cache, sequence, 0, 20)
@@ -111,7 +111,7 @@ def test_a_saved_short_sequence_goes_on_bit_for_bit(format, tmp_path) -> None:
 
 
 @FORMATS
-def test_low_bytes_of_tokens_that_were_taken_back_are_not_read(format) -> None:
+def test_low_bytes_of_truncated_tokens_are_not_read(format) -> None:
     cache = make_cache(format, block_size=BLOCK_SIZE)
     at_once, sequence = cache.new_sequence(), cache.new_sequence()
     extend(cache, at_once, *text(HALF))
@@ -131,7 +131,7 @@ def test_low_bytes_of_tokens_that_were_taken_back_are_not_read(format) -> None:
     assert error(cache, emptied) <= 2 * error(cache, at_once)
 
 
-def test_a_file_keeps_nothing_of_a_page_s_former_tokens(tmp_path) -> None:
+def test_a_file_has_no_bytes_of_a_page_s_former_tokens(tmp_path) -> None:
     def written(former: bool) -> bytes:
         cache = make_cache("int8", block_size=BLOCK_SIZE, num_blocks=2)
         gone = cache.new_sequence()

@@ -21,8 +21,8 @@ padded on the left; two turns; three beams. Tokens must equal those of eager att
 to rounding (beams: tokens alone). A model that a `KvarnCache` was made for must do the same with a cache of
 transformers afterwards, and `int4` must run; its accuracy is not compared, since random weights say nothing of it.
 
-Sizes are shrunk (except Gemma 4's heads of 512), and other settings are a class's defaults, plus kinds of layers that its
-models have and its default lacks. In every class, heads whose size is not a multiple of 16, or above 256, stay
+Sizes are shrunk (except Gemma 4's heads of 512), and other settings are a class's defaults, plus kinds of layers that
+its models have and its default lacks. In every class, heads whose size is not a multiple of 16, or above 256, stay
 unquantized, with a warning.
 """
 
