@@ -21,7 +21,7 @@
 //!
 //! Start reading at [`cache`], which runs these operations in order; then [`mod@format`] (the byte layout), [`quant`] (the
 //! specification of the arithmetic, in scalar f32), [`paging`] and [`plan`] (integers only), and [`backend`] (memory and
-//! kernels). A module imports only from rows above its own:
+//! kernels). A module imports only from its own row and those above:
 //!
 //! | layer | modules |
 //! |---|---|

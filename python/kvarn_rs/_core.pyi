@@ -562,7 +562,7 @@ def simd_level() -> str:
     """The SIMD level of new caches: the fastest of this machine, or the one named by `KVARN_SIMD`."""
 
 def first_seen(position: int, window: int | None) -> int:
-    """First position that the query at `position` sees, itself included, under a window of so many tokens or `None`."""
+    """The first position that the query at `position` sees, under a window in tokens (itself included) or `None`."""
 
 def is_prefill(block_size: int, context_len: int, num_new: int) -> bool:
     """Whether `num_new` tokens after `context_len` are a prefill, whose tokens attend to each other unquantized.

@@ -257,7 +257,7 @@ impl Calibration {
         archive::save(path, &write::contents(&frozen, query_tokens, fingerprint, model))
     }
 
-    /// The frozen layers, and the query tokens that the one which saw the fewest has seen.
+    /// The frozen layers, and the fewest query tokens that one of them observed.
     fn frozen(&self) -> Result<(Box<write::Layers>, usize)> {
         let mut query_tokens = usize::MAX;
         let mut frozen = Vec::new();
