@@ -1,4 +1,4 @@
-# The one definition of every command; README, CONTRIBUTING and CI call these.
+# All commands of the project; README, CONTRIBUTING and CI use these recipes.
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
@@ -14,31 +14,31 @@ export PATH := venv / "bin:" + env("PATH")
 default:
     @{{ just_executable() }} --list --unsorted
 
-# Everything that Python needs, into .venv: torch, transformers, the demo weights, the tools (a second when done)
+# Install Python dependencies into .venv: torch, transformers, demo weights, tools (a second if already installed)
 setup:
     test -x "{{ venv }}/bin/python" || uv venv "{{ venv }}"
     uv pip install -r pyproject.toml {{ extras }}
 
-# Build the Rust core and install the package from this folder into .venv
+# Build the Rust core and install the package in development mode into .venv
 dev: setup
     maturin develop --uv --release
 
-# Install, then run the main job on real weights: a 1,735-token prompt, every format beside the unquantized cache
+# Install, then run the demo: a 1,735-token prompt on real weights, every format compared with the unquantized cache
 demo *OPTIONS="": dev
     kvarn generate --model demo --compare --ladder --prompt-file examples/prompt.txt {{ OPTIONS }}
 
 # Install, then run every test
 check: test test-py
 
-# Rust tests (names pick some)
+# Run the Rust tests, or those with NAMES
 test *NAMES="":
     cargo test -- {{ NAMES }}
 
-# Python tests (pytest's options)
+# Run the Python tests (OPTIONS are pytest's)
 test-py *OPTIONS="": dev
     pytest {{ OPTIONS }}
 
-# Formatting, clippy, rustdoc, ruff, types, stubs: no warnings
+# Check formatting, clippy, rustdoc, ruff, types and stubs; warnings are errors
 lint: dev
     cargo fmt --check
     cargo clippy --all-targets -- -D warnings
@@ -55,36 +55,36 @@ fmt: setup
     ruff check --fix
     ruff format
 
-# Rewrite the golden files from the code as it is; a change of bytes raises FORMAT_VERSION first
+# Rewrite the golden files from the current code; raise FORMAT_VERSION first if bytes change
 gen:
     KVARN_BLESS=1 cargo test --test '*golden*'
 
-# Every causal language model of transformers, tiny, on a KvarnCache: writes docs/models.md (NAMES print some; --jobs N)
+# Try every causal language model of transformers, shrunk, on a KvarnCache; writes docs/models.md (NAMES: print only those; --jobs N)
 models *OPTIONS="": dev
     PYTHONPATH=tests/python python -m model_classes {{ OPTIONS }}
 
-# Decode attention against torch on this machine (options of `kvarn bench attend`)
+# Measure decode attention against torch (OPTIONS are those of `kvarn bench attend`)
 bench *OPTIONS="": dev
     kvarn bench attend {{ OPTIONS }}
 
-# Paging, planning, sealing and attention in Rust (criterion's options and names)
+# Measure paging, planning, sealing and attention in Rust (OPTIONS are criterion's)
 bench-rust *OPTIONS="":
     cargo bench --bench paging --bench plan --bench seal --bench attend -- {{ OPTIONS }}
 
-# Fuzz a target of fuzz/ from its corpus (libFuzzer's options; a nightly toolchain, cargo-fuzz). New finds go to target/fuzz
+# Fuzz a target of fuzz/ from its corpus (OPTIONS are libFuzzer's; needs nightly, cargo-fuzz); new inputs go to target/fuzz
 fuzz TARGET *OPTIONS="-max_total_time=60":
     mkdir -p target/fuzz/{{ TARGET }}
     RAYON_NUM_THREADS=1 cargo +nightly fuzz run {{ TARGET }} target/fuzz/{{ TARGET }} fuzz/corpus/{{ TARGET }} -- -max_len=8192 {{ OPTIONS }}
 
-# Rust's own tests of everything but the kernels under Miri (a nightly toolchain with it)
+# Run the Rust unit tests of everything except the kernels under Miri (needs nightly)
 miri *NAMES="archive:: format:: paging:: plan:: quant::":
     PROPTEST_CASES=8 MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --lib -- {{ NAMES }}
 
-# What Miri cannot run, kernels and files, under the address sanitizer (a nightly toolchain)
+# Run the tests that Miri cannot, of kernels and files, under the address sanitizer (needs nightly)
 asan *OPTIONS="--lib --test backend_parity --test sealing --test sealing_model --test cache_file --test cache_errors":
     RUSTFLAGS="-Zsanitizer=address" cargo +nightly test --target x86_64-unknown-linux-gnu --target-dir target/asan {{ OPTIONS }}
 
-# The release wheel, installed into an empty environment and started there: no torch, no numpy
+# Build the release wheel and smoke-test it in an empty environment, without torch or numpy
 wheel: setup
     rm -rf target/wheels
     maturin build --release --strip --out target/wheels
@@ -95,14 +95,14 @@ wheel: setup
     cd target && "{{ wheel_env }}/bin/kvarn" doctor --json
     ls -l target/wheels
 
-# All that a change must pass
+# Run everything that a change must pass
 all: lint check wheel
 
-# What CI runs, from a clone with nothing installed
+# Run what CI runs, starting from a bare clone
 ci:
     bash .ci/run
 
-# Remove what was built; .venv stays
+# Remove build outputs, except .venv
 clean:
     cargo clean
     rm -f python/kvarn_rs/*.so

@@ -1,4 +1,4 @@
-//! A layer's append and attention: a decode token after 4,096, and a prefill of 1,024, in every format.
+//! Benchmark of append and attention of one layer, in every format: a decode step after 4,096 tokens, a prefill of 1,024.
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};

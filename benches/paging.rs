@@ -1,4 +1,4 @@
-//! Block tables of 256 sequences: a decode step of all, a fork, a prefix that is found.
+//! Benchmark of paging with 256 sequences: a decode step of all, a fork, and a prefix match.
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use kvarn::paging::{Paging, Room, SequenceId, StepRequest};

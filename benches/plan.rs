@@ -1,4 +1,4 @@
-//! What a step costs besides its kernels: `begin_step` and `commit` of one decode token each for 256 sequences.
+//! Benchmark of a step without its kernels: `begin_step` and `commit` of one decode token each for 256 sequences.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use kvarn::backend::{Fresh, TensorView};

@@ -1,4 +1,4 @@
-//! Sealing a block of 128 tokens, and learning what it uses.
+//! Benchmark of sealing a block of 128 tokens, and of learning the calibration that it uses.
 
 #[path = "../tests/common/mod.rs"]
 mod common;

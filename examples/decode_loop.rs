@@ -1,6 +1,6 @@
 //! A decode loop over the paged cache from Rust, without Python: prefill, a shared prefix, decode steps in a batch.
 //!
-//! The "model" is one attention layer with random projections, so that the file shows the cache and nothing else.
+//! The "model" is one attention layer with random projections, so that the example shows only the cache.
 //! Run: `cargo run --release --example decode_loop`
 
 use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
@@ -24,7 +24,7 @@ fn project(token_ids: &[u32], heads: usize, seed: u32) -> Vec<f32> {
     out
 }
 
-/// One step: `counts[i]` rows for `sequences[i]`, tokens in order. Gives the attention output, `[Q_HEADS, rows, HEAD_DIM]`.
+/// Runs one step of `counts[i]` rows for `sequences[i]` and returns the attention output `[Q_HEADS, rows, HEAD_DIM]`.
 fn step(cache: &mut PagedKvCache, sequences: &[SequenceId], counts: &[usize], tokens: &[u32]) -> Result<Vec<f32>> {
     let rows = tokens.len();
     let (k, v) = (project(tokens, KV_HEADS, 1), project(tokens, KV_HEADS, 2));

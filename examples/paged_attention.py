@@ -1,7 +1,7 @@
-"""A serving loop in miniature, without a framework: two sequences, a prefill, a fork, decode, all through one cache.
+"""A minimal serving loop without a framework: prefill, fork, decode and rollback of several sequences in one cache.
 
-Random keys, values and queries stand in for a model. Everything that the cache answers is compared with attention
-over the same keys and values kept dense, in float64.
+Random keys, values and queries stand in for a model. Every output is compared with dense attention in float64 on the
+same keys and values.
 """
 
 import numpy as np
@@ -28,13 +28,13 @@ def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Runs the loop and prints what it held and how far it was from dense."""
+    """Runs the loop, and prints statistics of the cache and the largest error."""
     cache = PagedKvCache(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, format="int8", block_size=16)
     history: dict[int, list[list[np.ndarray]]] = {}  # sequence -> layer -> its dense keys and values
     worst = 0.0
 
     def step(sequences: list[int], counts: list[int]) -> None:
-        """Every layer appends and attends, for all sequences at once: their rows lie one after the other."""
+        """Appends and attends in every layer, for all sequences at once; their rows are packed."""
         nonlocal worst
         with cache.begin_step(sequences, counts) as step:
             for layer in range(LAYERS):

@@ -1,4 +1,5 @@
-//! What can go wrong, in one type. Every message carries its numbers; an operation that returns an error has changed nothing.
+//! The error type of the crate. Messages include the numbers involved; an operation that returns an error has changed
+//! nothing.
 
 /// The error of every fallible function of this crate.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -9,85 +10,85 @@ pub enum Error {
     UnknownFormat {
         /// The name as given.
         given: String,
-        /// The known names, comma separated.
+        /// The known names, comma-separated.
         known: String,
     },
-    /// A setting, or two settings together, that cannot work.
+    /// An invalid setting, or two settings that contradict each other.
     #[error("{0}")]
     Config(String),
-    /// A calibration that cannot be used: not one, damaged, of another version, or of another model.
+    /// A calibration file that cannot be written or used: not a calibration, damaged, or of another version or model.
     #[error("{0}")]
     Calibration(String),
-    /// A cache file that cannot be used: not one, damaged, or of another version.
+    /// A cache file that cannot be written or used: not a cache, damaged, or of another version.
     #[error("{0}")]
     CacheFile(String),
-    /// Something that is well formed but that this build or format does not do.
+    /// A well-formed request that this build, format or device does not support.
     #[error("{0}")]
     Unsupported(String),
     /// The pool has fewer free blocks than the operation needs.
     #[error("out of blocks: needed {needed}, free {free}")]
     OutOfBlocks {
-        /// Blocks the operation would have taken.
+        /// Blocks that the operation would have allocated.
         needed: usize,
-        /// Blocks that were free (cached prefix blocks count as free).
+        /// Blocks that were free, cached prefix blocks included.
         free: usize,
     },
     /// The pool has fewer free pages for open blocks than the operation needs.
     #[error("out of open pages: needed {needed}, free {free} (num_open_pages bounds them)")]
     OutOfOpenPages {
-        /// Pages the operation would have taken.
+        /// Pages that the operation would have allocated.
         needed: usize,
         /// Pages that were free.
         free: usize,
     },
-    /// A sequence id that was never given out, or was freed.
+    /// A sequence id that was never allocated, or was freed.
     #[error("unknown sequence {id}")]
     UnknownSequence {
-        /// The id as given.
+        /// The unknown id.
         id: u64,
     },
-    /// The id of a block, or of a page, that the backend has no memory for.
+    /// A block or page id beyond the backend's memory.
     #[error("unknown block or page {id}: there is memory for {num_blocks}")]
     UnknownBlock {
-        /// The id as given.
+        /// The id out of range.
         id: u32,
-        /// Blocks, or pages, that there is memory for.
+        /// Blocks, or pages, in the backend's memory.
         num_blocks: usize,
     },
-    /// A truncation to a length that the sequence does not have, or whose tokens were released.
+    /// A truncation to more tokens than the sequence has, or to where the window has released tokens.
     #[error("cannot roll sequence {id} back to {requested} tokens: it holds tokens {floor}..{len}")]
     RollbackTooFar {
         /// The sequence.
         id: u64,
-        /// The length asked for.
+        /// The requested length.
         requested: usize,
-        /// The first token still held (earlier ones left the sliding window).
+        /// The first token not released by the sliding window.
         floor: usize,
         /// The committed length.
         len: usize,
     },
-    /// A truncation into a block that is sealed: its tokens cannot be written over one by one.
+    /// A truncation into a sealed block, whose tokens cannot be overwritten one by one.
     #[error("cannot roll sequence {id} back to {requested} tokens: tokens {start}..{end} are sealed")]
     Sealed {
         /// The sequence.
         id: u64,
-        /// The length asked for.
+        /// The requested length.
         requested: usize,
         /// First token of the sealed block.
         start: usize,
         /// One past its last token.
         end: usize,
     },
-    /// A sequence that is part of an open step, where only a settled one will do.
+    /// An operation on a sequence that is part of an open step.
     #[error("sequence {id} is part of an open step: commit or abort it first")]
     OpenStep {
         /// The sequence.
         id: u64,
     },
-    /// A step that is not, or no longer, open: committed, aborted, of another cache, or its sequences have moved on.
+    /// A step that is not open: it was committed or aborted, belongs to another cache, or its sequences have changed since.
     #[error("{0}")]
     StaleStep(String),
-    /// A step that is committed, or a layer attended to, before its keys and values are there.
+    /// A step committed, or a layer attended to, before its keys and values were appended.
     #[error("the step is not complete: no keys and values yet for layers {missing:?}")]
     IncompleteStep {
         /// Layers without an append.
@@ -98,9 +99,9 @@ pub enum Error {
     Shape {
         /// The tensor's name in the signature.
         name: &'static str,
-        /// The shape it must have, in words.
+        /// The expected shape, as text.
         expected: String,
-        /// Its shape.
+        /// The actual shape.
         got: Vec<usize>,
     },
     /// A tensor whose element type is not accepted.
@@ -108,9 +109,9 @@ pub enum Error {
     Dtype {
         /// The tensor's name in the signature.
         name: &'static str,
-        /// The accepted dtypes, in words.
+        /// The accepted dtypes, as text.
         expected: String,
-        /// Its dtype.
+        /// The actual dtype.
         got: String,
     },
     /// A tensor whose strides cannot be read without a copy.
@@ -121,23 +122,23 @@ pub enum Error {
         /// Its strides, in elements.
         strides: Vec<isize>,
     },
-    /// Two tensors, or two elements of one, that share memory where one of them is written.
+    /// A tensor to write to whose memory overlaps another tensor's, or whose elements overlap each other.
     #[error("{name}: its memory overlaps {other}")]
     Overlap {
         /// The tensor that is written.
         name: &'static str,
-        /// What it overlaps, in words.
+        /// What it overlaps, as text.
         other: String,
     },
-    /// Memory that the machine does not give.
+    /// A failed allocation.
     #[error("out of memory: {bytes} bytes for {what}")]
     OutOfMemory {
-        /// Bytes asked for, all together.
+        /// Bytes requested, in total.
         bytes: usize,
-        /// What they are for.
+        /// Their purpose.
         what: &'static str,
     },
-    /// A tensor on a device that this cache does not live on.
+    /// A tensor on another device than the cache's.
     #[error("{name}: expected a tensor on {expected}, got one on {got}")]
     Device {
         /// The tensor's name in the signature.
@@ -147,18 +148,18 @@ pub enum Error {
         /// The tensor's device.
         got: String,
     },
-    /// A NaN or an infinity where keys and values are taken in.
+    /// A NaN or infinity in appended keys or values.
     #[error("{name}: non-finite value {value} at token row {row}, head {head}, channel {channel}")]
     NonFinite {
         /// The tensor's name in the signature.
         name: &'static str,
-        /// Row of the step (padding rows included).
+        /// Row of the step, counting padding rows.
         row: usize,
         /// Key/value head.
         head: usize,
         /// Channel.
         channel: usize,
-        /// The value found.
+        /// The non-finite value.
         value: f32,
     },
 }

@@ -1,6 +1,6 @@
-//! kvarn keeps the key/value cache of an LLM quantized, in pages, and attends to it without unpacking it first.
+//! A quantized, paged key/value cache for LLM inference, with attention that reads the quantized data directly.
 //!
-//! A token's life is four verbs:
+//! Tokens are appended to INT8 pages, full pages are sealed into tiles, and attention reads both:
 //!
 //! ```text
 //!          k, v (one step)                                             q
@@ -14,22 +14,23 @@
 //!                                plan <- paging (block pool, sequences, places, open pages, prefix index)
 //! ```
 //!
-//! The arrays of a plan are those of [`format::PlanArray`]. Where each block of a sequence is read stands in the table of
-//! [`paging::Places`], which persists; `rows` are its rows.
+//! [`format::PlanArray`] lists the arrays of a plan. The table [`paging::Places`], which persists between steps, says where
+//! each block of a sequence is read from; `rows` are indices into it.
 //!
-//! `int8` and `raw` blocks stay pages; `int4`, `int3` and `int2` ones are sealed when they are full.
+//! Blocks of `int8` and `raw` stay pages; full blocks of `int4`, `int3` and `int2` are sealed.
 //!
-//! Start reading at [`cache`], the only file that orders the verbs; then [`mod@format`] (what each byte means), [`quant`]
-//! (the specification, in scalar f32), [`paging`] and [`plan`] (integers), [`backend`] (the work). Imports point down:
+//! Start reading at [`cache`], which runs these operations in order; then [`mod@format`] (the byte layout), [`quant`] (the
+//! specification of the arithmetic, in scalar f32), [`paging`] and [`plan`] (integers only), and [`backend`] (memory and
+//! kernels). A module imports only from its own row and those above:
 //!
 //! | layer | modules |
 //! |---|---|
-//! | words | [`error`], [`mod@format`], [`config`], [`archive`] |
-//! | maths | [`quant`] |
-//! | places | [`paging`] |
-//! | intent | [`plan`] |
-//! | work | [`backend`] |
-//! | story | [`cache`], [`calibration`] |
+//! | definitions | [`error`], [`mod@format`], [`config`], [`archive`] |
+//! | arithmetic | [`quant`] |
+//! | allocation | [`paging`] |
+//! | planning | [`plan`] |
+//! | execution | [`backend`] |
+//! | cache | [`cache`], [`calibration`] |
 //!
 //! ```
 //! use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
@@ -59,7 +60,7 @@
 //! ```
 
 #[cfg(target_endian = "big")]
-compile_error!("records and files are little-endian, and are used as they lie in memory: there is no big-endian build");
+compile_error!("big-endian targets are not supported: kernels read little-endian records without conversion");
 
 pub mod archive;
 pub mod backend;

@@ -1,4 +1,4 @@
-//! Bad input through the Rust API: a typed error that names the numbers, and nothing changed.
+//! Invalid input to the Rust API: a typed error with the numbers involved, and no change.
 
 mod common;
 
@@ -79,7 +79,7 @@ fn a_value_that_is_not_finite_is_named_and_nothing_is_written() {
 }
 
 #[test]
-fn padding_may_hold_anything() {
+fn padding_may_have_any_value() {
     let mut cache = PagedKvCache::new(config()).unwrap();
     let sequence = cache.new_sequence();
     let step = cache.begin_step(&[(sequence, Rows::Masked(&[false, true]))], false).unwrap();
@@ -93,7 +93,7 @@ fn padding_may_hold_anything() {
 }
 
 #[test]
-fn sequences_and_steps_that_are_gone_are_refused() {
+fn freed_sequences_and_ended_steps_are_refused() {
     let (mut cache, held) = filled();
     let gone = cache.new_sequence();
     cache.free(gone).unwrap();
@@ -115,7 +115,7 @@ fn sequences_and_steps_that_are_gone_are_refused() {
 }
 
 #[test]
-fn a_rollback_too_far_names_what_is_held() {
+fn a_rollback_too_far_names_the_stored_tokens() {
     let (mut cache, held) = filled();
     let error = cache.truncate(held, 21).unwrap_err();
     assert_eq!(error, Error::RollbackTooFar { id: held.0, requested: 21, floor: 0, len: 20 });
@@ -157,7 +157,7 @@ fn tensors_of_the_wrong_shape_or_type_are_refused() {
 }
 
 #[test]
-fn raw_pages_take_their_own_dtype_only() {
+fn raw_pages_accept_only_their_own_dtype() {
     let config = CacheConfig { format: Format::Raw, dtype: Dtype::Bf16, ..config() };
     let mut cache = PagedKvCache::new(config).unwrap();
     let sequence = cache.new_sequence();

@@ -1,4 +1,4 @@
-//! A cache that is saved is had again: the same sequences in the same blocks, to the bit.
+//! Cache files: the same sequences in the same blocks are restored bit for bit, and invalid files are refused.
 
 mod common;
 #[path = "cache_file/damaged.rs"]
@@ -149,7 +149,7 @@ fn assert_comes_back(config: CacheConfig) {
 }
 
 #[test]
-fn every_format_comes_back_and_goes_on_as_if_nothing_had_been() {
+fn every_format_is_restored_and_continues_identically() {
     for format in Format::ALL {
         for (head_dim, block_size) in BLOCK_SIZES.into_iter().enumerate().map(|(i, size)| ([16, 48, 96, 128][i], size))
         {
@@ -160,14 +160,14 @@ fn every_format_comes_back_and_goes_on_as_if_nothing_had_been() {
 }
 
 #[test]
-fn raw_pages_of_every_dtype_come_back() {
+fn raw_pages_of_every_dtype_are_restored() {
     for dtype in Dtype::ALL {
         assert_comes_back(CacheConfig { dtype, ..config(Format::Raw, 80, 32) });
     }
 }
 
 #[test]
-fn what_a_window_released_stays_released() {
+fn blocks_released_by_a_window_stay_released() {
     for format in [Format::Raw, Format::Int8, Format::Int4] {
         let config = CacheConfig { window: Some(20), ..config(format, 32, 16) };
         let cache = filled(config.clone());
@@ -178,7 +178,7 @@ fn what_a_window_released_stays_released() {
 }
 
 #[test]
-fn bounded_pools_come_back_bounded() {
+fn bounded_pools_are_restored_bounded() {
     let config = CacheConfig { num_blocks: Some(24), num_open_pages: Some(12), ..config(Format::Int4, 32, 16) };
     assert_comes_back(config.clone());
     let mut read = PagedKvCache::from_bytes(&to_bytes(&filled(config))).expect("what was written");
@@ -201,7 +201,7 @@ fn a_bound_takes_no_memory_before_a_step_needs_it() {
 }
 
 #[test]
-fn sharing_is_kept_and_a_shared_page_is_still_copied_before_it_is_written() {
+fn sharing_is_restored_and_shared_pages_are_copied_on_write() {
     for format in [Format::Int8, Format::Int4] {
         let mut cache = PagedKvCache::new(config(format, 32, 16)).expect("settings");
         let first = cache.new_sequence();
@@ -217,7 +217,7 @@ fn sharing_is_kept_and_a_shared_page_is_still_copied_before_it_is_written() {
 }
 
 #[test]
-fn the_bytes_tell_nothing_of_what_is_gone() {
+fn files_have_no_bytes_of_freed_tokens() {
     for format in [Format::Raw, Format::Int8, Format::Int4] {
         let lone = |gone: Option<u64>| {
             let mut cache = PagedKvCache::new(config(format, 32, 16)).expect("settings");
@@ -236,7 +236,7 @@ fn the_bytes_tell_nothing_of_what_is_gone() {
 }
 
 #[test]
-fn the_level_that_wrote_says_nothing_to_the_one_that_reads() {
+fn files_do_not_depend_on_the_simd_level() {
     let [scalar, best] = [Level::Scalar, Level::best()].map(|level| {
         let mut cache = PagedKvCache::with_level(config(Format::Int3, 64, 32), level).expect("settings");
         let sequence = cache.new_sequence();
@@ -247,7 +247,7 @@ fn the_level_that_wrote_says_nothing_to_the_one_that_reads() {
 }
 
 #[test]
-fn what_cannot_be_saved_is_refused() {
+fn a_cache_that_cannot_be_saved_is_refused() {
     let mut cache = filled(config(Format::Int4, 32, 16));
     let sequence = cache.sequences()[1];
     let open = cache.begin_step(&[(sequence, Rows::All(1))], false).expect("room");
@@ -278,7 +278,7 @@ fn a_file_holds_any_number_of_caches_and_a_note() {
 }
 
 #[test]
-fn an_empty_cache_comes_back() {
+fn an_empty_cache_is_restored() {
     for format in Format::ALL {
         let mut cache = PagedKvCache::new(config(format, 32, 16)).expect("settings");
         let (gone, kept) = (cache.new_sequence(), cache.new_sequence());
@@ -291,7 +291,7 @@ fn an_empty_cache_comes_back() {
 }
 
 #[test]
-fn a_file_on_disk_is_there_whole_or_not_at_all() {
+fn files_are_written_atomically() {
     let folder = folder("cache_saved");
     let path = folder.join("prompt.kvarn");
     fs::write(&path, "what was there before").expect("a file");
@@ -333,7 +333,7 @@ fn the_kind_of_a_file_is_what_its_header_says() {
 }
 
 #[test]
-fn what_a_file_holds_can_be_had_without_its_memory() {
+fn inspect_summarizes_a_file_without_allocating_blocks() {
     let path = folder("cache_inspected").join("x");
     let cache = filled(config(Format::Int4, 32, 16));
     file::save(&path, &[&cache], "a note").expect("a folder to write to");
@@ -352,7 +352,7 @@ fn what_a_file_holds_can_be_had_without_its_memory() {
 }
 
 #[test]
-fn what_cannot_be_read_or_written_is_named() {
+fn io_errors_name_the_file() {
     let folder = folder("cache_unread");
     let refused = |path: &PathBuf, expected: &str| {
         for error in [PagedKvCache::load(path).map(drop), file::inspect(path).map(drop)] {

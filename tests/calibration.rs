@@ -1,4 +1,4 @@
-//! What a calibration learns of the tokens that it is shown, and when it stops.
+//! Calibrations: what they learn from observed tokens, and when they freeze.
 
 mod common;
 
@@ -141,7 +141,7 @@ fn the_feedback_is_that_of_the_mean_product_of_a_head_s_own_group_of_queries() {
 }
 
 #[test]
-fn how_tokens_are_cut_into_calls_changes_no_bit() {
+fn splitting_tokens_into_calls_changes_no_bit() {
     let tokens = Tokens::new(SHAPE, QUERY_TOKENS + 700, 2);
     let whole = frozen_after(&tokens, QUERY_TOKENS).to_bytes("f", "m").expect("frozen");
     for chunk in [1, 7, 512, 700] {
@@ -164,7 +164,7 @@ fn the_last_call_is_cut_at_2048_tokens_exactly() {
 }
 
 #[test]
-fn a_seal_gets_nothing_then_the_prompt_s_own_then_what_is_frozen() {
+fn for_seal_returns_nothing_then_the_prompt_s_then_the_frozen_calibration() {
     let tokens = Tokens::new(SHAPE, 3000, 4);
     let calibration = Calibration::new();
     let for_seal = || calibration.for_seal(5).expect("factors");
@@ -194,7 +194,7 @@ fn a_seal_gets_nothing_then_the_prompt_s_own_then_what_is_frozen() {
 }
 
 #[test]
-fn what_was_asked_for_early_does_not_change_what_is_frozen() {
+fn early_factoring_does_not_change_the_frozen_calibration() {
     let tokens = Tokens::new(SHAPE, QUERY_TOKENS, 5);
     let (asked, not_asked) = (Calibration::new(), Calibration::new());
     for from in (0..QUERY_TOKENS).step_by(128) {
@@ -206,7 +206,7 @@ fn what_was_asked_for_early_does_not_change_what_is_frozen() {
 }
 
 #[test]
-fn rows_that_are_not_finite_are_passed_over_and_not_counted() {
+fn non_finite_rows_are_skipped_and_not_counted() {
     let tokens = Tokens::new(SHAPE, 300, 6);
     let clean = Calibration::new();
     let mut dirty = Tokens::new(SHAPE, 300, 6);
@@ -237,7 +237,7 @@ fn a_large_mean_does_not_cancel_the_deviation() {
 }
 
 #[test]
-fn heads_without_numbers_to_factor_round_plainly() {
+fn heads_that_cannot_be_factored_have_no_feedback() {
     for size in [0.0, 1e-30, 1e30] {
         let mut tokens = Tokens::new(SHAPE, 200, 9);
         tokens.q.iter_mut().chain(&mut tokens.k).for_each(|x| *x *= size);
@@ -249,7 +249,7 @@ fn heads_without_numbers_to_factor_round_plainly() {
 }
 
 #[test]
-fn the_state_is_the_least_of_the_layers_and_each_is_listed() {
+fn the_state_is_that_of_the_least_advanced_layer_and_each_is_listed() {
     let tokens = Tokens::new(SHAPE, QUERY_TOKENS, 10);
     let calibration = Calibration::new();
     assert_eq!((calibration.state(), calibration.layers()), (State::No, vec![]));
@@ -266,7 +266,7 @@ fn the_state_is_the_least_of_the_layers_and_each_is_listed() {
 }
 
 #[test]
-fn freezing_takes_every_layer_or_none() {
+fn freeze_is_all_or_nothing() {
     let tokens = Tokens::new(SHAPE, 500, 11);
     let calibration = Calibration::new();
     assert!(matches!(calibration.freeze(), Err(Error::Config(_))), "nothing seen");
@@ -325,7 +325,7 @@ fn rows_that_do_not_fit_their_shape_are_refused() {
 }
 
 #[test]
-fn layers_learn_side_by_side_and_pool_workers_do_not_wait_for_themselves() {
+fn concurrent_factoring_does_not_deadlock_pool_workers() {
     use rayon::prelude::*;
     let shape = HeadShape { num_q_heads: 16, num_kv_heads: 8, head_dim: 64 };
     let tokens = Tokens::new(shape, 512, 13);

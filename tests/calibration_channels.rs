@@ -1,4 +1,4 @@
-//! What a calibration says of a head's channels, for the statistics of pages.
+//! The channel statistics of a calibration, which the statistics of pages use.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! What is written is read back, and what is not such a file is refused, typed, whatever its bytes.
+//! Calibration files: round trips, and typed errors for every invalid file.
 
 mod common;
 
@@ -84,7 +84,7 @@ fn assert_refused(bytes: &[u8], expected: &str) {
 }
 
 #[test]
-fn what_is_written_is_read_back() {
+fn a_written_calibration_is_read_back() {
     let (made, read) = (frozen(), Calibration::from_bytes(valid(), Some("abc123")).expect("a valid file"));
     for layer in LAYERS {
         assert_eq!(made.layer(layer), read.layer(layer));
@@ -127,7 +127,7 @@ fn other_programs_read_it_as_safetensors() {
 }
 
 #[test]
-fn only_what_is_frozen_is_written() {
+fn only_frozen_layers_are_written() {
     let calibration = Calibration::new();
     let nothing = calibration.to_bytes("f", "m").expect_err("nothing is frozen");
     assert!(matches!(&nothing, Error::Config(message) if message.contains("2048")), "{nothing}");
@@ -149,7 +149,7 @@ fn a_file_of_another_model_is_refused_naming_both() {
 }
 
 #[test]
-fn what_is_no_calibration_is_refused() {
+fn a_file_that_is_not_a_calibration_is_refused() {
     assert_refused(b"", "0 bytes");
     assert_refused(b"{\"not\": \"safetensors\"}", "not a safetensors file of 22 bytes");
     assert_refused(&u64::MAX.to_le_bytes(), "not a safetensors file");
@@ -175,11 +175,11 @@ fn what_is_no_calibration_is_refused() {
     let sum = json!({"dtype": "U8", "shape": [4], "data_offsets": [0, 4]});
     empty.header = json!({"__metadata__": empty.header["__metadata__"], "checksum": sum});
     empty.data.truncate(4);
-    assert!(empty.refusal().contains("it holds no layer"));
+    assert!(empty.refusal().contains("no layers"));
 }
 
 #[test]
-fn tensors_that_are_missing_or_odd_are_refused() {
+fn missing_or_malformed_tensors_are_refused() {
     let rename = |from: &str, to: &str| {
         let mut parts = Parts::new();
         let tensors = parts.header.as_object_mut().expect("an object");
@@ -211,7 +211,7 @@ fn tensors_that_are_missing_or_odd_are_refused() {
 }
 
 #[test]
-fn values_that_no_calibration_has_are_refused() {
+fn invalid_values_are_refused() {
     let set = |tensor: &str, index: usize, value: f32| {
         let mut parts = Parts::new();
         parts.set_float(tensor, index, value);
@@ -243,14 +243,14 @@ fn values_that_no_calibration_has_are_refused() {
 }
 
 #[test]
-fn no_bit_of_a_file_changes_unnoticed() {
+fn every_bit_flip_is_detected() {
     assert_damage_is_refused(valid(), |bytes| {
         matches!(Calibration::from_bytes(bytes, None), Err(Error::Calibration(_)))
     });
 }
 
 #[test]
-fn layers_that_changed_places_are_refused_though_each_is_valid() {
+fn swapped_layers_are_refused() {
     let mut parts = Parts::new();
     let [first, second] = LAYERS.map(|layer| parts.start(&format!("layers.{layer}.feedback")));
     for at in 0..second - first {
@@ -291,7 +291,7 @@ proptest! {
 }
 
 #[test]
-fn a_file_on_disk_is_there_whole_or_not_at_all() {
+fn files_are_written_atomically() {
     let folder = folder("calibration_saved");
     let path = folder.join("tiny.safetensors");
     fs::write(&path, "what was there before").expect("a file");
@@ -304,7 +304,7 @@ fn a_file_on_disk_is_there_whole_or_not_at_all() {
 }
 
 #[test]
-fn what_cannot_be_read_or_written_is_named() {
+fn io_errors_name_the_file() {
     let folder = folder("calibration_unread");
     let refused = |path: &PathBuf, expected: &str| {
         let error = Calibration::load(path, Some("fed")).expect_err("no such calibration");

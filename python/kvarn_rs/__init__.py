@@ -1,7 +1,7 @@
-"""Quantized, paged key/value cache for LLM inference, attended to without unpacking it.
+"""A quantized, paged key/value cache for LLM inference, with attention that reads the quantized data directly.
 
-`PagedKvCache` is the cache on its own, for torch or numpy CPU tensors; `kvarn_rs.hf` plugs it into Hugging Face
-`generate`. Importing this package imports neither torch nor numpy.
+`PagedKvCache` is the cache without a framework, for torch or numpy CPU tensors; `kvarn_rs.hf` connects it to Hugging
+Face `generate`. Importing this package imports neither torch nor numpy.
 """
 
 from kvarn_rs._core import Calibration, PagedKvCache, Step, __version__, codecs, formats
@@ -30,7 +30,7 @@ FORMATS: tuple[str, ...] = tuple(formats())
 """Names of the cache formats, from the largest to the smallest."""
 
 CODECS: tuple[str, ...] = tuple(codecs())
-"""Names of the schemes that `raw` pages can be quantized with in place, to compare formats by."""
+"""Names of the codecs, which quantize `raw` pages in place to evaluate other schemes."""
 
 __all__ = [
     "CODECS",

@@ -1,6 +1,6 @@
 """The Rust core. Tensors are torch CPU tensors (float32, float16, bfloat16) or numpy arrays (float32, float16).
 
-Queries, keys, values and outputs are used where they lie.
+Queries, keys, values and outputs are read and written in place, without copies.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ __all__ = [
     "PagedKvCache",
     "Step",
     "__version__",
+    "block_bytes",
     "caches_from_bytes",
     "caches_to_bytes",
     "capacity",
@@ -30,7 +31,6 @@ __all__ = [
     "is_prefill",
     "load_caches",
     "num_threads",
-    "page_bytes",
     "save_caches",
     "simd_level",
 ]
@@ -38,10 +38,10 @@ __all__ = [
 __version__: str
 
 DECODE_TOKENS: int
-"""Most new tokens of a sequence in decode, and in the verification of drafts."""
+"""Most new tokens per sequence and step that count as decode (or as the verification of drafts), not as prefill."""
 
 FIRST_TOKENS: int
-"""Fewest query tokens that a layer is calibrated with."""
+"""Fewest query tokens that a layer is calibrated from."""
 
 QUERY_TOKENS: int
 """Query tokens after which a layer's calibration is frozen."""
@@ -51,66 +51,67 @@ _State = Literal["no", "own prompt", "frozen", "file"]
 
 @type_check_only
 class LayerSummary(TypedDict):
-    """What is known of a layer of a calibration."""
+    """A summary of one layer of a calibration."""
 
     layer: int
-    """The model's number of it."""
+    """Its index in the model."""
     num_kv_heads: int
     head_dim: int
     query_tokens: int
-    """Seen; from a file, those of the layer that had seen the fewest."""
+    """Query tokens observed; of a layer from a file, the fewest of all layers in it."""
     state: _State
     rotated_heads: int | None
-    """Heads in whose rotated frame rounding is expected to cost less; `None` while there is nothing to tell by."""
+    """Heads with a smaller expected rounding error in the rotated frame; `None` before the layer is calibrated."""
 
 @type_check_only
 class CacheStats(TypedDict):
-    """Blocks and bytes of a cache; lists have an entry a layer."""
+    """Blocks and bytes of a cache. Lists have one entry per layer."""
 
     blocks_in_use: int
     peak_blocks: int
     free_blocks: int | None
-    """`None` when the pool grows."""
-    open_blocks: int
-    """Blocks with room left."""
+    """`None`: the pool grows as needed."""
+    partial_blocks: int
+    """Blocks in use that are not full."""
     open_pages: int
-    """Of blocks that are not sealed; 0 in formats that never are."""
+    """Pages of blocks that are not sealed; 0 in formats that never seal."""
     peak_open_pages: int
     bytes_in_use: int
-    """Of blocks at rest, and open pages."""
+    """Bytes of the blocks in use, at rest, and of their open pages."""
     peak_bytes: int
     allocated_bytes: int
-    """Address space: a page takes memory when it is first used."""
+    """Address space reserved; the system backs a page with memory when it is first written."""
     bytes_per_block: int
     bytes_per_open_page: int
     bytes_per_token: float
-    """At rest."""
+    """Bytes of a token in a full block at rest."""
     num_sequences: int
     cow_copies: int
     sealed: int
-    """Blocks, so far."""
+    """Blocks sealed so far."""
     unsealed: int
+    """Blocks decoded into a page again so far, by `truncate`."""
     first_page_tokens: int | None
-    """What the statistics of the first page of a sequence that was opened or refitted last were taken over; `None`
-    before there is one, and in `raw`.
+    """Tokens behind the statistics of the sequence's first page that was opened or refitted last; `None` before there
+    is one, and in `raw`.
     """
     calibrated: _State
-    """The least of the layers."""
+    """The state of the least advanced layer."""
     saturation: list[float | None]
-    """The share of the K codes of tiles that were clamped to the ends of their grid; `None` before there is a tile."""
+    """Share of the K codes in tiles that were clamped to the ends of their grid; `None` without tiles."""
     drift: list[float | None]
-    """The deviation of K over the one that its pages were opened with, over the latest 128 or so tokens: 1 where it
-    fits, `None` before there is anything to tell.
+    """Deviation of K over about the last 128 tokens, divided by the deviation that their pages were opened with: 1
+    where the statistics fit, `None` before any token was measured.
     """
     out_of_range_tokens: list[int]
-    """Tokens that are stored wrong because float16 does not hold the scale or zero point of their K or V (V beyond
-    65,504 or all within some 1e-4 of each other, K as large in a tile), counted where they are written to a page and
-    again where their block is sealed.
+    """Tokens stored incorrectly because the scale or zero point of their K or V does not fit float16 (V beyond 65,504,
+    or all within about 1e-4 of each other; K as large, in a tile). Counted when they are written to a page, and again
+    when their block is sealed.
     """
 
 @type_check_only
 class CacheSummary(TypedDict):
-    """What a file holds of a cache: its settings, and bytes of all layers together."""
+    """A summary of one cache in a file: its settings, and bytes over all layers."""
 
     format: str
     dtype: str
@@ -122,57 +123,60 @@ class CacheSummary(TypedDict):
     num_open_pages: int | None
     window: int | None
     sequences: list[tuple[int, int, int]]
-    """Id, tokens, first token held."""
+    """(id, tokens, first token not released by the window) of each sequence."""
     sealed_blocks: int
     open_blocks: int
+    """Blocks that are pages: partly filled, not sealed yet, or of a format that never seals."""
     tile_bytes: int
     page_bytes: int
     bytes_per_token: float
-    """At rest."""
+    """Bytes of a token in a full block at rest."""
 
 @type_check_only
 class Capacity(TypedDict):
-    """What fits in a memory."""
+    """The result of `capacity`."""
 
     sequence_bytes: int
-    """Of one running sequence, whole blocks and its open pages."""
+    """Bytes of one running sequence: whole blocks and open pages."""
     open_bytes: int
-    """The part of it that no token in reach uses at rest."""
+    """The part of `sequence_bytes` beyond the visible tokens at rest: open pages and unused parts of blocks."""
     open_page_bytes: int
-    """The part of that which is open pages, two in every layer and key/value head of formats that seal."""
+    """The part of `open_bytes` that is open pages: in formats that seal, two per layer and key/value head."""
     tokens: int
+    """Tokens that fit."""
     sequences: int
+    """Sequences that fit."""
 
 @final
 class Calibration:
-    """What sealing knows of a model: learned from its first tokens by all its caches together, or out of a file.
+    """Statistics of a model's queries and keys that sealing uses, learned by its caches or loaded from a file.
 
-    It belongs to one model and holds, per layer and key/value head, how rounding errors of K are passed on so that they
-    cancel where the queries look, and the mean and deviation of the K channels. Layers are numbered as in the model. A
-    layer is calibrated when its first block is about to seal, from at least `FIRST_TOKENS` tokens; again when the
-    tokens that it has seen have doubled; and is frozen at `QUERY_TOKENS`: nothing changes it any more. Copies, deep
-    ones too, are the calibration itself.
+    A calibration belongs to one model and is shared by its caches. For each layer and key/value head it has error
+    feedback, which passes rounding errors of K on so that they cancel in the directions of the queries, and the mean
+    and deviation of the K channels. Layers have the model's indices. A layer is calibrated when its first block is
+    sealed, from at least `FIRST_TOKENS` tokens, and again each time the number of tokens has doubled; at
+    `QUERY_TOKENS` it is frozen and never changes again. `copy` and `deepcopy` return the same object.
     """
 
     def __new__(cls) -> Self: ...
     @staticmethod
     def load(path: str | PathLike[str], fingerprint: str | None = None) -> Calibration:
-        """The calibration in a file that `save` wrote.
+        """Loads a file written by `save`.
 
         Args:
-            path: a safetensors file. Every byte of it is checked, by its checksum and by what it means.
-            fingerprint: that of the model it is for; `None` takes any.
+            path: a safetensors file. Its checksum and its values are checked.
+            fingerprint: the fingerprint of the model to use it for; `None` accepts any.
 
         Raises:
-            CalibrationError: not such a file, damaged, of another version, or of another model.
+            CalibrationError: not a calibration file, damaged, of another version, or of another model.
         """
     def save(self, path: str | PathLike[str], fingerprint: str, model: str = "") -> None:
-        """Writes the frozen layers, whole or not at all. The same layers make the same bytes.
+        """Writes the frozen layers to a file, atomically and deterministically.
 
         Args:
-            path: the file, in a folder that exists; one that is there is replaced.
+            path: the file, in an existing folder; an existing file is replaced.
             fingerprint: identifies the model; `load` compares it.
-            model: the model's name, for people.
+            model: the model's name, for display.
 
         Raises:
             ConfigError: no layer is frozen.
@@ -180,54 +184,55 @@ class Calibration:
         """
     @property
     def state(self) -> str:
-        """`no`, `own prompt`, `frozen` or `file`: how far its least layer has come; `no` without layers."""
+        """The state of the least advanced layer: `no`, `own prompt`, `frozen` or `file`; `no` without layers."""
     @property
     def fingerprint(self) -> str | None:
-        """What its file says of the model; `None` if it is from no file."""
+        """The fingerprint of the model in its file; `None` if it was not loaded."""
     @property
     def model(self) -> str | None:
-        """The model's name in its file; `None` if it is from no file."""
+        """The model's name in its file; `None` if it was not loaded."""
     def layers(self) -> list[LayerSummary]:
-        """The layers seen or loaded, in order."""
+        """The layers observed or loaded, by ascending index."""
     def wanted(self, layer: int) -> int:
-        """Query tokens that a layer would still take: `QUERY_TOKENS` less those seen, 0 once frozen or loaded."""
+        """Query tokens that a layer still needs: `QUERY_TOKENS` less those observed; 0 once frozen or loaded."""
     def freeze(self) -> None:
-        """Calibrates and freezes every layer with what it has seen.
+        """Calibrates and freezes every layer with the tokens observed so far.
 
         Raises:
-            ConfigError: nothing was seen, or a layer has seen fewer than `FIRST_TOKENS` tokens; none was frozen.
+            ConfigError: no tokens were observed, or by some layer fewer than `FIRST_TOKENS`; no layer was frozen.
         """
     def __copy__(self) -> Calibration: ...
     def __deepcopy__(self, _memo: object) -> Calibration: ...
 
 @final
 class PagedKvCache:
-    """Pages of one group of layers: layers of the same heads, `head_dim` and window, which share block tables.
+    """The paged cache of one group of layers, which have the same heads, `head_dim` and window and share block tables.
 
-    A *sequence* is a list of tokens, stored in *blocks* of `block_size`. A *step* takes some sequences forward:
-    `begin_step` finds the blocks of its tokens (all or none), each layer appends and attends, and `commit` makes the
-    tokens the sequences' own. While a step is open its sequences cannot be forked, freed, truncated or stepped.
+    A *sequence* is a list of tokens, stored in *blocks* of `block_size`. A *step* appends tokens to some sequences:
+    `begin_step` allocates their blocks (all or none), each layer appends and attends, and `commit` adds the tokens to
+    the sequences. While a step is open its sequences cannot be forked, freed, truncated or part of another step.
 
     Args:
         num_layers: layers of the group.
         num_kv_heads: key/value heads of a layer.
         head_dim: channels of a head, a multiple of 16 up to 256.
-        format: how blocks hold their tokens, one of `kvarn_rs.FORMATS`. `int4`, `int3` and `int2` *seal*: a block is an
-            INT8 page while it has room, and a tile from the step after it is full on (a prefill seals what it writes
-            whole, but the last full block, at once).
-        block_size: tokens of a block: 16, 32, 64 or 128.
-        num_blocks: blocks of the pool, refused at once if they cannot be had; `None` grows as needed.
-        num_open_pages: pages for blocks that are not sealed, in formats that seal: two for each sequence that may
-            decode a token at a time, four for one that takes more in a step; `None` grows as needed.
-        dtype: element type of `raw` pages: `float32`, `float16` or `bfloat16`. Other formats take any.
+        format: how blocks store their tokens, one of `kvarn_rs.FORMATS`. `int4`, `int3` and `int2` *seal*: a block is
+            an INT8 page until it is full, and the step after that turns it into a tile (a prefill seals the blocks
+            that it fills at once, except the last full one).
+        block_size: tokens per block: 16, 32, 64 or 128.
+        num_blocks: blocks in the pool, reserved at once; `None`: the pool grows as needed.
+        num_open_pages: pages for blocks that are not sealed, in formats that seal: two for each sequence that decodes
+            one token per step, four for one that appends more; `None`: the pool grows as needed.
+        dtype: element type of `raw` pages: `float32`, `float16` or `bfloat16`. Other formats accept every dtype.
         window: tokens that a query sees, itself included; blocks wholly outside are released as steps begin.
-        calibration: what sealing knows of the model. The cache goes on with it, from the queries that `append` is
-            given, until it is frozen. `None`: tiles are rounded to nearest.
-        layers: the model's numbers of the cache's layers, under which the calibration keeps them; `None`: 0, 1, ...
-        codec: with `raw`, one of `kvarn_rs.CODECS`, which quantizes the pages in place, to compare formats by.
+        calibration: the model's calibration. Until it is frozen, it learns from the queries passed to `append`. `None`:
+            tiles are rounded to nearest.
+        layers: the model's indices of the cache's layers, for the calibration; `None`: 0, 1, ...
+        codec: with `raw`, one of `kvarn_rs.CODECS`, which quantizes the pages in place to evaluate another scheme.
 
     Raises:
-        UnknownFormatError, ConfigError, UnsupportedError: naming the setting and what it may be.
+        UnknownFormatError, ConfigError, UnsupportedError: naming the setting and its valid values.
+        OutOfMemoryError: `num_blocks` or `num_open_pages` need more memory than there is.
     """
 
     def __new__(
@@ -265,23 +270,23 @@ class PagedKvCache:
     @property
     def window(self) -> int | None: ...
     def set_calibration(self, calibration: Calibration, layers: Sequence[int] | None = None) -> None:
-        """Uses a calibration from now on, as the arguments of the constructor say.
+        """Uses a calibration from now on. The arguments are those of the constructor.
 
         Raises:
-            ConfigError: not a number for each layer.
+            ConfigError: `layers` does not have one index per layer, or the calibration is of another shape.
         """
     def sequences(self) -> list[int]:
         """The ids of the sequences not yet freed, ascending."""
     def new_sequence(self) -> int:
-        """A sequence without tokens."""
+        """Creates a sequence without tokens and returns its id."""
     def fork(self, sequence: int) -> int:
-        """A sequence with the same tokens; blocks are shared until one of the two writes into them.
+        """Creates a sequence with the same tokens and returns its id; blocks are shared and copied on write.
 
         Raises:
             UnknownSequenceError, OpenStepError
         """
     def free(self, sequence: int) -> None:
-        """Gives the sequence's blocks back.
+        """Frees the sequence and its blocks.
 
         Raises:
             UnknownSequenceError, OpenStepError
@@ -292,33 +297,38 @@ class PagedKvCache:
         Args:
             sequence: its id.
             length: tokens to keep.
-            unseal: where `length` is within a sealed block, decode its tokens into a page again, and count that.
+            unseal: if `length` is within a sealed block, decode its tokens into a page again (counted in `stats`).
 
         Raises:
-            RollbackError: it has fewer, or the window has released tokens that the next query would see, or without
-                `unseal` the end is within a sealed block.
-            OutOfBlocksError, OutOfOpenPagesError: no room to unseal.
+            RollbackError: the sequence has fewer tokens; or the window has released tokens that the next query would
+                see; or, without `unseal`, `length` is within a sealed block.
+            OutOfBlocksError, OutOfOpenPagesError: no block or page left to unseal into.
+            UnsupportedError: `unseal` in a forked child, which has no kernel threads.
             UnknownSequenceError, OpenStepError
         """
     def check_truncate(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
-        """Raises what `truncate` with `unseal` of each, one after the other, would raise; changes nothing.
+        """Raises the error that `truncate(unseal=True)` of each sequence in turn would raise; changes nothing.
 
         Raises:
             RollbackError, OutOfBlocksError, OutOfOpenPagesError, UnknownSequenceError, OpenStepError, ConfigError
         """
     def seq_len(self, sequence: int) -> int:
-        """Committed tokens."""
+        """The number of committed tokens."""
     def first_held(self, sequence: int) -> int:
-        """First token that the window has not released; 0 without a window."""
+        """The first token that the window has not released; 0 without a window."""
     def block_table(self, sequence: int) -> list[int]:
-        """Block ids in order; 2**32 - 1 where the window released a block."""
+        """The block ids in order; 2**32 - 1 for a block that the window released."""
     def match_prefix(self, token_ids: Sequence[int]) -> int:
-        """A new sequence that shares the longest published prefix: whole blocks, and never the last token.
+        """Creates a sequence that shares the longest published prefix of `token_ids` and returns its id.
 
-        `seq_len` says how many tokens it found.
+        A prefix is whole blocks and never includes the last token; `seq_len` of the new sequence is its length.
         """
     def publish_prefix(self, sequence: int, token_ids: Sequence[int]) -> int:
-        """Makes the full blocks of a sequence, whose tokens are `token_ids`, findable; returns how many are new.
+        """Adds the full blocks of a sequence to the prefix index and returns how many are new.
+
+        Args:
+            sequence: its id.
+            token_ids: the ids of its tokens.
 
         Raises:
             ConfigError: fewer ids than committed tokens.
@@ -332,51 +342,52 @@ class PagedKvCache:
         mask: object = None,
         retain: bool = False,
     ) -> Step:
-        """Finds the blocks of a step's tokens, or raises and changes nothing.
+        """Opens a step: allocates the blocks of its new tokens, or raises and changes nothing.
 
         Args:
             sequences: their ids, in the order of the step's rows.
             num_new: rows of each sequence (an int: the same for all); every row is a token.
-            mask: in place of `num_new`, a bool tensor `[B, T]`: token or padding. Padding takes no slot.
-            retain: release nothing out of the window, so that a later `truncate` may come back to it.
+            mask: instead of `num_new`, a bool tensor `[B, T]`, False for padding rows, which are not stored.
+            retain: do not release blocks outside the window, so that a later `truncate` can roll back to them.
 
         Raises:
-            OutOfBlocksError, OutOfOpenPagesError: with `needed` and `free`.
+            OutOfBlocksError, OutOfOpenPagesError: with the attributes `needed` and `free`.
+            UnsupportedError: in a forked child, which has no kernel threads.
             UnknownSequenceError, OpenStepError, ConfigError
         """
     def dequantize(self, layer: int, sequence: int, k: object, v: object, *, start: int = 0) -> None:
         """Decodes tokens `start..start + n` into `k` and `v`, `[1, num_kv_heads, n, head_dim]` each.
 
-        Tokens of an open step count once `layer` has been appended.
+        Tokens of an open step are included once `layer` has been appended.
 
         Raises:
-            ShapeError: tokens that the sequence does not hold.
+            ShapeError: a range beyond the sequence's tokens, or before the first one not released.
             UnknownSequenceError, DtypeError, StrideError, DeviceError
         """
     def stats(self) -> CacheStats:
-        """Blocks and bytes; bytes are of whole blocks, every layer together."""
+        """Blocks and bytes in use; bytes are of whole blocks, over all layers."""
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes every sequence, to the bit, into a file, whole or not at all; `load` has them again.
+        """Writes all sequences to a file, atomically; `load` restores them bit for bit.
 
-        Codes are in the canonical order of the format, not in that of this machine; the same tokens written alike make
-        the same bytes. Kept are the settings, and of the sequences ids, lengths and blocks, shared ones once; not kept
-        are the calibration, which is the model's, published prefixes, and figures.
+        Codes are written in the format's canonical order, not in the order of this machine's kernels, so the file does
+        not depend on the machine. It contains the settings and the ids, lengths and blocks of the sequences (shared
+        blocks once), but no published prefixes, no counters, and no calibration, which belongs to the model.
 
         Args:
-            path: the file, in a folder that exists; one that is there is replaced.
+            path: the file, in an existing folder; an existing file is replaced.
 
         Raises:
-            OpenStepError: while a step is open.
-            UnsupportedError: pages that a codec quantizes in place.
+            OpenStepError: a step is open.
+            UnsupportedError: the cache has a codec.
             CacheFileError: the file cannot be written.
         """
     @staticmethod
     def load(
         path: str | PathLike[str], *, calibration: Calibration | None = None, layers: Sequence[int] | None = None
     ) -> PagedKvCache:
-        """The cache in a file that `save` wrote. Every byte of it is checked, by its checksum and by what it means.
+        """Loads a file written by `save`. Its checksum and its values are checked.
 
-        A bounded pool takes the memory of its unused blocks when a step first needs it.
+        The unused blocks of a bounded pool are allocated when a step first needs them.
 
         Args:
             path: a safetensors file.
@@ -384,57 +395,57 @@ class PagedKvCache:
             layers: as for the constructor.
 
         Raises:
-            CacheFileError: not such a file, damaged, of another version, or of more than one cache.
+            CacheFileError: not a cache file, damaged, of another version, or of more than one cache.
             OutOfMemoryError, ConfigError
         """
     def to_bytes(self) -> bytes:
-        """What `save` writes; also how a cache is pickled, without its calibration.
+        """The bytes that `save` writes. Pickling uses them, so a pickled cache has no calibration.
 
         Raises:
             OpenStepError, UnsupportedError, OutOfMemoryError
         """
     @staticmethod
     def from_bytes(data: bytes) -> PagedKvCache:
-        """The cache in what `to_bytes` gave.
+        """Loads a cache from the result of `to_bytes`.
 
         Raises:
             CacheFileError, OutOfMemoryError
         """
     def __reduce__(self) -> tuple[Callable[[bytes], PagedKvCache], tuple[bytes]]: ...
     def reset(self) -> None:
-        """Forgets every sequence, step and prefix; keeps the memory."""
+        """Removes every sequence, open step and published prefix; the memory stays allocated."""
     def copy(self) -> PagedKvCache:
-        """A cache with the same sequences, of its own memory.
+        """An independent cache with the same sequences and the same calibration.
 
         Raises:
-            OpenStepError: while a step is open.
+            OpenStepError: a step is open.
         """
     def __copy__(self) -> PagedKvCache: ...
     def __deepcopy__(self, _memo: object) -> PagedKvCache: ...
 
 @final
 class Step:
-    """A step in progress. As a context manager it commits at the end, and aborts when an exception leaves the block.
+    """A step in progress. As a context manager it commits on exit, or aborts if the block raised.
 
-    A step that is garbage collected while open is aborted.
+    A step that is garbage-collected while open is aborted.
     """
 
     @property
     def num_rows(self) -> int:
-        """Rows of its tensors, padding included."""
+        """Rows of the step's tensors, padding included."""
     @property
     def is_open(self) -> bool:
-        """Neither committed nor aborted."""
+        """Whether the step was neither committed nor aborted."""
     def append(self, layer: int, k: object, v: object, q: object = None) -> None:
         """Writes a layer's keys and values, `[B, num_kv_heads, T, head_dim]` each, with `B * T = num_rows`.
 
-        Sequences of different lengths are packed: `[1, num_kv_heads, num_rows, head_dim]`. `raw` pages take their own
-        dtype only. Blocks that are due are sealed. A calibration that is not frozen learns from the step's queries `q`,
-        `[B, num_q_heads, T, head_dim]` (after rotary embedding, as attention gets them); without them from nothing. It
-        keeps what it learned of a step that is aborted.
+        Sequences of different lengths are packed: `[1, num_kv_heads, num_rows, head_dim]`. `raw` pages accept their
+        own dtype only. Also seals the blocks that are due. A calibration that is not frozen learns from the step's
+        queries `q`, `[B, num_q_heads, T, head_dim]`, after rotary embedding, and learns nothing without them. What it
+        learned stays if the step is aborted.
 
         Raises:
-            NonFiniteError: naming row, head and channel; nothing was written.
+            NonFiniteError: with row, head and channel in the message; nothing was written.
             ShapeError, DtypeError, StrideError, DeviceError, StaleStepError
         """
     def attend(
@@ -450,35 +461,35 @@ class Step:
         softcap: float | None = None,
         sinks: object = None,
     ) -> _Tensor:
-        """Causal attention of the step's queries to everything their sequences hold, the step's tokens included.
+        """Causal attention of the step's queries to all tokens of their sequences, the step's tokens included.
 
         Args:
-            layer: one that this step has appended.
+            layer: a layer that this step has appended.
             q: `[B, num_q_heads, T, head_dim]`; `num_q_heads` is a multiple of `num_kv_heads`.
-            k: the step's own keys again, as appended, or `None`. With them, the tokens of a prefill (`is_prefill`)
-                attend to each other unquantized; without, everything is read from pages.
-            v: the step's own values again, or `None`.
-            out: receives the result, of `q`'s shape; made like `q` when `None`. Rows of padding become zeros.
-            scale: factor on the scores; `head_dim ** -0.5` when `None`.
-            window: tokens that a query sees, itself included, where smaller than the cache's.
+            k: the keys that were appended, or `None`. If given, the tokens of a prefill (see `is_prefill`) attend to
+                each other unquantized; otherwise all tokens are read from pages and tiles.
+            v: the values that were appended, or `None`; both `k` and `v`, or neither.
+            out: receives the result, of `q`'s shape; `None`: a new tensor like `q`. Padding rows become zeros.
+            scale: factor on the scores; `None`: `head_dim ** -0.5`.
+            window: tokens that a query sees, itself included; the smaller of this and the cache's window applies.
             softcap: scores become `softcap * tanh(scores / softcap)`.
-            sinks: `[num_q_heads]`, a logit that takes part in the softmax and has no value.
+            sinks: `[num_q_heads]`, one more logit per head in the softmax, without a value.
 
         Raises:
-            OpenStepError: the layer has no keys and values of this step yet.
+            OpenStepError: the layer was not appended in this step.
             ShapeError, DtypeError, StrideError, DeviceError, ConfigError, StaleStepError
         """
     def commit(self) -> None:
-        """Makes the step's tokens the sequences' own.
+        """Adds the step's tokens to its sequences and ends the step.
 
         Raises:
             OpenStepError: a layer has not been appended; the step stays open.
             StaleStepError
         """
     def abort(self) -> None:
-        """Forgets the step: its sequences hold the tokens that they held before it.
+        """Ends the step without its tokens; the sequences are as before it.
 
-        Blocks that left the window when it began stay released.
+        Blocks that the window released when the step began stay released.
 
         Raises:
             StaleStepError
@@ -492,7 +503,7 @@ class Step:
     ) -> Literal[False]: ...
 
 def save_caches(path: str | PathLike[str], caches: Sequence[PagedKvCache], note: str = "") -> None:
-    """Writes several caches, and a text of whoever keeps them together, into one file. See `PagedKvCache.save`.
+    """Writes several caches and a note, a string of the caller, to one file. See `PagedKvCache.save`.
 
     Raises:
         ConfigError: a cache is named twice.
@@ -500,70 +511,70 @@ def save_caches(path: str | PathLike[str], caches: Sequence[PagedKvCache], note:
     """
 
 def caches_to_bytes(caches: Sequence[PagedKvCache], note: str = "") -> bytes:
-    """What `save_caches` writes.
+    """The bytes that `save_caches` writes.
 
     Raises:
         ConfigError, OpenStepError, UnsupportedError, OutOfMemoryError
     """
 
 def load_caches(path: str | PathLike[str]) -> tuple[list[PagedKvCache], str]:
-    """The caches and the text that `save_caches` wrote. See `PagedKvCache.load`.
+    """Loads the caches and the note from a file written by `save_caches`. See `PagedKvCache.load`.
 
     Raises:
         CacheFileError, OutOfMemoryError
     """
 
 def caches_from_bytes(data: bytes) -> tuple[list[PagedKvCache], str]:
-    """The caches and the text that `caches_to_bytes` gave.
+    """Loads the caches and the note from the result of `caches_to_bytes`.
 
     Raises:
         CacheFileError, OutOfMemoryError
     """
 
 def inspect_caches(path: str | PathLike[str]) -> tuple[list[CacheSummary], str]:
-    """Checks a file of caches, every byte of it, without taking memory for them; gives what it holds, and the text.
+    """Summaries of the caches in a file, and its note. Checks every byte, but allocates no blocks.
 
     Raises:
         CacheFileError, OutOfMemoryError
     """
 
 def file_kind(path: str | PathLike[str]) -> str:
-    """`kvarn cache` or `kvarn calibration`: what a file says it is; nothing else of it is read.
+    """The kind that a file names, `kvarn cache` or `kvarn calibration`. Nothing else in the file is checked.
 
     Raises:
-        ConfigError: it cannot be read, or says neither.
+        ConfigError: the file cannot be read, or names neither.
     """
 
 def formats() -> list[str]:
     """Names of the cache formats, from the largest to the smallest."""
 
 def codecs() -> list[str]:
-    """Names of the codecs that `raw` pages can be quantized with in place, to compare formats by."""
+    """Names of the codecs, which quantize `raw` pages in place to evaluate other schemes."""
 
 def codec_bytes_per_token(codec: str, head_dim: int, block_size: int = 128) -> float:
-    """Bytes that a token and key/value head would take in a codec's scheme.
+    """Bytes per token and key/value head of a codec's scheme, if it were stored packed.
 
     Raises:
         UnknownFormatError, UnsupportedError, ConfigError
     """
 
 def simd_level() -> str:
-    """The SIMD level of new caches: the machine's fastest, or the one that `KVARN_SIMD` names."""
+    """The SIMD level of new caches: the fastest of this machine, or the one named by `KVARN_SIMD`."""
 
 def first_seen(position: int, window: int | None) -> int:
-    """First position that the query at `position` sees, itself included, under a window of so many tokens or `None`."""
+    """The first position that the query at `position` sees, under a window in tokens (itself included) or `None`."""
 
 def is_prefill(block_size: int, context_len: int, num_new: int) -> bool:
-    """Whether `num_new` tokens after `context_len` are a prefill: they attend to each other unquantized.
+    """Whether `num_new` tokens after `context_len` are a prefill, whose tokens attend to each other unquantized.
 
-    True for more than `DECODE_TOKENS`, and while half of a sequence's first block is not written.
+    True for more than `DECODE_TOKENS` tokens, and until half of the sequence's first block is written.
     """
 
 def num_threads() -> int:
-    """Threads that the kernels use: `RAYON_NUM_THREADS`, or one a core."""
+    """Number of kernel threads: `RAYON_NUM_THREADS`, or one per core."""
 
-def page_bytes(format: str, head_dim: int, block_size: int = 128, dtype: str = "bfloat16") -> int:
-    """Bytes of one block of one key/value head.
+def block_bytes(format: str, head_dim: int, block_size: int = 128, dtype: str = "bfloat16") -> int:
+    """Bytes of one block of one layer and key/value head at rest: of a tile in formats that seal, else of a page.
 
     Raises:
         UnknownFormatError, UnsupportedError, ConfigError
@@ -577,15 +588,15 @@ def capacity(
     memory_bytes: int,
     max_sequences: int | None = None,
 ) -> Capacity:
-    """What fits in a memory when every sequence is `context` tokens long.
+    """Computes how many tokens and sequences fit in a memory if every sequence is `context` tokens long.
 
     Args:
-        storage: a cache format (`raw` in bf16), or `bf16` or `fp8` for an engine's own cache.
-        groups: (`num_layers`, `num_kv_heads`, `head_dim`, `window` or `None`) of layers that store tokens alike.
-        block_size: tokens of a block.
-        context: tokens of a sequence.
+        storage: a cache format (`raw` in bf16), or `bf16` or `fp8` for an engine's unquantized cache.
+        groups: (`num_layers`, `num_kv_heads`, `head_dim`, `window` or `None`) of each group of layers of one shape.
+        block_size: tokens per block.
+        context: tokens per sequence.
         memory_bytes: memory for the cache.
-        max_sequences: sequences that may run at once; `None`: as many as fit.
+        max_sequences: most sequences that run at once; `None`: as many as fit.
 
     Raises:
         UnknownFormatError, UnsupportedError, ConfigError

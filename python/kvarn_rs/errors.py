@@ -1,35 +1,35 @@
-"""The exceptions of kvarn-rs. Each is a `KvarnError` and the built-in it resembles; messages carry the numbers."""
+"""The exceptions of kvarn-rs. Each derives from `KvarnError` and from the built-in exception closest to it."""
 
 
 class KvarnError(Exception):
-    """Base of every error that kvarn-rs raises."""
+    """Base of every exception that kvarn-rs raises."""
 
 
 class ConfigError(KvarnError, ValueError):
-    """A setting, or two settings together, that cannot work; also a corrupt or unreadable configuration file."""
+    """An invalid setting, or two settings that contradict each other; also an invalid or unreadable input file."""
 
 
 class CalibrationError(ConfigError):
-    """A calibration that cannot be used: not one, damaged, of another version, or of another model."""
+    """A calibration file that cannot be written or used: not a calibration, damaged, or of another version or model."""
 
 
 class CacheFileError(ConfigError):
-    """A cache file that cannot be written, or used: not one, damaged, of another version, or of another model."""
+    """A cache file that cannot be written or used: not a cache, damaged, or of another version or model."""
 
 
 class UnknownFormatError(ConfigError):
-    """A cache format name that does not exist."""
+    """An unknown cache format or codec name."""
 
 
 class UnsupportedError(KvarnError, NotImplementedError):
-    """Well formed, but not done by this build, format or device."""
+    """A well-formed request that this build, format or device does not support."""
 
 
 class OutOfBlocksError(KvarnError, MemoryError):
     """The pool has fewer free blocks than the operation needs; nothing was changed.
 
     Attributes:
-        needed: blocks that the operation would have taken.
+        needed: blocks that the operation would have allocated.
         free: blocks that were free.
     """
 
@@ -43,35 +43,35 @@ class OutOfOpenPagesError(OutOfBlocksError):
     """The pool has fewer free pages for open blocks than the operation needs; nothing was changed.
 
     Attributes:
-        needed: pages that the operation would have taken.
+        needed: pages that the operation would have allocated.
         free: pages that were free.
     """
 
 
 class OutOfMemoryError(KvarnError, MemoryError):
-    """The machine does not give the memory that the pages need; nothing was changed."""
+    """A failed memory allocation; nothing was changed."""
 
 
 class UnknownSequenceError(KvarnError, KeyError):
-    """A sequence id that was never given out, or was freed."""
+    """A sequence id that was never allocated, or was freed."""
 
     def __str__(self) -> str:  # KeyError would show the repr
         return str(self.args[0]) if self.args else ""
 
 
 class RollbackError(KvarnError, ValueError):
-    """A truncation to more tokens than there are, to ones that left the window, or to within a sealed block.
+    """A truncation to more tokens than there are, to tokens that the window released, or into a sealed block.
 
-    Also K and V of a layer that lacks earlier positions, and of one that cannot undo a forward which raised.
+    Also raised in `kvarn_rs.hf` for a layer that lacks earlier positions, or cannot undo a forward that raised.
     """
 
 
 class StaleStepError(KvarnError, RuntimeError):
-    """A step (or tensor handle) that is no longer open: committed, aborted, or its sequences have moved on."""
+    """A step (or tensor handle) that is not open: it was committed or aborted, or its sequences have changed since."""
 
 
 class OpenStepError(KvarnError, RuntimeError):
-    """The operation needs a sequence without an open step, a step whose layers are all appended, or no open forward."""
+    """An operation on a sequence in an open step, a step with layers not yet appended, or a cache within a forward."""
 
 
 class ShapeError(KvarnError, ValueError):
@@ -87,8 +87,8 @@ class StrideError(KvarnError, ValueError):
 
 
 class DeviceError(KvarnError, ValueError):
-    """A tensor on a device that this cache does not live on."""
+    """A tensor on another device than the cache's."""
 
 
 class NonFiniteError(KvarnError, ValueError):
-    """A NaN or an infinity in keys or values; nothing was written."""
+    """A NaN or infinity in keys or values; nothing was written."""

@@ -16,7 +16,7 @@ impl Kind {
     }
 }
 
-/// Opens a file, to be read as one of this kind.
+/// Opens a file for [`super::Archive::read`]. Its content is not checked yet.
 ///
 /// # Errors
 /// `kind.error`, naming the file: it cannot be read, or is not a file.

@@ -138,7 +138,7 @@ impl Tensor<'_> {
     }
 }
 
-/// The header of a file of one of some kinds.
+/// A parsed header, whose kind is one of those asked for.
 pub(super) struct FileHeader {
     pub kind: &'static Kind,
     metadata: Metadata,
@@ -149,7 +149,7 @@ pub(super) struct FileHeader {
 /// Reads the header of a file of one of `kinds`.
 ///
 /// # Errors
-/// Why it is none.
+/// The reason: not a safetensors file, or of no or another kind.
 pub(super) fn read_header(source: &dyn Source, kinds: &[&'static Kind]) -> std::result::Result<FileHeader, String> {
     let unreadable = |error: IoError| format!("cannot be read: {error}");
     let total = source.num_bytes().map_err(unreadable)?;

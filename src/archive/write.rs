@@ -1,4 +1,4 @@
-//! The writer: a header of metadata and tensors, and the bytes of a file.
+//! The writer: the contents of a file, its header, and its bytes.
 //!
 //! The `safetensors` crate only reads headers here; when it writes one, the metadata come in the order of a hash map.
 
@@ -12,17 +12,17 @@ use std::io::{Error as IoError, Result as IoResult, Write};
 /// it are multiples of that element's size.
 const HEADER_ALIGNMENT: usize = 8;
 
-/// What a file will hold: metadata and tensors, in the order in which they were added.
+/// The contents of a file to write: metadata and tensors, in insertion order.
 pub struct Contents<'a> {
     kind: &'static Kind,
-    /// JSON.
+    /// The entries as JSON, without braces.
     metadata: String,
     tensors: Vec<Tensor<'a>>,
 }
 
 type WriteBytes<'a> = dyn Fn(&mut dyn Write) -> IoResult<()> + 'a;
 
-/// A tensor, and what writes its bytes.
+/// A tensor to write, and the function that writes its bytes.
 struct Tensor<'a> {
     name: String,
     element: Element,
@@ -37,7 +37,7 @@ impl Tensor<'_> {
 }
 
 impl<'a> Contents<'a> {
-    /// An empty file of this kind.
+    /// The contents of an empty file of this kind.
     #[must_use]
     pub fn new(kind: &'static Kind) -> Self {
         let mut contents = Self { kind, metadata: String::new(), tensors: Vec::new() };
@@ -57,7 +57,7 @@ impl<'a> Contents<'a> {
         let _ = write!(self.metadata, "{comma}{}:{}", quoted(key), quoted(&value.to_string()));
     }
 
-    /// Adds a tensor, whose bytes `write` writes; a name is added once.
+    /// Adds a tensor, whose bytes `write` writes. Names must be distinct.
     pub fn tensor(
         &mut self,
         name: String,
@@ -68,8 +68,8 @@ impl<'a> Contents<'a> {
         self.tensors.push(Tensor { name, element, shape: shape.to_vec(), write: Box::new(write) });
     }
 
-    /// Writes the length, the header, the tensors, and the checksum of it all; an error for a tensor whose bytes are not
-    /// as many as its shape takes.
+    /// Writes the header's length, the header, the tensors and the checksum. Fails if the number of bytes written for a
+    /// tensor does not match its shape.
     pub(super) fn write(&self, out: &mut dyn Write) -> IoResult<()> {
         let text = self.header();
         let mut summed = Summed::new(out);
@@ -114,7 +114,7 @@ fn described(name: &str, element: Element, shape: &[usize], [start, end]: [usize
     format!(",{name}:{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{start},{end}]}}")
 }
 
-/// The bytes of a file.
+/// Writes a file in memory.
 ///
 /// # Errors
 /// [`Error::OutOfMemory`]; `kind.error` for a tensor whose bytes cannot be written.
@@ -154,7 +154,7 @@ mod tests {
     const KIND: Kind = Kind { name: "test", version: 1, error: Error::CacheFile };
 
     #[test]
-    fn a_tensor_that_writes_other_bytes_than_its_shape_takes_is_an_error() {
+    fn a_tensor_whose_bytes_do_not_match_its_shape_is_an_error() {
         for (len, expected) in [(6, None), (5, Some("x: 5 bytes, its shape [3] takes 6")), (7, Some("x: 7 bytes"))] {
             let mut contents = Contents::new(&KIND);
             contents.tensor("x".to_owned(), Element::U16, &[3], |out| out.write_all(&vec![0; len]));

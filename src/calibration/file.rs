@@ -1,8 +1,8 @@
-//! What is a calibration file, and what is not?
+//! The calibration file: its metadata, its tensors, and the reader that validates both.
 //!
-//! An [`Archive`] of the kind [`KIND`] with the metadata `format_version` (of the crate that wrote it), `fingerprint`,
-//! `model`, `query_tokens`, and the tensors of [`Field`] for each layer. Frames are plain, rotated. Everything is checked,
-//! beyond the checksum: what comes out is what [`super::Calibration`] could have made.
+//! A file is an [`Archive`] of kind [`KIND`] with the metadata `format_version` (of the crate that wrote it),
+//! `fingerprint`, `model` and `query_tokens`, and the tensors of [`Field`] for each layer. Frames are ordered plain,
+//! rotated. Values are checked beyond the checksum: the reader returns only what [`super::Calibration`] could have written.
 
 use super::layer::Layer;
 use super::{FIRST_TOKENS, LayerCalibration, Origin, QUERY_TOKENS};
@@ -12,7 +12,7 @@ use crate::format::supports_head_dim;
 use crate::quant::{Feedback, HeadCalibration, HeadFeedback, ModelChannels};
 use std::collections::BTreeSet;
 
-/// Such a file.
+/// The archive kind of calibration files.
 pub const KIND: Kind = Kind { name: "kvarn calibration", version: 2, error: Error::Calibration };
 
 /// The tensors of a layer.
@@ -54,7 +54,7 @@ impl Field {
         format!("layers.{layer}.{}", self.name())
     }
 
-    /// The layer and the field of a tensor's name.
+    /// Splits a tensor's name into layer and field.
     fn parse(tensor: &str) -> Option<(usize, Self)> {
         let layer: usize = tensor.split('.').nth(1)?.parse().ok()?;
         let field = Self::ALL.into_iter().find(|field| field.tensor_name(layer) == tensor)?;
@@ -79,10 +79,10 @@ fn refuse<T>(why: String) -> Result<T> {
     Err(Error::Calibration(why))
 }
 
-/// What a file says of its model, and its layers.
+/// Reads a file: its model, and its layers by index.
 pub(super) fn read(source: &dyn Source, fingerprint: Option<&str>) -> Result<(Origin, Vec<(usize, Layer)>)> {
     let file = File { archive: Archive::read(source, &KIND)? };
-    file.archive.number("format_version")?; // for people: tiles of any version take the same feedback
+    file.archive.number("format_version")?; // informational: feedback is the same for tiles of every version
     let query_tokens = file.query_tokens()?;
     let entry = |key| file.archive.entry(key).map(str::to_owned);
     let origin = Origin { fingerprint: entry("fingerprint")?, model: entry("model")? };
@@ -120,19 +120,19 @@ impl File<'_> {
             };
             layers.insert(layer);
         }
-        if layers.is_empty() { refuse("it holds no layer".to_owned()) } else { Ok(layers) }
+        if layers.is_empty() { refuse("the file has no layers".to_owned()) } else { Ok(layers) }
     }
 
     fn tensor(&self, layer: usize, field: Field) -> Result<Tensor<'_>> {
         self.archive.tensor(&field.tensor_name(layer), field.element())
     }
 
-    /// The bytes of a tensor of the shape that the layer's `[heads, head_dim]` asks for.
+    /// The bytes of a tensor, which must have the shape of its field for `[heads, head_dim]`.
     fn bytes(&self, layer: usize, field: Field, shape: [usize; 2]) -> Result<Vec<u8>> {
         self.archive.shaped(&field.tensor_name(layer), field.element(), &field.shape(shape))?.read()
     }
 
-    /// The values of a float tensor, all of which are `good`, in words `what`.
+    /// The values of a float tensor, all of which must be `good`; `what` describes that in the error.
     fn floats(
         &self,
         layer: usize,
@@ -214,7 +214,7 @@ type Check = (&'static str, fn(f32) -> bool);
 const FINITE: Check = ("finite", f32::is_finite);
 const POSITIVE: Check = ("finite and positive", |x| x.is_finite() && x > 0.0);
 
-/// Row d of a matrix passes the error of position d on to later positions only.
+/// Checks that matrices are strictly upper triangular: row d passes the error of position d to later positions only.
 fn check_triangles(name: &str, matrices: &[f32], head_dim: usize) -> Result<()> {
     for (row, values) in matrices.chunks_exact(head_dim).enumerate() {
         let d = row % head_dim;

@@ -1,9 +1,9 @@
-//! One layer's way from the first tokens to what is frozen.
+//! The state machine of one layer's calibration.
 //!
 //! ```text
-//! observing --128 tokens, about to seal--> observing, with the prompt's own --2,048 tokens, or `freeze`--> done
-//!                                          (again, when the tokens have doubled)
-//!                                                                           loaded from a file ----------> done
+//! observing --first seal after 128 tokens--> observing, factored --2,048 tokens, or `freeze`--> done
+//!                                            (again when the tokens have doubled)
+//!                                                                    loaded from a file -----> done
 //! ```
 
 use super::moments::Moments;
@@ -21,21 +21,21 @@ pub(super) struct Layer {
 
 #[derive(Debug)]
 enum Phase {
-    /// Takes tokens. `own` is what was factored last when a page was about to seal, and of how many tokens.
-    Observing { moments: Moments, own: Option<(Arc<LayerCalibration>, usize)> },
-    /// Changes no more.
+    /// Accumulating tokens. `factored` is the latest factorization for a seal, and its number of tokens.
+    Observing { moments: Moments, factored: Option<(Arc<LayerCalibration>, usize)> },
+    /// Final.
     Done { ready: Arc<LayerCalibration>, query_tokens: usize, state: State },
 }
 
 impl Layer {
-    /// A layer that has seen nothing.
+    /// A layer that has observed nothing.
     pub(super) fn new(shape: HeadShape) -> Self {
         let HeadShape { num_kv_heads, head_dim, .. } = shape;
-        let phase = Phase::Observing { moments: Moments::new(num_kv_heads, head_dim), own: None };
+        let phase = Phase::Observing { moments: Moments::new(num_kv_heads, head_dim), factored: None };
         Self { num_kv_heads, head_dim, phase }
     }
 
-    /// A layer out of a file.
+    /// A layer loaded from a file.
     pub(super) fn loaded(ready: LayerCalibration, head_dim: usize, query_tokens: usize) -> Self {
         let num_kv_heads = ready.heads.len();
         Self { num_kv_heads, head_dim, phase: Phase::Done { ready: Arc::new(ready), query_tokens, state: State::File } }
@@ -57,20 +57,20 @@ impl Layer {
 
     pub(super) fn state(&self) -> State {
         match &self.phase {
-            Phase::Observing { own: None, .. } => State::No,
-            Phase::Observing { own: Some(_), .. } => State::OwnPrompt,
+            Phase::Observing { factored: None, .. } => State::No,
+            Phase::Observing { factored: Some(_), .. } => State::OwnPrompt,
             Phase::Done { state, .. } => *state,
         }
     }
 
     pub(super) fn ready(&self) -> Option<Arc<LayerCalibration>> {
         match &self.phase {
-            Phase::Observing { own, .. } => own.as_ref().map(|(ready, _)| Arc::clone(ready)),
+            Phase::Observing { factored, .. } => factored.as_ref().map(|(ready, _)| Arc::clone(ready)),
             Phase::Done { ready, .. } => Some(Arc::clone(ready)),
         }
     }
 
-    /// What is frozen, if this is.
+    /// The calibration, if it is final.
     pub(super) fn frozen(&self) -> Option<Arc<LayerCalibration>> {
         match &self.phase {
             Phase::Observing { .. } => None,
@@ -89,7 +89,7 @@ impl Layer {
         )))
     }
 
-    /// Takes what it wants of token rows of its shape; freezes when it has all.
+    /// Accumulates as many of the token rows as it still needs; freezes with the last.
     pub(super) fn observe(&mut self, shape: HeadShape, q: &[f32], k: &[f32]) {
         let wanted = self.wanted();
         let Phase::Observing { moments, .. } = &mut self.phase else { return };
@@ -99,19 +99,19 @@ impl Layer {
         }
     }
 
-    /// What a page that is about to seal uses: factored of the first [`FIRST_TOKENS`] tokens or more, and of all since
-    /// when they have doubled.
+    /// The calibration to seal with; factors the moments if there are [`FIRST_TOKENS`] tokens for the first time, or
+    /// twice as many as were factored last.
     pub(super) fn for_seal(&mut self) -> Option<Arc<LayerCalibration>> {
-        if let Phase::Observing { moments, own } = &mut self.phase {
-            let due = own.as_ref().map_or(FIRST_TOKENS, |(_, num_tokens)| 2 * num_tokens);
+        if let Phase::Observing { moments, factored } = &mut self.phase {
+            let due = factored.as_ref().map_or(FIRST_TOKENS, |(_, num_tokens)| 2 * num_tokens);
             if moments.num_tokens() >= due {
-                *own = Some((Arc::new(LayerCalibration { heads: moments.factor() }), moments.num_tokens()));
+                *factored = Some((Arc::new(LayerCalibration { heads: moments.factor() }), moments.num_tokens()));
             }
         }
         self.ready()
     }
 
-    /// Factors what it has seen, and takes no more.
+    /// Factors the tokens observed so far, and observes no more.
     pub(super) fn freeze(&mut self) {
         if let Phase::Observing { moments, .. } = &self.phase {
             let ready = Arc::new(LayerCalibration { heads: moments.factor() });
@@ -121,7 +121,7 @@ impl Layer {
 }
 
 impl HeadShape {
-    /// Are q and k token rows of this shape? Says how many.
+    /// The number of token rows in q and k, checked against this shape.
     pub(super) fn num_rows(self, q: &[f32], k: &[f32]) -> Result<usize> {
         let Self { num_q_heads, num_kv_heads, head_dim } = self;
         if !format::supports_head_dim(head_dim) {

@@ -1,18 +1,18 @@
-//! What does sealing know of a model's queries, and from when on?
+//! Calibrations: statistics of a model's queries and keys that sealing uses to place rounding errors.
 //!
-//! A calibration belongs to a model, not to a cache: per layer and key/value head the feedback matrices of both frames
-//! and the mean and deviation of the K channels. Each layer learns them from the first [`QUERY_TOKENS`] tokens that it
-//! sees, or they come from a file:
+//! A calibration belongs to a model, not to a cache. For each layer and key/value head it has the feedback matrices of
+//! both frames and the mean and deviation of the K channels. A layer learns them from the first [`QUERY_TOKENS`] tokens
+//! that it observes, or they are loaded from a file:
 //!
-//! | state of a layer | what sealing gets |
+//! | state of a layer | what sealing uses |
 //! |---|---|
-//! | [`State::No`] | nothing: plain rounding |
-//! | [`State::OwnPrompt`] | what the tokens before the first seal said, at least [`FIRST_TOKENS`]; anew when they have doubled |
-//! | [`State::Frozen`] | what the first [`QUERY_TOKENS`] said |
-//! | [`State::File`] | what a file says |
+//! | [`State::No`] | nothing: codes are rounded to nearest |
+//! | [`State::OwnPrompt`] | factors of the tokens observed before a seal, at least [`FIRST_TOKENS`]; factored again each time their number has doubled |
+//! | [`State::Frozen`] | factors of the first [`QUERY_TOKENS`] |
+//! | [`State::File`] | factors loaded from a file |
 //!
-//! The last two never change: no later traffic can change a byte of a tile. A layer's lock is held while it factors, so
-//! two caches of a model that seal at the same time use the same.
+//! The last two are final: no later traffic changes a byte of a tile. A layer is factored under its lock, so two caches
+//! of a model that seal at the same time use the same factors.
 
 mod file;
 mod layer;
@@ -33,24 +33,24 @@ pub use file::KIND;
 /// Query tokens after which a layer freezes.
 pub const QUERY_TOKENS: usize = 2048;
 
-/// Query tokens that a layer must have seen before anything is factored.
+/// Query tokens that a layer must have observed before it is factored.
 pub const FIRST_TOKENS: usize = 128;
 
-/// How far a layer has come; of a calibration, its least layer.
+/// How far the calibration of a layer has advanced. A whole calibration has the state of its least advanced layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum State {
     /// Nothing is factored.
     No,
-    /// Factored from what came before a seal; it will be factored again.
+    /// Factored from the tokens observed before a seal, and to be factored again.
     OwnPrompt,
     /// Frozen after [`QUERY_TOKENS`] tokens, or by [`Calibration::freeze`].
     Frozen,
-    /// Out of a file.
+    /// Loaded from a file.
     File,
 }
 
 impl State {
-    /// The name used in every interface.
+    /// The name in every interface.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -62,7 +62,7 @@ impl State {
     }
 }
 
-/// The heads of a layer. Each key/value head serves `num_q_heads / num_kv_heads` consecutive query heads, its group.
+/// The head counts of a layer. Each key/value head serves `num_q_heads / num_kv_heads` consecutive query heads, its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadShape {
     /// Query heads.
@@ -73,14 +73,14 @@ pub struct HeadShape {
     pub head_dim: usize,
 }
 
-/// What sealing a page of one layer uses.
+/// The calibration of one layer, as sealing uses it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerCalibration {
-    /// Of each key/value head, in order.
+    /// One entry for each key/value head, in order.
     pub heads: Vec<HeadCalibration>,
 }
 
-/// What is known of a layer of a calibration.
+/// A summary of one layer of a calibration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerSummary {
     /// The model's index of the layer.
@@ -89,21 +89,21 @@ pub struct LayerSummary {
     pub num_kv_heads: usize,
     /// Channels of a head.
     pub head_dim: usize,
-    /// Query tokens seen; out of a file, those of the layer that had seen the fewest.
+    /// Query tokens observed; of a layer from a file, the fewest of all layers in it.
     pub query_tokens: usize,
-    /// How far it has come.
+    /// How far it has advanced.
     pub state: State,
     /// Heads whose loss scale (expected error of plain rounding, without the parts that both frames share) is smaller
-    /// in the rotated frame; `None` before anything is factored.
+    /// in the rotated frame; `None` before the layer is factored.
     pub rotated_heads: Option<usize>,
 }
 
-/// What a file says of the model that it was made of.
+/// The model that a calibration file was made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin {
-    /// Identifies the model; what it is made of is the writer's business.
+    /// Identifies the model; how it is computed is up to the writer.
     pub fingerprint: String,
-    /// The model's name, for people.
+    /// The model's name, for display.
     pub model: String,
 }
 
@@ -115,12 +115,12 @@ pub struct Calibration {
 }
 
 fn lock(layer: &Mutex<Layer>) -> MutexGuard<'_, Layer> {
-    // A panic under the lock is a bug; it has been reported, and a phase is replaced as a whole or not at all.
+    // A panic under the lock is a bug that was already reported; a phase is replaced atomically, so the layer is valid.
     layer.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Calibration {
-    /// One that knows nothing yet.
+    /// An empty calibration, which learns.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -135,27 +135,27 @@ impl Calibration {
         layers.iter().map(|(&layer, entry)| (layer, Arc::clone(entry))).collect()
     }
 
-    /// Query tokens that a layer would still take: [`QUERY_TOKENS`] less those seen; 0 once it is frozen or loaded.
+    /// Query tokens that a layer still needs: [`QUERY_TOKENS`] less those observed; 0 once it is frozen or loaded.
     #[must_use]
     pub fn wanted(&self, layer: usize) -> usize {
         self.find(layer).map_or(QUERY_TOKENS, |entry| lock(&entry).wanted())
     }
 
-    /// Does a layer that is known have this shape? One that is not yet known may have any.
+    /// Checks the shape of a layer against the one observed or loaded, if there is one.
     ///
     /// # Errors
-    /// [`Error::Config`] naming both shapes.
+    /// [`Error::Config`], naming both shapes.
     pub fn check(&self, layer: usize, num_kv_heads: usize, head_dim: usize) -> Result<()> {
         self.find(layer).map_or(Ok(()), |entry| lock(&entry).check(layer, num_kv_heads, head_dim))
     }
 
-    /// Takes the first [`Calibration::wanted`] of the token rows q `[n, num_q_heads, head_dim]` and k
-    /// `[n, num_kv_heads, head_dim]`, in the order of submission and after their position was rotated in. Rows with a
-    /// number that is not finite are passed over. The last row wanted freezes the layer.
+    /// Accumulates the first [`Calibration::wanted`] of the token rows q `[n, num_q_heads, head_dim]` and k
+    /// `[n, num_kv_heads, head_dim]`, both after rotary embedding. Rows with a non-finite value are skipped. The last row
+    /// needed freezes the layer.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Unsupported`], [`Error::Config`]: lengths and shape that do not fit each other, or
-    /// a layer that was seen before, or loaded, with another `num_kv_heads` or `head_dim`. Nothing was taken.
+    /// [`Error::Shape`], [`Error::Unsupported`], [`Error::Config`]: lengths that do not match the shape, or a layer that
+    /// was observed or loaded with another `num_kv_heads` or `head_dim`. Nothing was accumulated.
     pub fn observe(&self, layer: usize, shape: HeadShape, q: &[f32], k: &[f32]) -> Result<()> {
         let num_rows = shape.num_rows(q, k)?;
         let entry = match self.find(layer) {
@@ -172,26 +172,27 @@ impl Calibration {
         Ok(())
     }
 
-    /// What a page of a layer that is about to seal uses. The first call that finds [`FIRST_TOKENS`] seen factors them, and
-    /// a later one that finds twice as many as were factored last; in between, and once the layer is frozen, the answer
-    /// stays the same, to the pointer. `None` before.
+    /// The calibration to seal a layer's pages with; `None` before [`FIRST_TOKENS`] tokens were observed.
+    ///
+    /// Factors the layer on the first call after [`FIRST_TOKENS`] tokens, and again on the first call after the number of
+    /// tokens has doubled. Other calls return the same `Arc`.
     ///
     /// # Errors
-    /// None today: a head that cannot be factored has no feedback, and rounds plainly.
+    /// None today: a head that cannot be factored has no feedback and is rounded to nearest.
     pub fn for_seal(&self, layer: usize) -> Result<Option<Arc<LayerCalibration>>> {
         Ok(self.find(layer).and_then(|entry| lock(&entry).for_seal()))
     }
 
-    /// What is factored or loaded of a layer; never factors.
+    /// The factored or loaded calibration of a layer. Unlike [`Calibration::for_seal`], never factors.
     #[must_use]
     pub fn layer(&self, layer: usize) -> Option<Arc<LayerCalibration>> {
         self.find(layer).and_then(|entry| lock(&entry).ready())
     }
 
-    /// Factors and freezes every layer with what it has seen: for a file from a short text.
+    /// Factors and freezes every layer with the tokens observed so far, to save a calibration made from a short text.
     ///
     /// # Errors
-    /// [`Error::Config`], and no layer is frozen: nothing was seen, or a layer has seen fewer than [`FIRST_TOKENS`].
+    /// [`Error::Config`], and no layer is frozen: no tokens were observed, or by some layer fewer than [`FIRST_TOKENS`].
     pub fn freeze(&self) -> Result<()> {
         let layers = self.all();
         if layers.is_empty() {
@@ -209,13 +210,13 @@ impl Calibration {
         Ok(())
     }
 
-    /// The least state of its layers; [`State::No`] without any.
+    /// The state of the least advanced layer; [`State::No`] without layers.
     #[must_use]
     pub fn state(&self) -> State {
         self.all().iter().map(|(_, entry)| lock(entry).state()).min().unwrap_or(State::No)
     }
 
-    /// Every layer that was seen or loaded, in order.
+    /// Every layer observed or loaded, by ascending index.
     #[must_use]
     pub fn layers(&self) -> Vec<LayerSummary> {
         let summary = |(layer, entry): &(usize, Arc<Mutex<Layer>>)| {
@@ -232,13 +233,13 @@ impl Calibration {
         self.all().iter().map(summary).collect()
     }
 
-    /// What the file that this came from says of its model; `None` if it came from none.
+    /// The model named by the file that this calibration was loaded from; `None` if it was not loaded.
     #[must_use]
     pub fn origin(&self) -> Option<&Origin> {
         self.origin.as_ref()
     }
 
-    /// The frozen layers as a file, for [`Calibration::from_bytes`]: the same bytes for the same layers.
+    /// The frozen layers as a file for [`Calibration::from_bytes`]. Deterministic.
     ///
     /// # Errors
     /// [`Error::Config`]: no layer is frozen.
@@ -247,7 +248,7 @@ impl Calibration {
         archive::to_bytes(&write::contents(&frozen, query_tokens, fingerprint, model))
     }
 
-    /// Writes the frozen layers to a file, whole or not at all. See [`Calibration::to_bytes`].
+    /// Writes the frozen layers to a file, atomically. See [`Calibration::to_bytes`].
     ///
     /// # Errors
     /// [`Error::Config`]: no layer is frozen. [`Error::Calibration`]: the file cannot be written.
@@ -256,7 +257,7 @@ impl Calibration {
         archive::save(path, &write::contents(&frozen, query_tokens, fingerprint, model))
     }
 
-    /// The frozen layers, and the query tokens that the one which saw the fewest has seen.
+    /// The frozen layers, and the fewest query tokens that one of them observed.
     fn frozen(&self) -> Result<(Box<write::Layers>, usize)> {
         let mut query_tokens = usize::MAX;
         let mut frozen = Vec::new();
@@ -269,25 +270,25 @@ impl Calibration {
         }
         if frozen.is_empty() {
             return Err(Error::Config(format!(
-                "no layer is frozen: a calibration is kept once it has seen {QUERY_TOKENS} query tokens, or is frozen"
+                "no layer is frozen: a calibration can be saved after {QUERY_TOKENS} query tokens, or after `freeze`"
             )));
         }
         Ok((frozen.into(), query_tokens))
     }
 
-    /// The calibration in a file's bytes; every layer is [`State::File`].
+    /// Reads a calibration from a file's bytes; every layer is [`State::File`].
     ///
     /// # Errors
-    /// [`Error::Calibration`], with the numbers: not such a file, damaged, of another version, or, where a
-    /// `fingerprint` is given, of another model.
+    /// [`Error::Calibration`]: not a calibration file, damaged, of another version, or of a model with another
+    /// fingerprint than `fingerprint`, where that is given.
     pub fn from_bytes(bytes: &[u8], fingerprint: Option<&str>) -> Result<Self> {
         Self::read(&bytes, fingerprint)
     }
 
-    /// The calibration in a file. See [`Calibration::from_bytes`].
+    /// Reads a calibration from a file. See [`Calibration::from_bytes`].
     ///
     /// # Errors
-    /// [`Error::Calibration`], which names the file.
+    /// [`Error::Calibration`], naming the file.
     pub fn load(path: &Path, fingerprint: Option<&str>) -> Result<Self> {
         let file = archive::open(path, &KIND)?;
         Self::read(&file, fingerprint).map_err(|error| KIND.named(path, &error.to_string()))

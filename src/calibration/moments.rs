@@ -1,15 +1,17 @@
-//! What do the first tokens of a layer say? Running sums in f64, one row after the other: how the tokens were cut into
-//! calls changes no bit of them.
+//! Running second moments of a layer's queries, and mean and variance of its K channels.
+//!
+//! Sums are in f64 and add one token after the other, so the result does not depend on how tokens were split into calls,
+//! to the bit.
 
 use super::HeadShape;
 use super::parallel::for_each;
 use crate::quant::feedback::DAMPING;
 use crate::quant::{HeadCalibration, HeadFeedback, ModelChannels, rotate};
 
-/// A row with a larger number is skipped like one that is not finite: 256 of them, added up by a rotation, stay an f32.
+/// Rows with a larger magnitude are skipped like non-finite ones: 256 such values, summed by a rotation, still fit an f32.
 const LARGEST: f32 = 1e36;
 
-/// Multiplications above which the heads of a layer are shared among threads: some milliseconds.
+/// Multiplications (a few milliseconds) from which the heads of a layer are split among threads.
 const WORTH_THREADS: usize = 1 << 23;
 
 /// Running sums of one key/value head.
@@ -23,7 +25,7 @@ struct HeadMoments {
     rotated_keys: ChannelMoments,
 }
 
-/// Mean and sum of squared deviations of each channel, by Welford's recursion: a large mean cancels nothing.
+/// Mean and sum of squared deviations of each channel, by Welford's algorithm: no cancellation under a large mean.
 #[derive(Debug, Clone)]
 struct ChannelMoments {
     mean: Vec<f64>,
@@ -46,14 +48,14 @@ impl Moments {
         Self { heads: vec![head; num_kv_heads], head_dim, num_tokens: 0 }
     }
 
-    /// Tokens taken.
+    /// Tokens accumulated.
     pub(super) fn num_tokens(&self) -> usize {
         self.num_tokens
     }
 
-    /// Takes the first `wanted` token rows whose numbers are all finite.
+    /// Accumulates the first `wanted` token rows without non-finite or huge values.
     ///
-    /// q `[n, num_q_heads, head_dim]` and k `[n, num_kv_heads, head_dim]` of `shape`, which is this layer's.
+    /// q `[n, num_q_heads, head_dim]` and k `[n, num_kv_heads, head_dim]` have this layer's `shape`.
     pub(super) fn add(&mut self, shape: HeadShape, q: &[f32], k: &[f32], wanted: usize) {
         let rows: Vec<(&[f32], &[f32])> = q
             .chunks_exact(shape.num_q_heads * shape.head_dim)
@@ -80,7 +82,7 @@ impl Moments {
         self.num_tokens += rows.len();
     }
 
-    /// The feedback and statistics of every head, of at least two tokens.
+    /// The feedback and channel statistics of every head. Needs at least two tokens.
     pub(super) fn factor(&self) -> Vec<HeadCalibration> {
         let mut factored = vec![None; self.heads.len()];
         for_each(&mut factored, true, |head, slot| {
@@ -92,7 +94,7 @@ impl Moments {
 
 impl HeadMoments {
     fn add_queries<'a>(&mut self, mut rows: impl Iterator<Item = &'a [f32]>, head_dim: usize) {
-        /// Rows whose products are added on one way through the sums.
+        /// Rows whose products are added in one pass over the sums.
         const AT_ONCE: usize = 4;
         let mut wide = vec![0f64; AT_ONCE * head_dim];
         loop {
@@ -112,7 +114,7 @@ impl HeadMoments {
         }
     }
 
-    /// A head whose numbers are so large or small that its factors are beyond f32 has no feedback: it rounds plainly.
+    /// A head whose factors overflow or underflow f32 gets no feedback, so that it is rounded to nearest.
     fn factor(&self, head_dim: usize, num_tokens: usize) -> HeadCalibration {
         let mut moment = self.products.clone();
         for i in 0..head_dim {
@@ -134,7 +136,7 @@ impl HeadMoments {
     }
 }
 
-/// In f32, and not 0: what is divided by it is finite.
+/// Converts to f32, at least the smallest positive normal number, since it is divided by.
 fn positive(x: f64) -> f32 {
     (x as f32).max(f32::MIN_POSITIVE)
 }
@@ -144,7 +146,7 @@ fn positive(x: f64) -> f32 {
 fn add_products<const N: usize>(products: &mut [f64], rows: &[f64], head_dim: usize) {
     let rows: [&[f64]; N] = std::array::from_fn(|r| &rows[r * head_dim..][..head_dim]);
     for i in 0..head_dim {
-        let first = i & !7; // whole vectors; what is left of the diagonal is not read
+        let first = i & !7; // whole vectors; elements left of the diagonal are never read
         let factors: [f64; N] = std::array::from_fn(|r| rows[r][i]);
         let rows: [&[f64]; N] = std::array::from_fn(|r| &rows[r][first..]);
         let sums = &mut products[i * head_dim + first..(i + 1) * head_dim];
@@ -159,7 +161,7 @@ fn add_products<const N: usize>(products: &mut [f64], rows: &[f64], head_dim: us
 }
 
 impl ChannelMoments {
-    /// Takes a row, the `count`th (from 1).
+    /// Adds a row, the `count`th (from 1).
     fn add(&mut self, row: &[f32], count: usize) {
         let share = 1.0 / count as f64;
         for ((mean, squares), &x) in self.mean.iter_mut().zip(&mut self.squares).zip(row) {

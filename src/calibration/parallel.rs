@@ -1,7 +1,7 @@
-//! Heads shared among threads that live for one call.
+//! A parallel loop over threads that live for one call.
 //!
-//! Not the pool of the kernels: one of its workers that waits for its part may be given another task meanwhile, and
-//! wait in that for the lock that it holds itself.
+//! The kernels' rayon pool would deadlock here: a worker that waits for its subtasks may steal another task, and that task
+//! may wait for the layer lock which the worker already holds.
 
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Builder};
@@ -19,7 +19,7 @@ pub(super) fn for_each<T: Send>(items: &mut [T], worth_threads: bool, work: impl
     };
     thread::scope(|scope| {
         for _ in 1..num_threads {
-            // A thread that the system does not give is none the less: this one takes what is left.
+            // If a thread cannot be spawned, this one does its share.
             let _ = Builder::new().spawn_scoped(scope, take_and_work);
         }
         take_and_work();

@@ -8,10 +8,10 @@ use crate::quant::{Feedback, ModelChannels};
 use std::io::Write;
 use std::sync::Arc;
 
-/// Layers by the model's number, in order.
+/// Layers by their index in the model, ascending.
 pub(super) type Layers = [(usize, Arc<LayerCalibration>)];
 
-/// What a file of `layers` holds, which are not empty and were frozen after at least `query_tokens` tokens each.
+/// The contents of a file of `layers`, at least one, each frozen after at least `query_tokens` tokens.
 pub(super) fn contents<'a>(layers: &'a Layers, query_tokens: usize, fingerprint: &str, model: &str) -> Contents<'a> {
     let mut contents = Contents::new(&KIND);
     contents.entry("format_version", FORMAT_VERSION);

@@ -1,17 +1,17 @@
-//! How many tokens and sequences fit in so many bytes?
+//! Capacity planning: how many tokens and sequences fit in a given memory.
 //!
-//! A *layer group* is the layers of a model that store their tokens alike. A sequence of `context` tokens holds whole
-//! blocks in each layer: `ceil(context / block_size)` of them, or, where a sliding window bounds what is read,
-//! at most `ceil((window - 1) / block_size) + 1` (the window may begin inside a block). A block costs one record for each
-//! kv head on this device: a page, or in formats that seal a tile. There, a sequence that runs also has [`OPEN_PAGES`]
-//! pages in every layer and kv head, however short it is. All of it is integers; the bytes of a record come from
-//! [`crate::format`].
+//! A *layer group* is the layers of a model with the same heads, window and storage. A sequence of `context` tokens takes
+//! whole blocks in each layer: `ceil(context / block_size)` of them, or, under a sliding window, at most
+//! `ceil((window - 1) / block_size) + 1` (the window may begin inside a block). A block takes one record for each kv head
+//! on this device: a tile in formats that seal, else a page. In formats that seal, a running sequence also has
+//! [`OPEN_PAGES`] pages in every layer and kv head, however short it is. All arithmetic is on integers; the bytes of a
+//! record come from [`crate::format`].
 //!
 //! ```text
 //! open_page_bytes = sum over groups of num_layers * num_kv_heads * OPEN_PAGES * page_bytes       (0 where nothing seals)
 //! sequence_bytes  = sum over groups of num_layers * num_kv_heads * blocks_held * record_bytes    + open_page_bytes
-//! open_bytes      = sequence_bytes - what the tokens that are read would take at rest, without rounding up to blocks
-//! tokens          = whole blocks of what memory the open pages of the sequences that run leave
+//! open_bytes      = sequence_bytes - bytes at rest of the visible tokens, without rounding up to blocks
+//! tokens          = whole blocks of the memory that the open pages of the running sequences leave
 //! ```
 
 use crate::error::{Error, Result};
@@ -19,17 +19,17 @@ use crate::format::{
     Dtype, Format, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, page_bytes, record_bytes, supports_block_size, supports_head_dim,
 };
 
-/// Pages that a running sequence has in every layer and kv head of a format that seals. Two: a page that has just filled
-/// is sealed by the next step, which writes to the page after it already. A sequence of a few tokens has one, and is
-/// counted with two; while a later chunk of a prompt is written there may be two more for that step, which are not.
+/// Pages of a running sequence in every layer and kv head, in formats that seal. Two: a page that has just filled is
+/// sealed by the next step, which already writes to the page after it. Short sequences, which have one, are counted with
+/// two; a step that appends a later chunk of a prompt may use two more, which are not counted.
 pub const OPEN_PAGES: usize = 2;
 
-/// What a layer's keys and values are stored as.
+/// How the keys and values of a layer are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
-    /// Pages of this crate; the element type is that of `raw` pages and says nothing of other formats.
+    /// Blocks of this crate. The dtype is that of `raw` pages, ignored in other formats.
     Pages(Format, Dtype),
-    /// An engine's own cache: K and V elements of so many bytes and nothing else.
+    /// An engine's unquantized cache: K and V elements and nothing else.
     Dense {
         /// Bytes of one element.
         element_bytes: usize,
@@ -37,7 +37,7 @@ pub enum Storage {
 }
 
 impl Storage {
-    /// The storage called `name`: a cache format (`raw` in bf16), or `bf16` or `fp8` for an engine's own cache.
+    /// Parses a name: a cache format (`raw` in bf16), or `bf16` or `fp8` for an engine's unquantized cache.
     pub fn parse(name: &str) -> Result<Self> {
         match name {
             "bf16" => Ok(Self::Dense { element_bytes: 2 }),
@@ -49,7 +49,7 @@ impl Storage {
         }
     }
 
-    /// Bytes of one block of one kv head at rest.
+    /// Bytes of one block at rest, for one layer and kv head.
     pub fn record_bytes(self, head_dim: usize, block_size: usize) -> Result<u128> {
         match self {
             Self::Pages(format, dtype) => {
@@ -65,7 +65,7 @@ impl Storage {
         }
     }
 
-    /// Bytes of the open pages of one sequence and kv head; 0 where blocks stay what they are.
+    /// Bytes of the open pages of one sequence, for one layer and kv head; 0 in formats that never seal.
     fn open_page_bytes(self, head_dim: usize, block_size: usize) -> u128 {
         match self {
             Self::Pages(format, dtype) if format.tile_bits().is_some() => {
@@ -76,67 +76,67 @@ impl Storage {
     }
 }
 
-/// Layers that store their tokens alike, as seen by one device.
+/// Layers with the same heads, window and storage, as one device stores them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerGroup {
-    /// Layers in the group.
+    /// Number of layers.
     pub num_layers: usize,
     /// Key/value heads of one layer on this device.
     pub num_kv_heads: usize,
     /// Channels of one head.
     pub head_dim: usize,
-    /// Tokens that a query reads, itself included; `None`: all.
+    /// Sliding window in tokens, the query itself included; `None`: full attention.
     pub window: Option<usize>,
-    /// What the keys and values are stored as.
+    /// How keys and values are stored.
     pub storage: Storage,
 }
 
 impl LayerGroup {
-    /// Bytes of one block in every layer and kv head of the group.
+    /// Bytes of one block, over all layers and kv heads of the group.
     fn block_bytes(&self, block_size: usize) -> Result<u128> {
         let records = product([self.num_layers, self.num_kv_heads])?;
         multiply(records, self.storage.record_bytes(self.head_dim, block_size)?)
     }
 
-    /// Bytes of a sequence's open pages in every layer and kv head of the group, whose `head_dim` pages take.
+    /// Bytes of a sequence's open pages, over all layers and kv heads of the group. `head_dim` must be a supported one.
     fn open_page_bytes(&self, block_size: usize) -> Result<u128> {
         let records = product([self.num_layers, self.num_kv_heads])?;
         multiply(records, self.storage.open_page_bytes(self.head_dim, block_size))
     }
 }
 
-/// What fits; see [`capacity`].
+/// The result of [`capacity`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capacity {
-    /// Bytes of one sequence of `context` tokens: whole blocks, and its open pages.
+    /// Bytes of one running sequence of `context` tokens: whole blocks and open pages.
     pub sequence_bytes: u64,
-    /// The part of `sequence_bytes` that no token in reach uses at rest: open pages, partly filled blocks, and blocks
-    /// that a window left partly.
+    /// The part of `sequence_bytes` beyond the visible tokens at rest: open pages, and the unused part of blocks that are
+    /// partly filled or partly outside the window.
     pub open_bytes: u64,
     /// The part of `open_bytes` that is open pages.
     pub open_page_bytes: u64,
-    /// Tokens that fit, beside the open pages of `sequences`, or of one if none fits: whole blocks where every layer
-    /// reads everything, else `memory_bytes * context / sequence_bytes`.
+    /// Tokens that fit beside the open pages of `sequences` (of one sequence if none fits): whole blocks if every layer
+    /// has full attention, else `memory_bytes * context / sequence_bytes`.
     pub tokens: u64,
-    /// Sequences of `context` tokens that fit and may run.
+    /// Sequences of `context` tokens that fit, at most `max_sequences`.
     pub sequences: u64,
 }
 
-/// Blocks of one layer that a sequence of `context` tokens holds once a step has begun: what left the window is released
-/// then, so a prompt that one step writes whole is held whole until the next.
+/// Blocks of one layer allocated to a sequence of `context` tokens after a step has begun. Blocks outside the window are
+/// released as a step begins, so a prompt appended by one step stays allocated in full until the next step.
 #[must_use]
 pub fn blocks_held(context: usize, block_size: usize, window: Option<usize>) -> usize {
     let all = context.div_ceil(block_size);
     window.map_or(all, |window| all.min(window.saturating_sub(1).div_ceil(block_size) + 1))
 }
 
-/// Bytes of one running sequence of `context` tokens over all `groups`.
+/// Bytes of one running sequence of `context` tokens, over all `groups`.
 pub fn sequence_bytes(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<u64> {
     check(groups, block_size, context)?;
     narrow(add(at_rest(groups, block_size, context)?, open_pages(groups, block_size)?)?)
 }
 
-/// What fits in `memory_bytes` when every sequence is `context` tokens long and at most `max_sequences` run at once.
+/// Computes what fits in `memory_bytes` if every sequence is `context` tokens long and at most `max_sequences` run at once.
 pub fn capacity(
     groups: &[LayerGroup],
     block_size: usize,
@@ -173,7 +173,7 @@ pub fn capacity(
     })
 }
 
-/// Bytes of the blocks that a sequence holds.
+/// Bytes of a sequence's blocks at rest.
 fn at_rest(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<u128> {
     groups.iter().try_fold(0, |total, group| {
         let blocks = blocks_held(context, block_size, group.window) as u128;
@@ -181,7 +181,7 @@ fn at_rest(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<u
     })
 }
 
-/// Bytes of the open pages of a sequence; after [`at_rest`], which refuses a `head_dim` that pages do not take.
+/// Bytes of a sequence's open pages. Call [`at_rest`] first, which refuses an unsupported `head_dim`.
 fn open_pages(groups: &[LayerGroup], block_size: usize) -> Result<u128> {
     groups.iter().try_fold(0, |total, group| add(total, group.open_page_bytes(block_size)?))
 }
@@ -194,7 +194,7 @@ fn check(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<()>
         return Err(Error::Config("context 0: expected at least one token".into()));
     }
     if groups.is_empty() {
-        return Err(Error::Config("no layer keeps keys and values: nothing to plan".into()));
+        return Err(Error::Config("no layer stores keys and values: nothing to plan".into()));
     }
     for group in groups {
         if group.num_layers == 0 || group.num_kv_heads == 0 || group.head_dim == 0 || group.window == Some(0) {
@@ -208,7 +208,7 @@ fn check(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<()>
 }
 
 fn overflow() -> Error {
-    Error::Config("the sizes given multiply to more bytes than a 64-bit number holds".into())
+    Error::Config("the sizes multiply to more bytes than a 64-bit number holds".into())
 }
 
 fn add(a: u128, b: u128) -> Result<u128> {
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sequence_of_llama_3_8b_takes_68096_bytes_a_token_in_int8_and_131072_in_bf16() {
+    fn llama_3_8b_takes_68096_bytes_per_token_in_int8_and_131072_in_bf16() {
         let bytes = |name| sequence_bytes(&[llama_3_8b(Storage::parse(name).unwrap())], 128, 32_768).unwrap();
         assert_eq!(bytes("int8"), 68_096 * 32_768);
         assert_eq!(bytes("bf16"), 131_072 * 32_768);
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_whole_blocks_and_sequences_whole_sequences() {
+    fn capacity_rounds_down_to_whole_blocks_and_whole_sequences() {
         let fits = capacity(&[llama_3_8b(INT8)], 128, 32_768, 64 * GIB, None).unwrap();
         assert_eq!(fits.tokens, (64 * GIB / (68_096 * 128)) * 128);
         assert_eq!(fits.sequences, 64 * GIB / (68_096 * 32_768));
@@ -257,14 +257,14 @@ mod tests {
     }
 
     #[test]
-    fn a_partly_filled_block_is_counted_whole_and_shown_apart() {
+    fn a_partly_filled_block_counts_in_full_and_its_rest_is_open_bytes() {
         let fits = capacity(&[llama_3_8b(INT8)], 128, 129, GIB, None).unwrap();
         assert_eq!(fits.sequence_bytes, 2 * 128 * 68_096);
         assert_eq!(fits.open_bytes, 127 * 68_096);
     }
 
     #[test]
-    fn a_token_at_rest_takes_a_quarter_and_less_in_formats_that_seal() {
+    fn record_bytes_of_tiles_match_the_published_bytes_per_token() {
         let at_rest = |name, head_dim| {
             let storage = Storage::parse(name).unwrap();
             storage.record_bytes(head_dim, 128).unwrap() as f64 / 128.0
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_running_sequence_of_a_format_that_seals_has_two_open_pages_beside_its_tiles() {
+    fn a_running_sequence_has_two_open_pages_beside_its_tiles() {
         // 32 layers x 8 kv heads: tiles of 17,808 bytes, pages of 34,048.
         let fits = capacity(&[llama_3_8b(INT4)], 128, 32_768, 64 * GIB, None).unwrap();
         assert_eq!(fits.open_page_bytes, 256 * 2 * 34_048);
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_what_the_open_pages_of_the_sequences_that_may_run_leave() {
+    fn tokens_fill_the_memory_left_by_the_open_pages_of_running_sequences() {
         let tokens = |memory, max| capacity(&[llama_3_8b(INT4)], 128, 32_768, memory, max).unwrap().tokens;
         let (block, pages) = (256 * 17_808, 256 * 2 * 34_048);
         assert_eq!(tokens(64 * GIB, Some(1)), (64 * GIB - pages) / block * 128);
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_that_slide_have_their_open_pages_too() {
+    fn sliding_groups_have_open_pages_too() {
         let full = LayerGroup { num_layers: 4, num_kv_heads: 1, head_dim: 256, window: None, storage: INT4 };
         let sliding = LayerGroup { num_layers: 14, window: Some(512), ..full };
         let (tile, page) = (34_832, 2 * 128 * 256 + 6 * 128 + 4 * 256);
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sliding_layer_holds_its_window_and_one_block() {
+    fn a_sliding_layer_takes_its_window_and_at_most_one_block_more() {
         assert_eq!(blocks_held(10_000, 128, Some(1024)), 9);
         assert_eq!(blocks_held(1024, 128, Some(1024)), 8);
         assert_eq!(blocks_held(1025, 128, Some(1024)), 9);
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn mixed_groups_add_up_and_tokens_follow_the_context() {
+    fn mixed_groups_add_up_and_tokens_scale_with_the_context() {
         let full = LayerGroup { num_layers: 4, num_kv_heads: 1, head_dim: 256, window: None, storage: INT8 };
         let sliding = LayerGroup { num_layers: 14, window: Some(512), ..full };
         let record = 2 * 128 * 256 + 6 * 128 + 4 * 256;
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_dim_that_pages_do_not_take_is_refused_unless_the_layer_is_dense() {
+    fn an_unsupported_head_dim_is_refused_unless_the_layer_is_dense() {
         let wide = LayerGroup { head_dim: 512, ..llama_3_8b(INT8) };
         assert!(matches!(sequence_bytes(&[wide], 128, 1), Err(Error::Unsupported(_))));
         let dense = LayerGroup { storage: Storage::Dense { element_bytes: 2 }, ..wide };
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_cannot_work_are_typed_errors() {
+    fn invalid_settings_are_typed_errors() {
         let good = llama_3_8b(INT8);
         assert!(matches!(sequence_bytes(&[good], 100, 1), Err(Error::Config(_))));
         assert!(matches!(sequence_bytes(&[good], 128, 0), Err(Error::Config(_))));

@@ -1,4 +1,4 @@
-//! What was asked for, and the rules that relate two settings.
+//! Cache settings and their validation.
 
 pub mod capacity;
 pub mod env;
@@ -6,12 +6,12 @@ pub mod env;
 use crate::error::{Error, Result};
 use crate::format::{self, Dtype, Format};
 
-/// The settings of one cache: the pages of a group of layers of one shape.
+/// The settings of one cache, which stores a group of layers of the same shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CacheConfig {
-    /// How pages hold their tokens.
+    /// How blocks store their tokens.
     pub format: Format,
-    /// Element type of `raw` pages; other formats take keys and values of any.
+    /// Element type of `raw` pages. Other formats accept keys and values of every dtype.
     pub dtype: Dtype,
     /// Layers that share the block tables.
     pub num_layers: usize,
@@ -19,19 +19,19 @@ pub struct CacheConfig {
     pub num_kv_heads: usize,
     /// Channels of a head.
     pub head_dim: usize,
-    /// Tokens of a block.
+    /// Tokens per block.
     pub block_size: usize,
-    /// Blocks of the pool; `None` grows as needed.
+    /// Blocks in the pool; `None`: the pool grows as needed.
     pub num_blocks: Option<usize>,
-    /// Pages of the pool for open blocks, in formats that seal: two for each sequence that may decode a token at a
-    /// time, four for one that takes more in a step. `None` grows as needed. Other formats do not ask for it.
+    /// Pages in the pool for open blocks, in formats that seal: two for each sequence that decodes one token per step,
+    /// four for one that appends more. `None`: the pool grows as needed. Ignored in other formats.
     pub num_open_pages: Option<usize>,
-    /// Sliding window in tokens, the query itself included; `None` sees everything.
+    /// Sliding window in tokens, the query itself included; `None`: full attention.
     pub window: Option<usize>,
 }
 
 impl CacheConfig {
-    /// An `int4` cache of growing size, blocks of 128 tokens, no window.
+    /// The settings of an `int4` cache with growing pools, blocks of 128 tokens and no window.
     #[must_use]
     pub const fn new(num_layers: usize, num_kv_heads: usize, head_dim: usize) -> Self {
         Self {
@@ -47,10 +47,10 @@ impl CacheConfig {
         }
     }
 
-    /// Is this a cache that can be built?
+    /// Checks every setting.
     ///
     /// # Errors
-    /// [`Error::Config`] or [`Error::Unsupported`], naming the setting and what it may be.
+    /// [`Error::Config`] or [`Error::Unsupported`], naming the setting and its valid values.
     pub fn validate(&self) -> Result<()> {
         if self.num_layers == 0 || self.num_kv_heads == 0 {
             return Err(Error::Config(format!(
@@ -102,7 +102,7 @@ impl CacheConfig {
         }
     }
 
-    /// Bytes of one page of tokens that are still written to, in every layer.
+    /// Bytes of one open page, over all layers and heads.
     #[must_use]
     pub const fn open_page_bytes(&self) -> usize {
         self.num_layers
@@ -110,7 +110,7 @@ impl CacheConfig {
             * format::page_bytes(self.format, self.dtype, self.head_dim, self.block_size)
     }
 
-    /// Bytes of one block at rest in every layer.
+    /// Bytes of one block at rest, over all layers and heads.
     #[must_use]
     pub const fn block_bytes(&self) -> usize {
         self.num_layers
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_built_is_refused_by_name() {
+    fn validate_names_the_invalid_setting() {
         let good = CacheConfig::new(2, 4, 64);
         assert_eq!(good.validate(), Ok(()));
         for (bad, word) in [

@@ -1,4 +1,4 @@
-//! `PagedKvCache`: the cache behind a lock, tensors behind views, the interpreter free while kernels run.
+//! The Python class `PagedKvCache`: a cache behind a mutex, which releases the interpreter while kernels run.
 
 use super::calibration::Calibration;
 use super::numbers::Whole;
@@ -17,11 +17,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(super) type Shared = Arc<Mutex<cache::PagedKvCache>>;
 
 pub(super) fn lock(cache: &Shared) -> MutexGuard<'_, cache::PagedKvCache> {
-    // A panic under the lock is a bug; it has been reported, and the cache is still the best answer there is.
+    // A panic under the lock is a bug that was already reported; the cache stays usable.
     cache.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Pages of one group of layers of one shape; see the stub for shapes and errors.
+/// The cache of one group of layers of the same shape; `_core.pyi` documents shapes and errors.
 #[pyclass(frozen, module = "kvarn_rs._core")]
 pub struct PagedKvCache {
     inner: Shared,
@@ -34,7 +34,7 @@ impl PagedKvCache {
         Self { inner: Arc::new(Mutex::new(cache)), config }
     }
 
-    /// The cache itself.
+    /// Another handle to the cache.
     pub(super) fn shared(&self) -> Shared {
         Arc::clone(&self.inner)
     }
@@ -157,8 +157,8 @@ impl PagedKvCache {
     #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn check_truncate(&self, sequences: Vec<Whole>, lengths: Vec<Whole>) -> Result<()> {
         if sequences.len() != lengths.len() {
-            let (lengths, sequences) = (lengths.len(), sequences.len());
-            return Err(Error::Config(format!("{sequences} sequences, but {lengths} lengths")));
+            let (num_sequences, num_lengths) = (sequences.len(), lengths.len());
+            return Err(Error::Config(format!("{num_sequences} sequences, but {num_lengths} lengths")));
         }
         let targets = sequences.iter().zip(&lengths).map(|(id, length)| (SequenceId(id.0), length.count()));
         lock(&self.inner).check_truncate(&targets.collect::<Vec<_>>())
@@ -207,8 +207,8 @@ impl PagedKvCache {
             _ => return Err(Error::Config("begin_step takes either num_new or mask".to_owned()).into()),
         };
         if rows.len() != sequences.len() {
-            let (rows, sequences) = (rows.len(), sequences.len());
-            return Err(Error::Config(format!("{sequences} sequences, but rows for {rows}")).into());
+            let (num_sequences, num_rows) = (sequences.len(), rows.len());
+            return Err(Error::Config(format!("{num_sequences} sequences, but rows for {num_rows}")).into());
         }
         let requests: Vec<_> = sequences.into_iter().map(|id| SequenceId(id.0)).zip(rows).collect();
         let open = py.detach(|| lock(&self.inner).begin_step(&requests, retain))?;
@@ -239,7 +239,7 @@ impl PagedKvCache {
         out.set_item("blocks_in_use", stats.blocks_in_use)?;
         out.set_item("peak_blocks", stats.peak_blocks)?;
         out.set_item("free_blocks", stats.free_blocks)?;
-        out.set_item("open_blocks", stats.open_blocks)?;
+        out.set_item("partial_blocks", stats.open_blocks)?;
         out.set_item("open_pages", stats.open_pages)?;
         out.set_item("peak_open_pages", stats.peak_open_pages)?;
         out.set_item("bytes_in_use", stats.bytes_in_use)?;

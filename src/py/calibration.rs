@@ -1,4 +1,4 @@
-//! `Calibration`: what a model's caches learn together; see the stub for errors.
+//! The Python class `Calibration`; `_core.pyi` documents its errors.
 
 use super::numbers::Whole;
 use crate::Result;
@@ -8,14 +8,14 @@ use pyo3::types::{PyDict, PyList};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// The calibration of one model.
+/// The calibration of one model, shared by its caches.
 #[pyclass(frozen, module = "kvarn_rs._core")]
 pub struct Calibration {
     inner: Arc<calibration::Calibration>,
 }
 
 impl Calibration {
-    /// The calibration itself, for a cache to hold.
+    /// Another handle to the calibration, for a cache.
     pub(super) fn shared(&self) -> Arc<calibration::Calibration> {
         Arc::clone(&self.inner)
     }
@@ -78,7 +78,7 @@ impl Calibration {
         py.detach(|| self.inner.freeze())
     }
 
-    /// Caches of a model share its calibration, and so do their copies.
+    /// Copies of a cache share its calibration.
     fn __copy__(slf: Py<Self>) -> Py<Self> {
         slf
     }

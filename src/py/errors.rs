@@ -1,4 +1,4 @@
-//! Each variant of [`Error`] as an exception of `kvarn_rs.errors`.
+//! The conversion of [`Error`] to the exceptions of `kvarn_rs.errors`.
 
 use crate::Error;
 use pyo3::prelude::*;

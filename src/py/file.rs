@@ -1,4 +1,4 @@
-//! Files of one or more caches, for those who keep caches together.
+//! Functions that save, load and inspect files of several caches.
 
 use super::cache::{PagedKvCache, Shared, lock};
 use crate::cache::file::{self, Summary};
@@ -9,7 +9,7 @@ use pyo3::types::{PyBytes, PyDict};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What a file that kvarn wrote says it is.
+/// The kind that a file written by kvarn names.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)] // extracted from Python
 pub fn file_kind(py: Python<'_>, path: PathBuf) -> Result<&'static str> {
@@ -25,7 +25,7 @@ pub fn save_caches(py: Python<'_>, path: PathBuf, caches: Vec<PyRef<'_, PagedKvC
     py.detach(|| with_all(&caches, |caches| file::save(&path, caches, note)))
 }
 
-/// What `save_caches` writes.
+/// The bytes that `save_caches` writes.
 #[pyfunction]
 #[pyo3(signature = (caches, note = ""))]
 #[allow(clippy::needless_pass_by_value)] // extracted from Python
@@ -38,20 +38,20 @@ pub fn caches_to_bytes<'py>(
     Ok(PyBytes::new(py, &py.detach(|| with_all(&caches, |caches| file::to_bytes(caches, note)))?))
 }
 
-/// The caches and the note of a file.
+/// Loads the caches and the note of a file.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)] // extracted from Python
 pub fn load_caches(py: Python<'_>, path: PathBuf) -> Result<(Vec<PagedKvCache>, String)> {
     Ok(wrapped(py.detach(|| file::load(&path))?))
 }
 
-/// The caches and the note in a file's bytes.
+/// Loads the caches and the note from a file's bytes.
 #[pyfunction]
 pub fn caches_from_bytes(py: Python<'_>, data: &[u8]) -> Result<(Vec<PagedKvCache>, String)> {
     Ok(wrapped(py.detach(|| file::from_bytes(data))?))
 }
 
-/// Checks a file and says what it holds.
+/// Checks a file and summarizes its caches.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)] // extracted from Python
 pub fn inspect_caches(py: Python<'_>, path: PathBuf) -> PyResult<(Vec<Bound<'_, PyDict>>, String)> {
@@ -89,8 +89,8 @@ fn wrapped((caches, note): (Vec<cache::PagedKvCache>, String)) -> (Vec<PagedKvCa
     (caches.into_iter().map(PagedKvCache::wrap).collect(), note)
 }
 
-/// Locks caches one after the other in the order of their addresses: two that want the same ones do not wait for each
-/// other.
+/// Runs `work` with all caches locked. They are locked in the order of their addresses, so that two threads which lock the
+/// same caches cannot deadlock.
 fn with_all<T>(caches: &[Shared], work: impl FnOnce(&[&cache::PagedKvCache]) -> Result<T>) -> Result<T> {
     let mut order: Vec<usize> = (0..caches.len()).collect();
     order.sort_by_key(|&index| Arc::as_ptr(&caches[index]));

@@ -29,7 +29,7 @@ mod _core {
     use super::step::Step;
     #[pymodule_export]
     use super::{
-        capacity, codec_bytes_per_token, codecs, first_seen, formats, is_prefill, num_threads, page_bytes, simd_level,
+        block_bytes, capacity, codec_bytes_per_token, codecs, first_seen, formats, is_prefill, num_threads, simd_level,
     };
 
     #[pymodule_export]
@@ -82,13 +82,13 @@ fn formats() -> Vec<&'static str> {
     Format::ALL.map(Format::name).to_vec()
 }
 
-/// Names of the codecs that `raw` pages can be quantized with in place, to compare formats by.
+/// Names of the codecs, which quantize `raw` pages in place to evaluate other schemes.
 #[pyfunction]
 fn codecs() -> Vec<&'static str> {
     Codec::ALL.map(Codec::name).to_vec()
 }
 
-/// Bytes of a token and kv head that a codec's scheme would take.
+/// Bytes per token and kv head of a codec's scheme, if it were stored packed.
 #[pyfunction]
 #[pyo3(signature = (codec, head_dim, block_size = 128))]
 fn codec_bytes_per_token(codec: &str, head_dim: usize, block_size: usize) -> Result<f64> {
@@ -97,23 +97,23 @@ fn codec_bytes_per_token(codec: &str, head_dim: usize, block_size: usize) -> Res
     Ok(codec.bytes_per_token(head_dim, block_size))
 }
 
-/// The SIMD level that new caches use: the machine's fastest, or the one that `KVARN_SIMD` names.
+/// The SIMD level of new caches: the fastest of this machine, or the one named by `KVARN_SIMD`.
 #[pyfunction]
 fn simd_level() -> Result<&'static str> {
     Ok(env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))?.name())
 }
 
-/// Threads that the kernels use (`RAYON_NUM_THREADS`, or one a core).
+/// Number of kernel threads: `RAYON_NUM_THREADS`, or one per core.
 #[pyfunction]
 fn num_threads() -> usize {
-    step::kernel_process(); // asking starts them
+    step::kernel_process(); // the next line starts the threads
     rayon::current_num_threads()
 }
 
-/// Bytes of one block of one key/value head.
+/// Bytes of one block of one layer and key/value head at rest: of a tile in formats that seal, else of a page.
 #[pyfunction]
 #[pyo3(signature = (format, head_dim, block_size = 128, dtype = "bfloat16"))]
-fn page_bytes(format: &str, head_dim: usize, block_size: usize, dtype: &str) -> Result<usize> {
+fn block_bytes(format: &str, head_dim: usize, block_size: usize, dtype: &str) -> Result<usize> {
     let (format, dtype) = (parse_format(format)?, parse_dtype(dtype)?);
     check_shape(head_dim, block_size)?;
     Ok(record_bytes(format, dtype, head_dim, block_size))
@@ -129,8 +129,8 @@ fn check_shape(head_dim: usize, block_size: usize) -> Result<()> {
     Ok(())
 }
 
-/// What fits in `memory_bytes` when every sequence is `context` tokens long, by name. `storage` is a cache format, or
-/// `bf16` or `fp8` for an engine's own cache.
+/// Computes what fits in `memory_bytes` if every sequence is `context` tokens long. `storage` is a cache format, or `bf16`
+/// or `fp8` for an engine's unquantized cache.
 #[pyfunction]
 #[pyo3(signature = (storage, groups, block_size, context, memory_bytes, max_sequences = None))]
 #[allow(clippy::needless_pass_by_value)] // extracted from Python

@@ -1,4 +1,4 @@
-//! Whole numbers of any size from Python: what does not fit is refused like any other bad setting.
+//! Python integers as arguments: out of range is a `ConfigError`, like any other invalid setting, not an `OverflowError`.
 
 use crate::Error;
 use pyo3::prelude::*;
@@ -9,7 +9,7 @@ pub struct Whole(pub u64);
 
 impl Whole {
     pub fn count(self) -> usize {
-        usize::try_from(self.0).unwrap_or(usize::MAX) // beyond any count there can be
+        usize::try_from(self.0).unwrap_or(usize::MAX) // larger than any valid count
     }
 }
 

@@ -1,4 +1,4 @@
-//! `Step`: a step in progress.
+//! The Python class `Step`: append and attend for the rows of one step.
 
 use super::cache::{Shared, lock};
 use super::numbers::Whole;
@@ -8,7 +8,7 @@ use crate::{Error, Result, cache};
 use pyo3::prelude::*;
 use std::sync::OnceLock;
 
-/// A step in progress.
+/// A step that is open until it is committed or aborted.
 #[pyclass(frozen, module = "kvarn_rs._core")]
 pub struct Step {
     inner: Shared,
@@ -23,20 +23,20 @@ impl Step {
     }
 }
 
-/// The process that kernel threads belong to, from the first call on that may start them.
+/// The id of the process whose kernel threads exist: the one that first called this, which every use of them does.
 pub(super) fn kernel_process() -> u32 {
     static FIRST: OnceLock<u32> = OnceLock::new();
     *FIRST.get_or_init(std::process::id)
 }
 
-/// Kernel threads do not survive `fork`: a child that asked them for work would wait for ever.
+/// Refuses a forked child: kernel threads do not survive `fork`, and a child that used them would block forever.
 pub(super) fn check_process() -> Result<()> {
-    let (first, own) = (kernel_process(), std::process::id());
-    if first == own {
+    let (parent, current) = (kernel_process(), std::process::id());
+    if parent == current {
         return Ok(());
     }
     Err(Error::Unsupported(format!(
-        "process {own} was forked from {first}, whose kernel threads it does not have: start processes by \"spawn\""
+        "process {current} was forked from {parent}, whose kernel threads it does not have: start processes by \"spawn\""
     )))
 }
 
@@ -114,7 +114,7 @@ impl Step {
             Some(sinks) => Some(unsafe { HostTensor::new("sinks", sinks)?.to_vec()? }),
             None => None,
         };
-        // SAFETY: as above; that nobody else uses `out` meanwhile is the caller's part.
+        // SAFETY: as above; the caller must not use `out` elsewhere during the call.
         let out_view = unsafe { host_out.view_mut()? };
         let options = AttendOptions { scale, window: window.map(Whole::count), softcap, sinks: sinks.as_deref() };
         py.detach(|| lock(&self.inner).attend(&self.open, layer.count(), q_view, fresh, options, out_view))?;
@@ -153,7 +153,7 @@ impl Drop for Step {
     fn drop(&mut self) {
         let mut cache = lock(&self.inner);
         if cache.is_open(&self.open) {
-            // A step that nobody can finish any more is aborted; it was just seen open, so this cannot fail.
+            // Nobody can commit the step any more. It is open, as checked above, so aborting it cannot fail.
             let _ = cache.abort(&self.open);
         }
     }

@@ -1,4 +1,4 @@
-//! Torch tensors and numpy arrays as views of their memory; nothing is copied.
+//! Zero-copy views of torch tensors and numpy arrays.
 
 use crate::backend::{TensorView, TensorViewMut};
 use crate::format::Dtype;
@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-/// Where a tensor's elements are. Its Python object must outlive the views.
+/// The address and layout of a tensor in host memory. The Python object must outlive the views made from it.
 pub struct HostTensor {
     name: &'static str,
     base: usize,
@@ -88,7 +88,7 @@ impl HostTensor {
         Ok(Self { name, base, dtype: dtype.to_owned(), shape, strides, writable: !read_only })
     }
 
-    /// Refuses to write this tensor while `other` is read, or written too, when their memory may overlap.
+    /// Checks that this tensor, which is written, cannot overlap `other`, which is read or written.
     pub fn check_apart(&self, other: &Self) -> Result<()> {
         let ((start, end), (other_start, other_end)) = (self.extent(), other.extent());
         if start < other_end && other_start < end {
@@ -97,7 +97,7 @@ impl HostTensor {
         Ok(())
     }
 
-    /// Refuses a tensor whose elements are not all in its storage: a fake one, or one whose storage was given back.
+    /// Checks that every element is inside the storage, which it is not for fake tensors and resized storages.
     fn check_within(&self, start: usize, bytes: usize) -> Result<()> {
         let (low, high) = self.extent();
         let is_empty = self.shape.contains(&0);
@@ -109,9 +109,9 @@ impl HostTensor {
         Err(Error::Unsupported(format!("{name}: {needed} bytes of elements, but a storage of {bytes} bytes")))
     }
 
-    /// First and one past the last byte that shape and strides reach.
+    /// The first byte that shape and strides reach, and one past the last.
     fn extent(&self) -> (isize, isize) {
-        let bytes = Dtype::parse(&self.dtype).map_or(1, Dtype::bytes) as isize; // of bool and of what is refused later: 1
+        let bytes = Dtype::parse(&self.dtype).map_or(1, Dtype::bytes) as isize; // 1 for bool, and for dtypes refused later
         let (mut low, mut high) = (self.base as isize, self.base as isize);
         for (&n, &stride) in self.shape.iter().zip(&self.strides) {
             let reach = stride.saturating_mul(bytes).saturating_mul((n as isize - 1).max(0));
@@ -143,20 +143,20 @@ impl HostTensor {
         }
     }
 
-    /// Its elements, to read.
+    /// A view of the elements for reading.
     ///
     /// # Safety
-    /// The tensor lives, and nobody writes it, during `'a`.
+    /// The tensor must live, and must not be written, during `'a`.
     pub unsafe fn view<'a>(&self) -> Result<TensorView<'a>> {
         let (dtype, (shape, strides)) = (self.float()?, self.dimensions()?);
         // SAFETY: torch and numpy vouch for the memory that shape and strides reach, the caller for its life.
         unsafe { TensorView::from_raw(self.name, self.base as *const u8, dtype, shape, strides) }
     }
 
-    /// Its elements, to write.
+    /// A view of the elements for writing.
     ///
     /// # Safety
-    /// The tensor lives, and nobody else touches it, during `'a`.
+    /// The tensor must live, and must not be read or written elsewhere, during `'a`.
     pub unsafe fn view_mut<'a>(&self) -> Result<TensorViewMut<'a>> {
         let (dtype, (shape, strides)) = (self.float()?, self.dimensions()?);
         if !self.writable {
@@ -170,10 +170,10 @@ impl HostTensor {
         unsafe { TensorViewMut::from_raw(self.name, self.base as *mut u8, dtype, shape, strides) }
     }
 
-    /// The values of a one-dimensional float tensor.
+    /// Copies the values of a one-dimensional float tensor.
     ///
     /// # Safety
-    /// The tensor lives, and nobody writes it, during the call.
+    /// The tensor must live, and must not be written, during the call.
     pub unsafe fn to_vec(&self) -> Result<Vec<f32>> {
         let dtype = self.float()?;
         let &[len] = &self.shape[..] else {
@@ -193,10 +193,10 @@ impl HostTensor {
         Ok((0..len).map(read).collect())
     }
 
-    /// The rows of a bool tensor `[B, T]`.
+    /// Copies the rows of a bool tensor `[B, T]`.
     ///
     /// # Safety
-    /// The tensor lives, and nobody writes it, during the call.
+    /// The tensor must live, and must not be written, during the call.
     pub unsafe fn to_bool_rows(&self) -> Result<Vec<Vec<bool>>> {
         if self.dtype != "bool" {
             return Err(Error::Dtype { name: self.name, expected: "bool".to_owned(), got: self.dtype.clone() });
@@ -221,7 +221,7 @@ fn contiguous(shape: &[usize]) -> Vec<isize> {
     strides
 }
 
-/// Might two indices reach the same element? Never says no wrongly.
+/// Whether two indices may reach the same element. May be wrongly true, never wrongly false.
 fn overlaps(shape: &[usize], strides: &[isize]) -> bool {
     let mut dims: Vec<(usize, usize)> =
         shape.iter().zip(strides).filter(|(n, _)| **n > 1).map(|(n, stride)| (stride.unsigned_abs(), *n)).collect();
@@ -239,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn overlap_is_seen_and_transposes_are_not_overlap() {
+    fn overlaps_finds_shared_elements_and_allows_transposes() {
         assert!(!overlaps(&[2, 3, 4, 5], &contiguous(&[2, 3, 4, 5])));
         assert!(!overlaps(&[2, 4, 3, 5], &[60, 5, 20, 1]));
         assert!(overlaps(&[2, 3, 4, 5], &[0, 20, 5, 1]));

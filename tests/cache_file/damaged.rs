@@ -13,7 +13,7 @@ fn is_refused(bytes: &[u8]) -> bool {
 }
 
 #[test]
-fn no_bit_of_a_file_changes_unnoticed() {
+fn every_bit_flip_is_detected() {
     for format in [Format::Raw, Format::Int8, Format::Int4] {
         let small = CacheConfig { num_layers: 1, num_kv_heads: 1, ..config(format, 16, 16) };
         assert_damage_is_refused(&to_bytes(&filled(small)), is_refused);

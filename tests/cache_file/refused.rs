@@ -73,7 +73,7 @@ pub fn assert_says(message: &str, expected: &str) {
 }
 
 #[test]
-fn what_is_no_cache_is_refused() {
+fn a_file_that_is_not_a_cache_is_refused() {
     let whole = valid(Format::Int4);
     for (bytes, expected) in [
         (&b""[..], "not a safetensors file of 0 bytes"),
@@ -144,7 +144,7 @@ fn a_bound_that_no_machine_could_have_takes_no_memory() {
 }
 
 #[test]
-fn tensors_that_are_missing_or_odd_are_refused() {
+fn missing_or_malformed_tensors_are_refused() {
     let rename = |from: &str, to: &str| {
         let mut parts = Parts::new(Format::Int4);
         let tensors = parts.header.as_object_mut().expect("an object");

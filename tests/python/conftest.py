@@ -1,4 +1,4 @@
-"""Tensors of tests are small: torch's threads would only wait for each other, and for the kernels'."""
+"""Fixtures of all Python tests: one torch thread, since their tensors are too small for more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The import graph of a Python package, and its circles: groups of files of which each imports, in the end, itself."""
+"""The import graph of a Python package, and its cycles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention as the textbook has it, in float64; what most tests do with caches; and what bad input must not do."""
+"""Reference attention in float64, and helpers to fill caches and to check that errors change nothing."""
 
 from __future__ import annotations
 

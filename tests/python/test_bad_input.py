@@ -54,7 +54,7 @@ LARGEST = 2**64 - 1
 FORMATS = pytest.mark.parametrize("format", kvarn_rs.FORMATS)
 
 
-def test_every_error_is_a_kvarn_error_and_the_builtin_that_it_resembles() -> None:
+def test_every_error_is_a_kvarn_error_and_a_builtin_exception() -> None:
     builtins = {
         CacheFileError: ConfigError,
         CalibrationError: ConfigError,
@@ -106,7 +106,7 @@ def test_every_error_is_a_kvarn_error_and_the_builtin_that_it_resembles() -> Non
     ],
     ids=str,
 )
-def test_a_setting_that_cannot_work_is_named_with_what_it_may_be(settings, error, words) -> None:
+def test_an_invalid_setting_is_named_with_its_valid_values(settings, error, words) -> None:
     with pytest.raises(error) as caught:
         PagedKvCache(**{**SETTINGS, **settings})
     assert caught.type is error
@@ -120,7 +120,7 @@ def test_a_cache_whose_bytes_cannot_be_counted_is_refused(settings) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"num_layers": 2**40}, {"num_blocks": 2**31}], ids=str)
-def test_a_cache_that_does_not_fit_into_memory_is_an_exception_and_not_the_end_of_the_process(settings) -> None:
+def test_a_cache_larger_than_memory_raises_instead_of_aborting(settings) -> None:
     pytest.importorskip("resource")
     code = f"""
 import kvarn_rs, resource
@@ -176,7 +176,7 @@ def test_a_layer_out_of_range_is_named(layer) -> None:
 
 
 @pytest.mark.parametrize("length", [NUM_TOKENS + 1, LARGEST])
-def test_a_rollback_too_far_says_what_there_is(length) -> None:
+def test_a_rollback_too_far_names_the_tokens_of_the_sequence(length) -> None:
     cache = make_cache("int8")
     sequence = filled(cache, NUM_TOKENS)
     with refused(cache, RollbackError, length, f"0..{NUM_TOKENS}"):
@@ -201,7 +201,7 @@ def test_a_rollback_too_far_says_what_there_is(length) -> None:
     ],
     ids=str,
 )
-def test_rows_that_do_not_fit_the_sequences_begin_no_step(arguments, error, words) -> None:
+def test_rows_that_do_not_match_the_sequences_are_refused(arguments, error, words) -> None:
     cache = make_cache("int8")
     sequences = [filled(cache, NUM_TOKENS), filled(cache, 5)]
     with refused(cache, error, *words):
@@ -209,7 +209,7 @@ def test_rows_that_do_not_fit_the_sequences_begin_no_step(arguments, error, word
     extend(cache, sequences[0], *keys_and_values(1))
 
 
-def test_a_sequence_named_twice_begins_no_step() -> None:
+def test_a_sequence_named_twice_is_refused() -> None:
     cache = make_cache("int8")
     one, two = filled(cache, NUM_TOKENS), filled(cache, 5)
     with refused(cache, ConfigError, f"sequence {two} ", "twice"):
@@ -225,7 +225,7 @@ def test_publishing_needs_an_id_for_every_token() -> None:
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, NUM_TOKENS + 1), (NUM_TOKENS, 1), (15, 6), (LARGEST, 1)])
-def test_only_tokens_that_a_sequence_holds_can_be_read(start, count) -> None:
+def test_only_tokens_of_the_sequence_can_be_read(start, count) -> None:
     cache = make_cache("int8")
     sequence = filled(cache, NUM_TOKENS)
     with refused(cache, ShapeError, start, f"0..{NUM_TOKENS}"):
@@ -271,7 +271,7 @@ INTEGERS: dict[str, tuple[type[KvarnError], Callable[[PagedKvCache, int], object
 
 
 @pytest.mark.parametrize(("error", "use"), INTEGERS.values(), ids=INTEGERS)
-def test_an_integer_beyond_its_type_is_refused_like_any_other(error, use) -> None:
+def test_an_integer_out_of_range_is_a_config_error(error, use) -> None:
     cache = make_cache("int8")
     filled(cache, NUM_TOKENS)
     for value in (-1, 2**64):

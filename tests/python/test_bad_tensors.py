@@ -1,4 +1,4 @@
-"""A tensor that a cache cannot take is named with what is wrong with it, and nothing has changed."""
+"""Invalid tensors raise a typed error that names the tensor and the reason, and change nothing."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_dequantizing_checks_where_it_writes(name, make, error, words) -> None:
     assert (tensors["v" if name == "k" else "k"] == 7).all()
 
 
-def test_overlap_is_called_by_its_name() -> None:
+def test_overlapping_outputs_are_named_in_the_error() -> None:
     with step_beside_a_neighbour() as (_, step):
         q = attendable(step)
         with pytest.raises(StrideError, match="overlap"):
@@ -182,7 +182,7 @@ def test_dequantizing_takes_two_tensors() -> None:
 
 @pytest.mark.parametrize("num_new", [NUM_NEW, 40])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_out_over_another_argument_is_refused_or_has_the_right_values(name, num_new) -> None:
+def test_out_that_overlaps_an_argument_is_refused_or_correct(name, num_new) -> None:
     cache = make_cache("int8")
     sequences = [filled(cache, 20), filled(cache, 5, 1)]
     k, v = keys_and_values(num_new, 2, batch=2)
@@ -214,14 +214,14 @@ def test_a_tensor_without_strides_is_a_kvarn_error(name) -> None:
             step.attend(0, **{**tensors, name: tensors[name].to_sparse()})
 
 
-def test_read_only_arrays_are_as_good_as_others_to_read() -> None:
+def test_read_only_arrays_can_be_read() -> None:
     with step_beside_a_neighbour() as (_, step):
         k, q = read_only(*GOOD), read_only(*GOOD_Q)
         step.append(0, k, k)
         assert np.array_equal(step.attend(0, q, k, k), step.attend(0, q.copy(), k.copy(), k.copy()))
 
 
-def test_a_lazily_negated_view_is_refused_or_read_as_it_reads() -> None:
+def test_a_lazily_negated_view_is_refused_or_read_negated() -> None:
     """Torch negates the imaginary part of a conjugate by a flag; in memory it has the other sign."""
     sinks = torch.complex(torch.zeros(NUM_Q_HEADS), torch.arange(4.0)).conj().imag
     assert sinks.is_neg()
@@ -242,7 +242,7 @@ def test_a_lazily_negated_view_is_refused_or_read_as_it_reads() -> None:
 @pytest.mark.parametrize("name", ["k", "v"])
 @pytest.mark.parametrize("format", kvarn_rs.FORMATS)
 @pytest.mark.parametrize(("row", "head", "channel"), [(0, 0, 0), (4, 1, 7), (5, 1, HEAD_DIM - 1)])
-def test_a_value_that_is_not_finite_is_named_and_its_layer_does_not_appear(format, name, bad, row, head, channel):
+def test_a_non_finite_value_is_named_and_its_layer_is_not_appended(format, name, bad, row, head, channel):
     with step_beside_a_neighbour(format) as (cache, step):
         k, v = keys_and_values(NUM_NEW, 3, batch=2)
         {"k": k, "v": v}[name][row // NUM_NEW, head, row % NUM_NEW, channel] = bad
@@ -254,7 +254,7 @@ def test_a_value_that_is_not_finite_is_named_and_its_layer_does_not_appear(forma
             step.attend(0, normal(*GOOD_Q), None, None)
 
 
-def test_a_refused_append_leaves_the_one_before_it() -> None:
+def test_a_refused_append_keeps_the_previous_append() -> None:
     cache = make_cache("int8")
     sequence = cache.new_sequence()
     k, v = keys_and_values(40)
@@ -283,7 +283,7 @@ def test_a_value_beyond_float16_is_found_in_a_large_step_too() -> None:
 
 @pytest.mark.parametrize(("pages", "given"), [("float32", "float16"), ("float16", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("name", ["k", "v"])
-def test_raw_pages_take_their_own_dtype_only(pages, given, name) -> None:
+def test_raw_pages_accept_only_their_own_dtype(pages, given, name) -> None:
     with step_beside_a_neighbour("raw", dtype=pages) as (cache, step):
         tensors = {key: zeros(*GOOD, dtype=getattr(torch, pages)) for key in "kv"}
         tensors[name] = tensors[name].to(getattr(torch, given))
@@ -317,7 +317,7 @@ def test_raw_pages_take_their_own_dtype_only(pages, given, name) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_an_option_that_cannot_work_is_named(options, error, words) -> None:
+def test_an_invalid_option_is_named(options, error, words) -> None:
     with step_beside_a_neighbour() as (cache, step):
         q, out = attendable(step), torch.full(GOOD_Q, 7.0)
         with refused(cache, error, *words):
@@ -326,7 +326,7 @@ def test_an_option_that_cannot_work_is_named(options, error, words) -> None:
 
 
 @pytest.mark.parametrize("name", ["k", "v", "q", "out"])
-def test_a_tensor_whose_storage_was_given_back_is_refused(name) -> None:
+def test_a_tensor_whose_storage_was_freed_is_refused(name) -> None:
     with step_beside_a_neighbour() as (cache, step):
         q = attendable(step)
         tensors: dict[str, Any] = {"q": q, "k": zeros(*GOOD), "v": zeros(*GOOD), "out": zeros(*GOOD_Q)}

@@ -1,4 +1,4 @@
-"""Any tensor at the border: numpy's and torch's views of the same memory come to the same bytes, or the same error.
+"""Property tests of tensor arguments: numpy and torch views of the same memory give the same bytes or the same error.
 
 A *view* is a dtype, a shape, strides and an offset into some memory; it stands for one argument of a step whose others
 are good. What is taken must be what a contiguous copy of it comes to, and what can be taken is.
@@ -136,7 +136,7 @@ def outcome(role: str, given: Any, format: str) -> Outcome:
 
 @settings(max_examples=200, deadline=None)
 @given(views(), st.sampled_from(["raw", "int8", "int4"]))
-def test_a_view_is_what_a_copy_of_it_is_by_numpy_and_by_torch(view, format) -> None:
+def test_a_view_gives_the_bytes_of_its_contiguous_copy_in_numpy_and_torch(view, format) -> None:
     shape_fits, overlaps = view.is_good(format), len(np.unique(view.elements())) < math.prod(view.shape)
     expected = None
     if shape_fits and not (view.role == "out" and overlaps):
@@ -170,7 +170,7 @@ def test_a_view_is_what_a_copy_of_it_is_by_numpy_and_by_torch(view, format) -> N
 
 @settings(max_examples=50, deadline=None)
 @given(st.sampled_from(list(HEADS)), st.sampled_from(list(FLOATS)), st.integers(0, 4))
-def test_an_element_off_its_alignment_is_refused(role, dtype, shift) -> None:
+def test_a_misaligned_element_is_refused(role, dtype, shift) -> None:
     shape = (NUM_SEQUENCES, HEADS[role], NUM_NEW, HEAD_DIM)
     item = np.dtype(dtype).itemsize
     memory = np.zeros(math.prod(shape) * item + 4 + item, np.uint8)
@@ -182,7 +182,7 @@ def test_an_element_off_its_alignment_is_refused(role, dtype, shift) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(views().filter(lambda view: all(stride >= 0 for stride in view.strides) and view.dtype == "float32"))
-def test_a_bfloat16_view_is_what_its_values_are_in_float32(view) -> None:
+def test_a_bfloat16_view_gives_the_bytes_of_its_values_in_float32(view) -> None:
     memory = torch.from_numpy(view.memory.copy()).bfloat16()
     narrow = torch.as_strided(memory, view.shape, view.strides, view.offset)
     wide = torch.as_strided(memory.float(), view.shape, view.strides, view.offset)

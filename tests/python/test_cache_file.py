@@ -68,7 +68,7 @@ def through_pickle(cache: PagedKvCache, tmp_path: Path) -> PagedKvCache:
 
 @pytest.mark.parametrize("way", [through_a_file, through_bytes, through_pickle])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_cache_comes_back_and_goes_on(format: str, way: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_restored_cache_continues_like_the_original(format: str, way: Callable[..., Any], tmp_path: Path) -> None:
     cache = made(format, dtype="float16" if format == "raw" else "float32", window=30, num_blocks=40, num_open_pages=9)
     again = way(cache, tmp_path)
     for name in ("format", "dtype", "num_layers", "num_kv_heads", "head_dim", "block_size", "num_blocks", "window"):
@@ -92,7 +92,7 @@ def test_the_file_and_the_bytes_are_the_same(tmp_path: Path) -> None:
     assert _core.file_kind(tmp_path / "x") == "kvarn cache"
 
 
-def test_the_calibration_is_the_model_s(tmp_path: Path) -> None:
+def test_a_file_has_no_calibration(tmp_path: Path) -> None:
     calibration = Calibration()
     cache = made(calibration=calibration, layers=[3, 8])
     extend(cache, 0, 200)
@@ -124,7 +124,7 @@ def test_copies_keep_the_calibration() -> None:
         assert one.to_bytes() == cache.to_bytes()
 
 
-def test_a_bounded_pool_is_bounded_again(tmp_path: Path) -> None:
+def test_a_bounded_pool_is_restored_bounded(tmp_path: Path) -> None:
     again = through_a_file(made(num_blocks=6), tmp_path)
     with pytest.raises(OutOfBlocksError) as refused:
         again.begin_step([0], 100)
@@ -148,7 +148,7 @@ def test_several_caches_share_a_file(tmp_path: Path) -> None:
         _core.save_caches(tmp_path / "x", [wide, wide])
 
 
-def test_threads_that_save_the_same_caches_do_not_wait_for_each_other() -> None:
+def test_threads_that_save_the_same_caches_do_not_deadlock() -> None:
     first, second = made("int8"), made("int4")
     expected = {order: _core.caches_to_bytes([*order]) for order in ((first, second), (second, first))}
     wrong: list[Any] = []
@@ -165,7 +165,7 @@ def test_threads_that_save_the_same_caches_do_not_wait_for_each_other() -> None:
     assert not wrong
 
 
-def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     cache = made()
     with cache.begin_step([1], 1) as step:
         for act in (lambda: cache.save(tmp_path / "x"), cache.to_bytes, lambda: pickle.dumps(cache)):
@@ -179,7 +179,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_cache_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x"
     whole = made().to_bytes()
     for content in (b"", b"text", b"kvarn cache", whole[:-1], whole + b"\0", whole.replace(b"int4", b"int3")):

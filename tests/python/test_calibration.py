@@ -1,4 +1,4 @@
-"""`Calibration` on its own and under a `PagedKvCache`: when it learns, when it stops, what its file is."""
+"""`Calibration` alone and with a `PagedKvCache`: what it learns, when it freezes, and its file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def learned(num_tokens: int = 200, seed: int = 0) -> Calibration:
     return calibration
 
 
-def test_a_new_one_knows_nothing() -> None:
+def test_a_new_calibration_is_empty() -> None:
     calibration = Calibration()
     assert calibration.state == "no"
     assert calibration.layers() == []
@@ -46,7 +46,7 @@ def test_a_new_one_knows_nothing() -> None:
 
 
 @pytest.mark.parametrize("format", ["raw", "int8", "int4"])
-def test_a_cache_shows_it_its_tokens_whatever_the_format(format: str) -> None:
+def test_a_cache_of_every_format_feeds_its_calibration(format: str) -> None:
     calibration = Calibration()
     cache = PagedKvCache(**SHAPE, format=format, calibration=calibration, layers=[4, 9])
     feed(cache, 150)
@@ -55,7 +55,7 @@ def test_a_cache_shows_it_its_tokens_whatever_the_format(format: str) -> None:
     assert [calibration.wanted(layer) for layer in (4, 9, 0)] == [QUERY_TOKENS - 160] * 2 + [QUERY_TOKENS]
 
 
-def test_sealing_with_it_errs_less_where_the_queries_look() -> None:
+def test_a_calibration_reduces_errors_in_the_directions_of_the_queries() -> None:
     random = np.random.default_rng(3)
     look = random.normal(size=(4, 16)).astype(np.float32)  # all queries lie in the span of four directions
 
@@ -78,7 +78,7 @@ def test_sealing_with_it_errs_less_where_the_queries_look() -> None:
     assert score_error(calibration) < 0.2 * plain, "of tokens that it has not seen"
 
 
-def test_caches_and_their_copies_share_it() -> None:
+def test_caches_and_their_copies_share_a_calibration() -> None:
     calibration = Calibration()
     assert copy.copy(calibration) is calibration
     assert copy.deepcopy([calibration])[0] is calibration
@@ -90,7 +90,7 @@ def test_caches_and_their_copies_share_it() -> None:
     assert calibration.wanted(0) == QUERY_TOKENS - 80
 
 
-def test_it_freezes_at_2048_tokens_and_later_ones_change_no_byte(tmp_path: Path) -> None:
+def test_a_calibration_freezes_at_2048_tokens_and_later_ones_change_no_byte(tmp_path: Path) -> None:
     calibration = Calibration()
     cache = PagedKvCache(**SHAPE, format="int8", calibration=calibration)
     feed(cache, 2000)
@@ -105,7 +105,7 @@ def test_it_freezes_at_2048_tokens_and_later_ones_change_no_byte(tmp_path: Path)
     assert {layer["query_tokens"] for layer in calibration.layers()} == {QUERY_TOKENS}
 
 
-def test_a_short_text_is_not_frozen() -> None:
+def test_freeze_refuses_too_few_tokens() -> None:
     calibration = Calibration()
     with pytest.raises(ConfigError, match="no layer has seen a token"):
         calibration.freeze()
@@ -126,7 +126,7 @@ def test_the_cache_of_another_model_is_refused(frozen: bool) -> None:
     assert calibration.layers() == before
 
 
-def test_two_models_that_begin_with_one_calibration_find_out() -> None:
+def test_caches_of_two_shapes_cannot_share_a_calibration() -> None:
     calibration = Calibration()
     other = PagedKvCache(num_layers=2, num_kv_heads=4, head_dim=16, calibration=calibration)
     feed(PagedKvCache(**SHAPE, calibration=calibration), 10)
@@ -136,7 +136,7 @@ def test_two_models_that_begin_with_one_calibration_find_out() -> None:
     assert calibration.layers() == before
 
 
-def test_its_file_says_whose_it_is_and_is_taken_as_that_only(tmp_path: Path) -> None:
+def test_a_file_is_accepted_only_for_its_fingerprint(tmp_path: Path) -> None:
     file = tmp_path / "it.safetensors"
     learned().save(file, "abc", "tiny")
     loaded = Calibration.load(file, "abc")
@@ -148,7 +148,7 @@ def test_its_file_says_whose_it_is_and_is_taken_as_that_only(tmp_path: Path) -> 
     assert isinstance(CalibrationError(), ConfigError)
 
 
-def test_its_file_is_safetensors(tmp_path: Path) -> None:
+def test_a_calibration_file_is_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     file = tmp_path / "it.safetensors"
     learned().save(file, "abc", 'a "model" – ü')
@@ -174,7 +174,7 @@ def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
     assert own.read_bytes() == other.read_bytes()
 
 
-def test_a_file_in_the_way_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+def test_save_replaces_a_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     file = tmp_path / "it"
     file.write_text("in the way", encoding="utf-8")
     learned().save(file, "abc")
@@ -182,7 +182,7 @@ def test_a_file_in_the_way_is_replaced_and_nothing_is_left_beside_it(tmp_path: P
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_is_no_calibration_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_calibration_is_refused_by_name(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     learned().save(whole, "abc")
     content = whole.read_bytes()
@@ -198,7 +198,7 @@ def test_what_is_no_calibration_is_refused_by_name(tmp_path: Path) -> None:
         learned().save(tmp_path / "no" / "folder", "abc")
 
 
-def test_only_what_is_frozen_is_saved(tmp_path: Path) -> None:
+def test_only_frozen_layers_are_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no layer is frozen"):
         Calibration().save(tmp_path / "it", "abc")
     assert not list(tmp_path.iterdir())

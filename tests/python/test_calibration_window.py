@@ -104,12 +104,12 @@ def test_a_prefill_absorbs_a_change_at_once() -> None:
     assert rms(error[:, :, 640:] / 3) <= ABSORBED * rms(error[:, :, :640])
 
 
-def test_later_tokens_change_no_page_that_is_there() -> None:
+def test_later_tokens_do_not_change_earlier_pages() -> None:
     k = torch.cat([keys(200, outlying()), keys(500, outlying(-300.0), 20.0, seed=1)], 2)
     assert torch.equal(stored(k, 10)[:, :, :200], stored(k[:, :, :200], 10))
 
 
-def test_a_constant_channel_does_not_blind_the_others() -> None:
+def test_a_constant_channel_does_not_coarsen_the_others() -> None:
     k = keys(WINDOW_TOKENS + 100, torch.zeros(HEAD_DIM))
     k[..., 0], k[..., 1] = 360.1, 0.0  # float16 has 360.0 and 360.25
     error = stored(k, 1)[:, :, WINDOW_TOKENS:] - k[:, :, WINDOW_TOKENS:]
@@ -118,7 +118,7 @@ def test_a_constant_channel_does_not_blind_the_others() -> None:
     assert distance(error[..., 1], torch.zeros(1)) <= 0.02
 
 
-def test_tokens_before_anything_is_known_are_as_good_as_plain_int8() -> None:
+def test_tokens_without_prior_statistics_are_as_accurate_as_plain_int8() -> None:
     k, v = keys_and_values(1)
     cache = make_cache("int8")
     sequence = cache.new_sequence()

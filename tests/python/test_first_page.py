@@ -137,7 +137,7 @@ def test_a_saved_short_sequence_goes_on_bit_for_bit(format, tmp_path) -> None:
 
 
 @FORMATS
-def test_low_bytes_of_tokens_that_were_taken_back_are_not_read(format) -> None:
+def test_low_bytes_of_truncated_tokens_are_not_read(format) -> None:
     cache = make_cache(format, block_size=BLOCK_SIZE)
     at_once, sequence = cache.new_sequence(), cache.new_sequence()
     extend(cache, at_once, *text(HALF))
@@ -157,7 +157,7 @@ def test_low_bytes_of_tokens_that_were_taken_back_are_not_read(format) -> None:
     assert error(cache, emptied) <= 2 * error(cache, at_once)
 
 
-def test_a_file_keeps_nothing_of_a_page_s_former_tokens(tmp_path) -> None:
+def test_a_file_has_nothing_of_a_page_s_former_tokens(tmp_path) -> None:
     def written(former: bool) -> bytes:
         cache = make_cache("int8", block_size=BLOCK_SIZE, num_blocks=2)
         gone = cache.new_sequence()

@@ -1,4 +1,4 @@
-"""Kernel threads do not survive `fork`: a child is told so, by whichever call would have waited for them."""
+"""Forked children, which have no kernel threads: every call that would block on them is refused."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def run(saved: Path, code: str) -> None:
 
 
 @pytest.mark.parametrize("call", REFUSED)
-def test_a_forked_child_is_told_that_it_has_no_kernel_threads(saved, call) -> None:
+def test_a_forked_child_is_refused_for_lack_of_kernel_threads(saved, call) -> None:
     run(saved, f"step = cache.begin_step([other], 1){CHILD.format(call=REFUSED[call])}")
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_whatever_starts_the_threads_is_remembered(saved, start) -> None:
+def test_every_call_that_starts_threads_records_the_process(saved, start) -> None:
     run(saved, STARTS[start] + CHILD.format(call=REFUSED["begin_step"]))
 
 
-def test_a_forked_child_may_go_back_to_a_page(saved) -> None:
+def test_a_forked_child_may_truncate_within_a_page(saved) -> None:
     call = f"cache.truncate(sequence, {NUM_TOKENS - 1}); os._exit(0)"
     run(saved, STARTS["begin_step"] + CHILD.format(call=call))

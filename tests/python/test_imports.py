@@ -1,4 +1,4 @@
-"""The imports of the package's files: no circles, and private names of other libraries in one file alone."""
+"""The imports of the package's files: no cycles, and private names of other libraries in one file only."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ COMPAT = "kvarn_rs.hf.compat"
 DOCUMENTED = {"_current_frames"}
 
 
-def test_no_file_imports_itself_by_way_of_others() -> None:
+def test_no_file_is_in_an_import_cycle() -> None:
     modules = read_package(PACKAGE)
     assert len(modules) > 30, "the package was not found"
     assert circles(graph_of(modules)) == []
 
 
-def test_files_use_private_attributes_of_their_own_only() -> None:
+def test_files_use_only_private_attributes_that_they_define() -> None:
     modules = read_package(PACKAGE)
     found = [f"{name}:{line}: {attribute}" for name, text in modules.items() for line, attribute in _foreign(text)]
     assert [each for each in found if not each.startswith(f"{COMPAT}:")] == []
@@ -84,7 +84,7 @@ def test_the_checker_finds_a_circle(modules: dict[str, str]) -> None:
     assert set(circle) == {name for name, text in modules.items() if text}
 
 
-def test_the_checker_tells_circles_apart() -> None:
+def test_the_checker_separates_cycles() -> None:
     graph = {"a": {"b"}, "b": {"a", "c"}, "c": {"d"}, "d": {"c"}, "e": {"a"}, "f": set()}
     assert circles(graph) == [["a", "b"], ["c", "d"]]
 
@@ -99,5 +99,5 @@ def test_the_checker_tells_circles_apart() -> None:
     ],
     ids=["a diamond", "an __init__", "a namesake elsewhere", "a namesake above"],
 )
-def test_the_checker_lets_the_rest_pass(modules: dict[str, str]) -> None:
+def test_the_checker_accepts_valid_modules(modules: dict[str, str]) -> None:
     assert circles(graph_of(modules)) == []

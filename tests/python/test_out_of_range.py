@@ -1,4 +1,4 @@
-"""Tokens that float16 scales and zero points do not hold are counted."""
+"""The counter of tokens whose scales or zero points do not fit float16."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_tokens_of_a_tile_are_counted(format: str, size: float) -> None:
     assert counts(format, odd, ordinary) == [0, 16], "the scales of a channel of K are those of the block"
 
 
-def test_a_rotation_takes_v_beyond_what_float16_holds() -> None:
+def test_a_rotation_can_take_v_beyond_float16() -> None:
     v = np.full((1, 2, TOKENS, HEAD_DIM), -60_000, np.float32)
     assert counts("int8", rows(), v) == [0, 0]
     assert counts("int4", rows(), v) == [0, TOKENS], "the first channel is -60,000 * sqrt(32), in a tile and in a page"
 
 
-def test_what_is_counted_is_decoded_wrong_and_what_is_not_is_right() -> None:
+def test_counted_tokens_decode_wrong_and_all_others_right() -> None:
     for size, wrong in ((1e4, False), (1e6, True)):
         cache = PagedKvCache(num_layers=1, num_kv_heads=2, head_dim=HEAD_DIM, format="int8", block_size=16)
         sequence, v = cache.new_sequence(), rows() * np.float32(size)

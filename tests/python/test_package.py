@@ -1,4 +1,4 @@
-"""What an installed kvarn-rs is: light to import, typed, with its command and its version."""
+"""The installed package: light imports, types, the command and the version."""
 
 import importlib.metadata
 import subprocess

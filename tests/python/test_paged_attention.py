@@ -1,4 +1,4 @@
-"""Attention over pages is attention: whatever the format holds, the tensors' strides, the batch or its padding."""
+"""Attention over pages against the reference, for all formats, strides, batches and padding."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_raw_pages_give_the_attention_of_torch(steps, num_q_heads, dtype) -> Non
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
 @pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize("steps", STEPS, ids=str)
-def test_int8_pages_give_the_attention_over_what_they_hold(steps, block_size, head_dim) -> None:
+def test_int8_pages_give_the_attention_over_their_decoded_tokens(steps, block_size, head_dim) -> None:
     cache = make_cache("int8", block_size=block_size, head_dim=head_dim)
     sequence = cache.new_sequence()
     for index, num_new in enumerate(steps):
@@ -142,7 +142,7 @@ def test_padding_does_not_make_a_prefill() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("format", ["raw", "int8", "int4"])
-def test_scale_window_softcap_and_sinks_mean_what_they_say(format, options) -> None:
+def test_scale_window_softcap_and_sinks_match_the_reference(format, options) -> None:
     tolerance = FLOAT32_TOLERANCE if format == "raw" else INT8_TOLERANCE
     plain = attend_steps(make_cache(format), [50, 3, 20, 1], 2 * KV_HEADS)
     for (q, _, held, out), (*_, other) in zip(
@@ -153,7 +153,7 @@ def test_scale_window_softcap_and_sinks_mean_what_they_say(format, options) -> N
 
 
 @pytest.mark.parametrize(("asked", "effective"), [(None, 20), (7, 7), (64, 20)])
-def test_the_smaller_of_the_cache_s_window_and_the_call_s_counts(asked, effective) -> None:
+def test_the_smaller_of_the_windows_of_cache_and_call_applies(asked, effective) -> None:
     history = []
     cache = make_cache("raw", window=20)
     sequence = cache.new_sequence()
@@ -245,7 +245,7 @@ class Watched(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_a_tensor_is_asked_where_it_is_and_never_to_copy_itself() -> None:
+def test_a_tensor_is_read_in_place_and_never_copied() -> None:
     k, v, q = (x.as_subclass(Watched) for x in (*map(transposed, keys_and_values(24)), normal(1, 2, 24, HEAD_DIM)))
     cache = make_cache("int8")
     Watched.asked.clear()
@@ -282,7 +282,7 @@ def test_out_is_written_through_its_strides_and_nothing_beside_it(num_new, forma
 
 
 @pytest.mark.parametrize("format", ["raw", "int8", "int4"])
-def test_a_packed_batch_gives_each_sequence_what_it_gets_alone(format) -> None:
+def test_a_packed_batch_gives_the_outputs_of_its_sequences_alone(format) -> None:
     lengths, history = [40, 1, 0, 17, 16], [7, 33, 20, 0, 16]
     k, v = keys_and_values(sum(lengths), 3)
     q = normal(1, 4, sum(lengths), HEAD_DIM, seed=9)

@@ -36,7 +36,7 @@ FORMATS = pytest.mark.parametrize("format", kvarn_rs.FORMATS)
 
 
 @FORMATS
-def test_a_step_that_ends_well_is_committed(format) -> None:
+def test_a_step_is_committed_at_the_end_of_its_block(format) -> None:
     cache = make_cache(format, num_layers=2)
     sequence = cache.new_sequence()
     with cache.begin_step([sequence], 20) as step:
@@ -52,7 +52,7 @@ def test_a_step_that_ends_well_is_committed(format) -> None:
 
 
 @FORMATS
-def test_a_step_that_an_exception_leaves_is_aborted(format) -> None:
+def test_a_step_is_aborted_if_its_block_raises(format) -> None:
     cache = make_cache(format)
     sequence = filled(cache, 20)
     before, stats = contents(cache, sequence), cache.stats()
@@ -69,7 +69,7 @@ def test_a_step_that_an_exception_leaves_is_aborted(format) -> None:
     assert after["peak_blocks"] == 3
 
 
-def test_a_step_that_nobody_holds_is_aborted() -> None:
+def test_a_garbage_collected_step_is_aborted() -> None:
     cache = make_cache()
     sequence = filled(cache, 20)
     step = cache.begin_step([sequence], 13)
@@ -82,7 +82,7 @@ def test_a_step_that_nobody_holds_is_aborted() -> None:
     assert cache.seq_len(sequence) == 21
 
 
-def test_a_step_outlives_the_name_of_its_cache() -> None:
+def test_a_step_keeps_its_cache_alive() -> None:
     cache = make_cache()
     step = cache.begin_step([cache.new_sequence()], 1)
     del cache
@@ -137,7 +137,7 @@ def test_a_settled_step_is_stale(end) -> None:
     assert not step.is_open
 
 
-def test_a_sequence_in_an_open_step_waits_for_its_end_and_others_do_not() -> None:
+def test_only_sequences_in_an_open_step_refuse_other_operations() -> None:
     cache = make_cache()
     busy, other = filled(cache, 20), filled(cache, 20, 1)
     step = cache.begin_step([busy], 1)
@@ -158,7 +158,7 @@ def test_a_sequence_in_an_open_step_waits_for_its_end_and_others_do_not() -> Non
 
 
 @FORMATS
-def test_a_layer_appended_again_holds_the_last_write(format) -> None:
+def test_a_layer_appended_twice_has_the_last_write(format) -> None:
     twice, once = make_cache(format), make_cache(format)
     sequence, expected = twice.new_sequence(), once.new_sequence()
     with twice.begin_step([sequence], 20) as step:
@@ -244,7 +244,7 @@ def test_an_aborted_copy_on_write_leaves_both_as_they_were(format) -> None:
 
 @pytest.mark.parametrize("format", ["raw", "int8"])  # where blocks seal: test_sealing_rollback.py
 @pytest.mark.parametrize("length", [0, 1, 16, 17, 31, 40])
-def test_a_truncated_sequence_goes_on_as_if_the_rest_had_never_been(format, length) -> None:
+def test_a_truncated_sequence_continues_as_if_the_rest_had_never_been_appended(format, length) -> None:
     cache = make_cache(format)
     sequence = filled(cache, 40)
     kept = tuple(x[:, :, :length] for x in contents(cache, sequence))
@@ -261,7 +261,7 @@ def test_a_truncated_sequence_goes_on_as_if_the_rest_had_never_been(format, leng
     assert distance(held[1][:, :, length:], v) <= (0.0 if format == "raw" else 0.1)
 
 
-def test_truncating_a_fork_gives_back_only_what_it_alone_holds() -> None:
+def test_truncating_a_fork_frees_only_unshared_blocks() -> None:
     cache = make_cache()
     parent = filled(cache, 40)
     child = cache.fork(parent)
@@ -280,7 +280,7 @@ def test_truncating_a_fork_gives_back_only_what_it_alone_holds() -> None:
 
 
 @FORMATS
-def test_what_leaves_the_window_is_released_as_the_next_step_begins(format) -> None:
+def test_blocks_outside_the_window_are_released_when_the_next_step_begins(format) -> None:
     cache = make_cache(format, window=20)
     sequence = filled(cache, 60)
     settle(cache, sequence)
@@ -312,7 +312,7 @@ def test_a_window_keeps_the_memory_of_a_long_sequence_constant() -> None:
 
 
 @pytest.mark.parametrize(("length", "possible"), [(60, True), (51, True), (50, False), (0, False)])
-def test_rollback_reaches_as_far_as_the_next_query_sees_nothing_released(length, possible) -> None:
+def test_rollback_is_refused_if_the_next_query_would_see_released_tokens(length, possible) -> None:
     cache = make_cache(window=20)
     sequence = filled(cache, 60)
     extend(cache, sequence, *keys_and_values(1, 1))

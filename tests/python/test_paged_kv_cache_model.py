@@ -1,4 +1,4 @@
-"""Against a model that cannot be wrong: with `raw` pages a cache is a dictionary of lists of tensors."""
+"""Random operations on `raw` pages against a simple model, a dictionary of lists of tensors."""
 
 from __future__ import annotations
 

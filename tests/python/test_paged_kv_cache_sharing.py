@@ -66,13 +66,13 @@ def test_a_published_prefix_is_found_with_its_bytes(format) -> None:
         (tokens(40, 16), 0),  # the second block alone
     ],
 )
-def test_a_match_is_of_whole_blocks_from_the_first_token_on_and_never_the_last(token_ids, length) -> None:
+def test_a_prefix_match_has_whole_blocks_and_never_the_last_token(token_ids, length) -> None:
     cache = make_cache()
     cache.publish_prefix(filled(cache, 40), tokens(40))
     assert cache.seq_len(cache.match_prefix(token_ids)) == length
 
 
-def test_what_is_cached_survives_its_sequence_until_it_is_reused() -> None:
+def test_a_published_block_survives_its_sequence_until_it_is_evicted() -> None:
     cache = make_cache("int8", num_blocks=4)
     sequence = filled(cache, 32)
     cache.publish_prefix(sequence, tokens(32))
@@ -104,7 +104,7 @@ def test_a_published_block_that_is_written_again_is_not_found() -> None:
 
 
 @pytest.mark.parametrize("forked", [False, True])
-def test_a_step_that_does_not_fit_says_so_and_changes_nothing(forked) -> None:
+def test_a_step_that_does_not_fit_raises_and_changes_nothing(forked) -> None:
     cache = make_cache("int8", num_blocks=4)
     long, short = filled(cache, 20), filled(cache, 5, 1)
     sequences = [long, short, *([cache.fork(long)] if forked else [])]
@@ -153,7 +153,7 @@ def test_no_pool_has_room_for_2_to_the_50_tokens(num_blocks) -> None:
     filled(cache, 20)
 
 
-def test_what_leaves_the_window_pays_for_what_enters() -> None:
+def test_blocks_that_leave_the_window_make_room_for_new_ones() -> None:
     cache = make_cache(window=20, num_blocks=2)
     sequence = filled(cache, 32)
     with pytest.raises(OutOfBlocksError) as caught:
@@ -174,7 +174,7 @@ def test_what_leaves_the_window_pays_for_what_enters() -> None:
 
 @FORMATS
 @pytest.mark.parametrize("clone", [PagedKvCache.copy, copy.deepcopy])
-def test_a_copy_goes_its_own_way(format, clone) -> None:
+def test_a_copy_is_independent(format, clone) -> None:
     cache = make_cache(format, num_blocks=8)
     sequence = filled(cache, 20)
     cache.publish_prefix(sequence, tokens(20))
@@ -194,7 +194,7 @@ def test_a_copy_goes_its_own_way(format, clone) -> None:
 
 
 @pytest.mark.parametrize("num_blocks", [4, None])
-def test_reset_forgets_everything_but_the_memory(num_blocks) -> None:
+def test_reset_removes_all_sequences_and_keeps_the_memory(num_blocks) -> None:
     cache = make_cache("int8", num_blocks=num_blocks)
     sequence = filled(cache, 40)
     cache.publish_prefix(sequence, tokens(40))
@@ -243,22 +243,22 @@ def test_bytes_are_those_of_blocks_of_all_layers_and_heads(format, head_dim, dty
     assert stats["bytes_per_token"] == 15 * token_bytes
     assert (stats["blocks_in_use"], stats["bytes_in_use"]) == (1, block_bytes)
     assert (stats["peak_blocks"], stats["peak_bytes"]) == (2, 2 * block_bytes)
-    assert (stats["free_blocks"], stats["open_blocks"], stats["num_sequences"]) == (3, 0, 1)
+    assert (stats["free_blocks"], stats["partial_blocks"], stats["num_sequences"]) == (3, 0, 1)
     assert stats["allocated_bytes"] >= 4 * block_bytes
     assert stats["cow_copies"] == 0
 
 
-def test_open_blocks_are_those_with_room_left() -> None:
+def test_partial_blocks_counts_blocks_with_room_left() -> None:
     cache = make_cache()
     for length in (0, 1, 15, 16, 17):
         filled(cache, length)
-    assert cache.stats()["open_blocks"] == 3
+    assert cache.stats()["partial_blocks"] == 3
     assert cache.stats()["blocks_in_use"] == 5
     cache.fork(filled(cache, 5))
-    assert cache.stats()["open_blocks"] == 4, "a shared block is one block"
+    assert cache.stats()["partial_blocks"] == 4, "a shared block is one block"
 
 
-def test_a_cache_says_what_it_was_made_of() -> None:
+def test_a_cache_reports_its_settings() -> None:
     settings: Any = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 48, "block_size": 32, "num_blocks": 7, "window": 9}
     cache = PagedKvCache(**settings, format="int8", dtype="float16")
     assert {name: getattr(cache, name) for name in settings} == settings

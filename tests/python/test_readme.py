@@ -1,4 +1,4 @@
-"""The README is run: its Python snippets, its commands' names, its two set-up commands; and so are the examples."""
+"""The README's snippets, command names, set-up commands and links, and the examples, which are run."""
 
 import importlib.util
 import json

@@ -90,9 +90,7 @@ def test_decode_seals_a_block_with_the_step_after_the_one_that_filled_it(format)
         (20, 1, 1, 1),
     ],
 )
-def test_a_prefill_seals_what_it_writes_whole_but_the_last_full_block(
-    format, context, num_new, sealed, open_pages
-) -> None:
+def test_a_prefill_seals_all_blocks_that_it_fills_except_the_last(format, context, num_new, sealed, open_pages) -> None:
     cache = make_cache(format, num_layers=2)
     sequence = filled(cache, context)
     assert cache.stats()["sealed"] == 0
@@ -132,7 +130,7 @@ def test_an_aborted_step_seals_nothing(format, num_new) -> None:
 
 
 @FORMATS
-def test_what_was_refused_seals_nothing(format) -> None:
+def test_a_refused_append_seals_nothing(format) -> None:
     cache = make_cache(format)
     sequence = filled(cache, 40)
     held = contents(cache, sequence)
@@ -152,7 +150,7 @@ def test_what_was_refused_seals_nothing(format) -> None:
 
 @FORMATS
 @pytest.mark.parametrize("num_new", [1, 16, 200])
-def test_sealed_tokens_are_as_near_as_their_bits_allow(format, num_new) -> None:
+def test_sealed_tokens_are_as_accurate_as_their_bits_allow(format, num_new) -> None:
     cache = make_cache(format)
     k, v = keys_and_values(200)
     sequence = cache.new_sequence()
@@ -179,7 +177,7 @@ def test_any_part_of_tiles_and_pages_can_be_read(format) -> None:
         assert same((part[0], part[1]), (whole[0][:, :, start:end], whole[1][:, :, start:end]))
 
 
-def test_more_bits_are_nearer() -> None:
+def test_more_bits_are_more_accurate() -> None:
     errors = []
     for format in ("int8", *SEALED):
         cache = make_cache(format)
@@ -193,7 +191,7 @@ def test_more_bits_are_nearer() -> None:
 
 @FORMATS
 @pytest.mark.parametrize("steps", [[100], [1] * 18, [16, 16, 1]], ids=str)
-def test_the_first_token_s_v_keeps_8_bits_and_no_other_one_s(format, steps) -> None:
+def test_only_the_v_of_the_first_token_stays_at_8_bits(format, steps) -> None:
     cache = make_cache(format)
     sequence, total = cache.new_sequence(), sum(steps)
     k, v = keys_and_values(total)
@@ -209,7 +207,7 @@ def test_the_first_token_s_v_keeps_8_bits_and_no_other_one_s(format, steps) -> N
 
 
 @FORMATS
-def test_a_block_used_again_holds_nothing_of_its_former_life(format) -> None:
+def test_a_reused_block_has_no_data_of_its_former_tokens(format) -> None:
     cache = make_cache(format, num_blocks=6, num_open_pages=2)
     fresh = make_cache(format)
     for seed in range(5):
@@ -225,7 +223,7 @@ def test_a_block_used_again_holds_nothing_of_its_former_life(format) -> None:
 
 
 @FORMATS
-def test_a_value_near_the_end_of_float32_spoils_no_other_token(format) -> None:
+def test_a_value_near_the_float32_limit_does_not_affect_other_tokens(format) -> None:
     cache = make_cache(format)
     sequence = cache.new_sequence()
     k, v = keys_and_values(60)
@@ -244,7 +242,7 @@ def test_a_value_near_the_end_of_float32_spoils_no_other_token(format) -> None:
 
 
 @FORMATS
-def test_open_pages_are_admitted_by_and_never_more_than_there_are(format) -> None:
+def test_a_step_without_enough_open_pages_is_refused(format) -> None:
     cache = make_cache(format, num_open_pages=3)
     one, two = filled(cache, 32), filled(cache, 5, 1)  # a full page, an open one
     assert cache.stats()["open_pages"] == 2
@@ -276,7 +274,7 @@ def test_a_long_prompt_takes_two_pages(format) -> None:
     assert cache.stats()["peak_open_pages"] == 2
 
 
-def test_a_window_gives_open_pages_back_too() -> None:
+def test_a_window_frees_open_pages_too() -> None:
     cache = make_cache("int4", window=20, num_open_pages=3, num_blocks=5)
     sequence = cache.new_sequence()
     for index in range(40):
@@ -324,7 +322,7 @@ def test_bytes_are_those_of_tiles_and_of_the_pages_that_are_open(format, head_di
 
 
 @FORMATS
-def test_reset_forgets_tiles_and_pages(format) -> None:
+def test_reset_removes_tiles_and_pages(format) -> None:
     cache = make_cache(format, num_open_pages=4)
     filled(cache, 100)
     cache.reset()

@@ -88,7 +88,7 @@ def test_a_prefill_reads_its_own_tokens_unquantized_and_the_history_as_it_is_sto
 
 
 @FORMATS
-def test_a_step_reads_as_tiles_what_it_seals(format) -> None:
+def test_a_step_reads_the_tiles_that_it_seals(format) -> None:
     cache = make_cache(format)
     sequence = cache.new_sequence()
     step_of(cache, sequence, 16, 0, fresh=False)
@@ -127,7 +127,7 @@ def test_softcap_and_sinks_mean_the_same_over_tiles(format, options) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_tiles_of_half_precision_keys_are_those_of_the_same_numbers(dtype) -> None:
+def test_tiles_of_half_precision_keys_equal_those_of_the_same_values_in_float32(dtype) -> None:
     held = []
     for own_dtype in (dtype, torch.float32):
         cache = make_cache("int4", head_dim=64)

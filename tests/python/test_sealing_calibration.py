@@ -1,4 +1,4 @@
-"""What sealing knows of a model's queries makes attention nearer, and a change of domain is seen and absorbed."""
+"""Sealing with a calibration: accuracy, what a calibration learns from, and changes of domain."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def errors(format: str, calibration: Calibration | None, seed: int) -> tuple[flo
 
 
 @pytest.mark.parametrize("format", ["int4", "int3", "int2"])
-def test_errors_cancel_where_the_queries_look(format) -> None:
+def test_errors_cancel_in_the_directions_of_the_queries(format) -> None:
     plain, calibrated = errors(format, None, 200), errors(format, learned(), 200)
     assert calibrated[0] * NEARER_SCORES < plain[0]
     assert calibrated[1] * NEARER_OUTPUTS < plain[1]
 
 
-def test_a_block_of_the_prompt_that_is_learned_from_is_calibrated_already() -> None:
+def test_blocks_of_the_first_prompt_are_sealed_with_its_calibration() -> None:
     calibration, (q, k, v) = Calibration(), text(8 * BLOCK_SIZE, 300)
     own, plain = cache_of("int2", calibration), cache_of("int2", None)
     held, unknown = contents(own, show(own, q, k, v)), contents(plain, show(plain, q, k, v))
@@ -85,7 +85,7 @@ def test_a_block_of_the_prompt_that_is_learned_from_is_calibrated_already() -> N
 
 
 @pytest.mark.parametrize("format", ["int4", "int3", "int2"])
-def test_a_calibrated_tile_is_the_same_whoever_comes_with_it(format) -> None:
+def test_a_calibrated_tile_does_not_depend_on_the_rest_of_the_batch(format) -> None:
     calibration = learned()
     q, k, v = text(200, 400)
     alone, beside = cache_of(format, calibration), cache_of(format, calibration)
@@ -138,7 +138,7 @@ def saved(calibration: Calibration, folder: Path) -> bytes:
     return (folder / "it").read_bytes()
 
 
-def test_what_comes_after_the_last_wanted_token_is_not_looked_at(tmp_path: Path) -> None:
+def test_tokens_after_the_last_wanted_one_are_ignored(tmp_path: Path) -> None:
     """The step that it is in goes on for longer, and its later tokens are of another kind."""
     files = []
     for extra in (0, 100):
@@ -175,7 +175,7 @@ def test_padding_teaches_nothing(garbage, tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-def test_numbers_that_are_not_finite_never_enter(tmp_path: Path) -> None:
+def test_non_finite_values_never_enter_a_calibration(tmp_path: Path) -> None:
     q, k, v = text(600, 0)
     files = []
     broken, kept = q.clone(), [t for t in range(600) if t not in (7, 130)]
@@ -211,7 +211,7 @@ def test_queries_of_another_shape_are_refused_with_and_without_a_calibration() -
         step.commit()
 
 
-def test_a_layer_of_the_model_is_one_layer_of_the_cache() -> None:
+def test_one_model_layer_cannot_be_two_layers_of_a_cache() -> None:
     with pytest.raises(ConfigError, match="layer 3"):
         PagedKvCache(num_layers=2, num_kv_heads=2, head_dim=16, calibration=Calibration(), layers=[3, 3])
 
@@ -225,7 +225,7 @@ def domain(seed: int, size: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("format", ["int8", "int4", "int2"])
-def test_a_change_of_domain_is_seen_and_gone_after_one_window(format) -> None:
+def test_drift_shows_a_change_of_domain_for_one_window(format) -> None:
     """Prose, code and prose again: 1,536 tokens each, decoded 16 at a time in blocks of 128."""
     each, window, block = 1536, 512, 128
     prose, code = domain(1, 1.0), domain(3, 1.7)

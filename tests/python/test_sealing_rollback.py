@@ -1,4 +1,4 @@
-"""Going back into a sealed block: refused, or on demand decoded into a page again."""
+"""Truncation into a sealed block: refused, or with `unseal` decoded into a page again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def is_near(one: Pair, other: Pair) -> bool:
 
 @FORMATS
 @pytest.mark.parametrize("length", [1, 15, 17, 31, 47])
-def test_a_cut_within_a_sealed_block_is_refused_and_names_its_tokens(format, length) -> None:
+def test_truncation_within_a_sealed_block_is_refused_and_names_its_tokens(format, length) -> None:
     cache = make_cache(format)
     sequence = filled(cache, 70)
     settle(cache, sequence)
@@ -56,7 +56,7 @@ def test_a_cut_within_a_sealed_block_is_refused_and_names_its_tokens(format, len
 
 @FORMATS
 @pytest.mark.parametrize("length", [0, 16, 32, 48, 64, 65, 70])
-def test_a_cut_between_blocks_or_in_an_open_one_unseals_nothing(format, length) -> None:
+def test_truncation_between_blocks_or_within_an_open_one_unseals_nothing(format, length) -> None:
     cache = make_cache(format)
     sequence = filled(cache, 70)
     settle(cache, sequence)
@@ -69,7 +69,7 @@ def test_a_cut_between_blocks_or_in_an_open_one_unseals_nothing(format, length) 
 
 @FORMATS
 @pytest.mark.parametrize("length", [33, 40, 47])
-def test_the_last_full_block_of_a_prompt_can_be_cut_before_the_next_step(format, length) -> None:
+def test_the_last_full_block_of_a_prompt_can_be_truncated_before_the_next_step(format, length) -> None:
     cache = make_cache(format)
     sequence = filled(cache, 50)
     held = contents(cache, sequence)
@@ -99,7 +99,7 @@ def test_an_unsealed_block_is_a_page_of_the_tile_s_tokens(format, length) -> Non
 
 @FORMATS
 @pytest.mark.parametrize("length", [5, 21])
-def test_after_unsealing_the_sequence_goes_on(format, length) -> None:
+def test_a_sequence_continues_after_unsealing(format, length) -> None:
     cache = make_cache(format)
     sequence = filled(cache, 60)
     settle(cache, sequence)
@@ -138,7 +138,7 @@ def test_the_first_token_s_v_is_as_exact_after_unsealing_and_sealing_again(forma
 
 
 @FORMATS
-def test_unsealing_a_shared_block_leaves_its_other_holders_alone(format) -> None:
+def test_unsealing_a_shared_block_does_not_change_other_sequences(format) -> None:
     cache = make_cache(format)
     parent = filled(cache, 60)
     settle(cache, parent)
@@ -157,7 +157,7 @@ def test_unsealing_a_shared_block_leaves_its_other_holders_alone(format) -> None
     assert is_near(contents(cache, child), head(held, 3))
 
 
-def test_a_published_block_is_found_though_its_sequence_went_back_into_it() -> None:
+def test_a_published_block_is_found_after_its_sequence_was_truncated_into_it() -> None:
     cache = make_cache("int4")
     sequence, ids = filled(cache, 60), list(range(60))
     settle(cache, sequence)
@@ -196,7 +196,7 @@ def test_a_window_bounds_how_far_back_a_sealed_block_can_be_reached(format) -> N
 
 
 @FORMATS
-def test_without_a_page_for_it_a_block_stays_sealed(format) -> None:
+def test_a_block_stays_sealed_if_no_page_is_free(format) -> None:
     cache = make_cache(format, num_open_pages=2)
     sequence = filled(cache, 48)
     cache.truncate(sequence, 32)
@@ -210,7 +210,7 @@ def test_without_a_page_for_it_a_block_stays_sealed(format) -> None:
 
 
 @FORMATS
-def test_without_a_block_for_it_a_shared_block_stays_sealed(format) -> None:
+def test_a_shared_block_stays_sealed_if_no_block_is_free(format) -> None:
     cache = make_cache(format, num_blocks=3)
     sequence = filled(cache, 48)
     cache.truncate(sequence, 32)
@@ -227,7 +227,7 @@ def test_without_a_block_for_it_a_shared_block_stays_sealed(format) -> None:
     assert cache.stats()["free_blocks"] == 0
 
 
-def test_cuts_of_several_sequences_are_foreseen() -> None:
+def test_check_truncate_foresees_truncations_of_several_sequences() -> None:
     cache = make_cache("int4", num_blocks=7, num_open_pages=3)
     parent = filled(cache, 60)
     settle(cache, parent)

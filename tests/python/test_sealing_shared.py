@@ -1,4 +1,4 @@
-"""Sealed blocks that several sequences hold: forks, prefixes, batches, copies, and steps that are open side by side."""
+"""Sealing of blocks shared by several sequences: forks, prefixes, batches, copies, and concurrent open steps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def attend(cache: PagedKvCache, sequence: int, num_new: int, seed: int) -> torch
 
 
 @FORMATS
-def test_a_block_is_sealed_once_for_all_that_hold_it_whole(format) -> None:
+def test_a_full_shared_block_is_sealed_once(format) -> None:
     cache = make_cache(format)
     parent = filled(cache, 32)
     children = [cache.fork(parent) for _ in range(3)]
@@ -95,7 +95,7 @@ def test_a_block_is_not_sealed_while_another_sequence_ends_within_it(format) -> 
 
 
 @FORMATS
-def test_a_block_that_a_sequence_goes_back_into_while_it_is_about_to_be_sealed_is_not(format) -> None:
+def test_a_block_due_for_sealing_stays_open_if_a_sequence_is_truncated_into_it(format) -> None:
     cache = make_cache(format)
     parent = filled(cache, 16)
     child = cache.fork(parent)
@@ -113,7 +113,7 @@ def test_a_block_that_a_sequence_goes_back_into_while_it_is_about_to_be_sealed_i
 
 
 @FORMATS
-def test_both_go_on_in_one_step_from_a_block_that_one_of_them_ends_within(format) -> None:
+def test_two_sequences_continue_in_one_step_from_a_block_that_one_ends_within(format) -> None:
     for order in (1, -1):
         cache = make_cache(format)
         parent = filled(cache, 16)
@@ -146,7 +146,7 @@ def test_a_fork_that_outlives_its_parent_writes_in_place() -> None:
 
 
 @FORMATS
-def test_a_warm_prefix_is_the_stored_bytes_and_stays_them(format) -> None:
+def test_a_warm_prefix_has_the_stored_bytes_and_keeps_them(format) -> None:
     cache = make_cache(format, num_layers=2, num_blocks=12)
     sequence, ids = filled(cache, 70), list(range(70))
     settle(cache, sequence)
@@ -169,7 +169,7 @@ def test_a_warm_prefix_is_the_stored_bytes_and_stays_them(format) -> None:
 
 
 @FORMATS
-def test_a_prefix_that_is_not_sealed_yet_is_found_while_it_is_held_and_not_after(format) -> None:
+def test_an_open_prefix_block_is_found_only_while_a_sequence_uses_it(format) -> None:
     cache = make_cache(format)
     sequence, ids = filled(cache, 40), list(range(40))
     cache.publish_prefix(sequence, ids)
@@ -189,7 +189,7 @@ def test_a_prefix_that_is_not_sealed_yet_is_found_while_it_is_held_and_not_after
 
 
 @FORMATS
-def test_a_tile_is_the_same_whatever_else_is_in_the_batch(format) -> None:
+def test_a_tile_does_not_depend_on_the_rest_of_the_batch(format) -> None:
     lengths = [50, 7, 33, 64, 17]
     k, v = keys_and_values(64, batch=5)
     mask = torch.arange(64) >= 64 - torch.tensor(lengths)[:, None]  # padded on the left
@@ -215,7 +215,7 @@ def test_a_tile_is_the_same_whatever_else_is_in_the_batch(format) -> None:
 
 
 @FORMATS
-def test_what_another_open_step_reads_is_sealed_later(format) -> None:
+def test_a_block_read_by_another_open_step_is_sealed_later(format) -> None:
     cache = make_cache(format)
     one = filled(cache, 32)
     two = cache.fork(one)
@@ -235,7 +235,7 @@ def test_what_another_open_step_reads_is_sealed_later(format) -> None:
 
 
 @FORMATS
-def test_an_aborted_neighbour_puts_sealing_off_and_does_not_prevent_it(format) -> None:
+def test_an_aborted_concurrent_step_delays_sealing_and_does_not_prevent_it(format) -> None:
     cache = make_cache(format)
     one = filled(cache, 32)
     two = cache.fork(one)

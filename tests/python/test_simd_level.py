@@ -1,4 +1,4 @@
-"""`KVARN_SIMD` names the level that a process's caches use."""
+"""`KVARN_SIMD`, which selects the SIMD level of a process."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_process_uses_the_level_that_is_named() -> None:
 
 
 @pytest.mark.parametrize("level", ["avx1024", "AVX2", " scalar", "\udcff"])
-def test_a_level_that_does_not_exist_is_a_typed_error_that_names_those_which_do(level) -> None:
+def test_an_unknown_level_is_a_typed_error_that_lists_the_known_ones(level) -> None:
     kind, message = report(level)["error"]
     assert kind == "ConfigError"
     shown = level.replace("\udcff", "\ufffd")  # a byte that is not UTF-8

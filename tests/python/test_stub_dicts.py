@@ -1,4 +1,4 @@
-"""The typed dictionaries of `_core.pyi` have the keys, and the types, of the dictionaries that the core gives."""
+"""The typed dictionaries of `_core.pyi` against the keys and types of the dictionaries that the core returns."""
 
 from __future__ import annotations
 
@@ -110,5 +110,5 @@ def test_every_optional_value_is_seen_with_and_without(tmp_path) -> None:
         ({"a": 1.0}, "D: `a: <class 'int'>` does not take 1.0"),
     ],
 )
-def test_a_drift_is_named_with_its_mend(found, mend) -> None:
+def test_a_difference_is_reported_with_its_fix(found, mend) -> None:
     assert mend in mends("D", {"a": int}, [found])

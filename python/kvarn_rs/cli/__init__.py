@@ -1,8 +1,8 @@
 """The `kvarn` command: `generate`, `calibrate`, `inspect`, `plan`, `doctor`, `bench`.
 
-Exit codes: 0 done; 1 a check of the command failed (`doctor`, `bench`), or the result could not be written; 2 bad
-input, with one line on stderr; 130 interrupted; 141 the reader of stdout went away.
-Each command is one module with `add_parser` and `run`, whose docstring documents its JSON.
+Exit codes: 0 success; 1 a check of the command failed (`doctor`, `bench`), or the result could not be written; 2
+invalid input, with one line on stderr; 130 interrupted; 141 the reader of stdout closed it. Each command is one module
+with `add_parser` and `run`; its docstring documents its JSON output.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = ["main"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are exceptions, so that they are reported like every other error: in one line.
+    """An argument parser that raises its errors, so that they are reported in one line like every other error.
 
-    Options are written in full: `--prompt TEXT` would be `--prompt-file`, and a new option would change what is meant.
+    Options cannot be abbreviated: `--prompt` would mean `--prompt-file`, and a new option could change the meaning.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ class _ShowVersion(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The parser of the whole command line."""
     parser = _Parser(prog="kvarn", description="A quantized, paged key/value cache for language models.")
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -56,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (default: that of the process) and returns its exit code."""
-    if sys.stdout is None:  # closed by the caller: there is nobody to print for
+    """Runs one command line (default: `sys.argv`) and returns its exit code."""
+    if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
     parser = build_parser()
     try:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         code = arguments.run(arguments, Console(json=arguments.json, quiet=arguments.quiet))
-        sys.stdout.flush()  # here, where a reader that went away is no error
+        sys.stdout.flush()  # while BrokenPipeError is still caught
         return code
     except KvarnError as error:
         print(f"kvarn: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -74,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kvarn: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `head`, say; the flush at exit must not raise again
+    except BrokenPipeError:  # such as piped to `head`; the flush at exit must not raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:  # stdout is full, say
+    except OSError as error:  # such as no space left for stdout
         print(f"kvarn: error: {error.strerror or error}", file=sys.stderr)
         if sys.stdout is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""`python -m kvarn_rs.cli`."""
+"""Entry point of `python -m kvarn_rs.cli`."""
 
 import sys
 

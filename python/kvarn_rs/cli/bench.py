@@ -1,22 +1,22 @@
-"""`kvarn bench attend`: decode attention over pages and tiles, beside torch SDPA and the machine's read bandwidth.
+"""`kvarn bench attend`: decode attention over pages and tiles, compared with torch SDPA and read bandwidth.
 
-One new token of each sequence attends to `context` tokens (itself included). Every contender walks over several copies
-of its cache, `working_set_bytes` or more in all, as a model walks over its layers: nothing is left in the processor's
-caches from call to call. Contenders take turns, repetition by repetition. Formats that seal are filled by a prefill, so
-that every full block before the new token is a tile, and have no calibration. SDPA's keys and values lie there
-contiguous, in float32 and bfloat16; it is called with `enable_gqa=True` and, as `grouped`, with the query heads of a kv
-head as its query rows, which asks the same with no repeating of keys. The read bandwidth is that of `torch.sum` over
-float64.
+One new token of each sequence attends to `context` tokens (itself included). Every contender cycles through several
+copies of its cache, at least `working_set_bytes` in total, as a model cycles through its layers, so that no data stay
+in the processor's caches between calls. In each repetition every contender runs once. Formats that seal are filled by a
+prefill, so that every full block before the new token is a tile; there is no calibration. Keys and values of SDPA are
+contiguous, in float32 and bfloat16; SDPA is called with `enable_gqa=True` and, as `grouped`, with the query heads of
+each kv head as query rows, which computes the same without repeating keys. Read bandwidth is measured by `torch.sum`
+over float64.
 
 JSON: ``{"machine": {"cpu", "simd_level", "threads", "torch"}, "context", "batch", "num_q_heads", "num_kv_heads",
 "head_dim", "block_size", "repetitions", "working_set_bytes",
 "results": [{"name", "median_us", "q1_us", "q3_us", "bytes", "gb_per_s", "stream_share", "speedup",
 "max_relative_error", "tolerance"}], "ok"}``
 
-A time is that of one call; `q1_us` and `q3_us` are its quartiles over the repetitions. `bytes` are those of the keys
-and values that a call reads, as stored; `stream_share` is `gb_per_s` over that of the result `stream`; `speedup` is
-over the fastest SDPA. `max_relative_error` is the largest difference from float32 SDPA on what the cache decodes to,
-over its largest output; `ok` is false, and the exit code 1, when one is over its `tolerance`.
+Times are per call; `q1_us` and `q3_us` are quartiles over the repetitions. `bytes` are the stored keys and values that
+a call reads; `stream_share` is `gb_per_s` relative to the result `stream`; `speedup` is relative to the fastest SDPA.
+`max_relative_error` is the largest difference from float32 SDPA on the decoded cache, relative to the largest output;
+`ok` is false, and the exit code 1, if any exceeds its `tolerance`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .sizes import format_bytes, format_count, parse_bytes, parse_count, parse_n
 if TYPE_CHECKING:
     import torch
 
-# `raw` pages differ from SDPA by the order of float32 sums; the others by 16-bit parameters applied in another order.
+# `raw` pages differ from SDPA by the order of float32 sums, other formats also by where scales are applied.
 TOLERANCES = {"raw": 1e-5}
 TOLERANCE = 2e-3
 _STREAM_BYTES = 512 << 20
@@ -52,19 +52,25 @@ def add_parser(commands: Any) -> None:
     benches = bench.add_subparsers(title="benches", metavar="BENCH", required=True)
     parser = benches.add_parser(
         "attend",
-        help="decode attention beside torch SDPA",
-        description="Decode attention over the cache, checked, beside torch SDPA and the machine's read bandwidth.",
+        help="measure decode attention against torch SDPA",
+        description="Measure decode attention over the cache, check its output, and compare with torch SDPA and the "
+        "machine's read bandwidth.",
     )
-    parser.add_argument("--context", type=parse_count, default=8192, help="tokens of a sequence (default: 8k)")
-    parser.add_argument("--head-dim", type=parse_count, default=128, help="channels of a head (default: 128)")
-    parser.add_argument("--heads", type=parse_heads, default=(32, 8), metavar="Q/KV", help="default: 32/8")
-    parser.add_argument("--batch", type=parse_count, default=1, help="sequences (default: 1)")
-    parser.add_argument("--threads", type=parse_count, help="threads of kvarn and of torch (default: all cores)")
-    parser.add_argument("--formats", type=parse_names, help="comma-separated (default: all)")
-    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens of a block (default: 128)")
-    parser.add_argument("--repetitions", type=parse_count, default=15, help="default: 15")
+    parser.add_argument("--context", type=parse_count, default=8192, help="tokens per sequence (default: 8k)")
+    parser.add_argument("--head-dim", type=parse_count, default=128, help="channels per head (default: 128)")
     parser.add_argument(
-        "--working-set", type=parse_bytes, default=256 << 20, help="bytes that a contender walks over (default: 256MiB)"
+        "--heads", type=parse_heads, default=(32, 8), metavar="Q/KV", help="query heads and kv heads (default: 32/8)"
+    )
+    parser.add_argument("--batch", type=parse_count, default=1, help="number of sequences (default: 1)")
+    parser.add_argument("--threads", type=parse_count, help="threads of kvarn and of torch (default: all cores)")
+    parser.add_argument("--formats", type=parse_names, help="cache formats, comma-separated (default: all)")
+    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens per block (default: 128)")
+    parser.add_argument("--repetitions", type=parse_count, default=15, help="timed repetitions (default: 15)")
+    parser.add_argument(
+        "--working-set",
+        type=parse_bytes,
+        default=256 << 20,
+        help="bytes that each contender reads before it reads any again (default: 256MiB)",
     )
     add_output_options(parser)
     parser.set_defaults(run=run)
@@ -72,7 +78,7 @@ def add_parser(commands: Any) -> None:
 
 
 def parse_heads(text: str) -> tuple[int, int]:
-    """`32/8`: query heads and kv heads."""
+    """Parses query heads and kv heads, written `32/8`."""
     num_q_heads, slash, num_kv_heads = text.partition("/")
     if not slash:
         raise argparse.ArgumentTypeError(f"{text!r} is not Q/KV; write for example 32/8")
@@ -84,14 +90,14 @@ def parse_heads(text: str) -> tuple[int, int]:
 
 @dataclass
 class Contender:
-    """One way of computing the same attention.
+    """One implementation of the attention that is measured.
 
     Attributes:
-        name: what it is.
-        bytes: of keys and values, as stored, that one call reads.
-        calls: one call for each copy of its cache.
-        seconds: of one call, one figure a repetition.
-        tolerance: what `error` may be; None where nothing is checked.
+        name: its name in the report.
+        bytes: bytes of stored keys and values that one call reads.
+        calls: one callable for each copy of its cache.
+        seconds: mean seconds per call, for each repetition.
+        tolerance: largest allowed `error`; None: the output is not checked.
         error: largest relative difference from the reference.
     """
 
@@ -103,7 +109,7 @@ class Contender:
     error: float = 0.0
 
     def measure(self) -> None:
-        """One repetition."""
+        """Runs one repetition."""
         start = time.perf_counter()
         for call in self.calls:
             call()
@@ -111,7 +117,7 @@ class Contender:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Measures, checks, and prints."""
+    """Runs the command."""
     require("torch")
     from .. import FORMATS, _core
 
@@ -119,7 +125,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     for name in arguments.formats:
         check_format(name, arguments.block_size)
     if arguments.context < 2:
-        raise ConfigError("--context must be at least 2: one token, and one that attends to it")
+        raise ConfigError("--context must be at least 2: a token, and one that attends to it")
     cores = os.cpu_count() or 1
     if arguments.threads is not None and not 1 <= arguments.threads <= cores:
         raise ConfigError(f"--threads {arguments.threads}: this machine has {cores} cores")
@@ -140,8 +146,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
                 reason = str(error).splitlines()[0] if str(error) else "out of memory"
                 raise ConfigError(f"no room for caches of this shape: {reason[:200]}") from error
             if _core.num_threads() != threads:
-                own = _core.num_threads()
-                console.warn(f"kvarn's threads were started before: it runs on {own}, torch on {threads}")
+                started = _core.num_threads()
+                console.warn(f"kvarn's threads were already started: it runs on {started}, torch on {threads}")
             steps = arguments.repetitions * len(contenders)
             with console.progress("measuring", steps) as advance:
                 for contender in contenders:
@@ -160,7 +166,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def prepare(arguments: argparse.Namespace, console: Console) -> list[Contender]:
-    """All contenders, filled and checked."""
+    """Makes all contenders, fills their caches and checks their outputs."""
     import torch
 
     num_q_heads, num_kv_heads = arguments.heads
@@ -183,19 +189,19 @@ def prepare(arguments: argparse.Namespace, console: Console) -> list[Contender]:
 
 
 def copies_for(working_set: int, bytes_read: int) -> int:
-    """Copies of a cache that together are at least the working set."""
+    """The number of copies of a cache that make up the working set."""
     return max(1, -(-working_set // bytes_read))
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """One new token's attention to all of `k` and `v`, query heads sharing kv heads."""
+    """SDPA of one new token to all of `k` and `v`, with grouped query heads."""
     import torch
 
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, working_set: int) -> list[Contender]:
-    """SDPA in one dtype, asked in two ways."""
+    """The two SDPA contenders of one dtype."""
     import torch
 
     bytes_read = 2 * k.numel() * dtype.itemsize
@@ -210,7 +216,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype,
 
 
 def paged(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: argparse.Namespace) -> Contender:
-    """Attention over pages and tiles of one format; every layer of the cache is one copy."""
+    """The contender of one cache format. Each copy is a layer of the cache."""
     import torch
 
     from .. import PagedKvCache

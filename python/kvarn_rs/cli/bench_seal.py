@@ -1,16 +1,16 @@
-"""`kvarn bench seal`: what it costs to seal a block.
+"""`kvarn bench seal`: the time to seal a block.
 
-A page of `block_size` tokens is full, and one more token comes: that append seals the page before it writes the token.
-What the same append costs where the page has one token less, and nothing to seal, is subtracted. Both are medians, of
-steps that are aborted, so that every repetition seals the same page. Without a calibration errors are not passed on.
+Measures the append of one token after a full page, which seals the page before it writes the token, and subtracts the
+append of one token after `block_size - 1`, which seals nothing. Both are medians over steps that are aborted, so that
+every repetition seals the same page. Without a calibration there is no error feedback.
 
 JSON: ``{"machine": {"cpu", "simd_level", "threads"}, "num_kv_heads", "block_size", "repetitions",
 "results": [{"format", "head_dim", "calibrated", "block_ms", "head_ms", "token_us", "v_relative_error", "tolerance"}],
 "ok"}``
 
-`block_ms` is for all kv heads of a layer, on all threads; `head_ms` that over the kv heads, `token_us` that over the
-tokens. `v_relative_error` is the root mean square of what sealing changed in V, over that of V; `ok` is false, and the
-exit code 1, when one is over its `tolerance`.
+`block_ms` is for all kv heads of a layer, on all threads; `head_ms` is `block_ms` per kv head, `token_us` per token.
+`v_relative_error` is the root mean square error of V, relative to that of V; `ok` is false, and the exit code 1, if any
+exceeds its `tolerance`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .sizes import parse_count
 if TYPE_CHECKING:
     from .. import Calibration, PagedKvCache
 
-# Of normal numbers in rows of 64 and 128: 0.10, 0.19 and 0.35 are seen.
+# Normally distributed rows of 64 and 128 give 0.10, 0.19 and 0.35.
 TOLERANCES = {"int4": 0.15, "int3": 0.3, "int2": 0.6}
 _HEAD_DIMS = (64, 128)
 
@@ -36,17 +36,19 @@ _HEAD_DIMS = (64, 128)
 def add_parser(benches: Any) -> None:
     """Adds `bench seal` to the benches."""
     parser = benches.add_parser(
-        "seal", help="time to seal a block", description="Time to seal a block, by format and head_dim, checked."
+        "seal",
+        help="measure the sealing of a block",
+        description="Measure the time to seal a block, by format and head_dim, and check the result.",
     )
-    parser.add_argument("--kv-heads", type=parse_count, default=8, help="default: 8")
-    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens of a block (default: 128)")
-    parser.add_argument("--repetitions", type=parse_count, default=15, help="default: 15")
+    parser.add_argument("--kv-heads", type=parse_count, default=8, help="kv heads (default: 8)")
+    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens per block (default: 128)")
+    parser.add_argument("--repetitions", type=parse_count, default=15, help="timed repetitions (default: 15)")
     add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Measures, checks, and prints."""
+    """Runs the command."""
     require("torch")
     from .. import _core
 
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def measure(name: str, head_dim: int, calibrated: bool, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One line of the report."""
+    """Measures one case: an entry of `results`."""
     import torch
 
     from .. import PagedKvCache
@@ -88,7 +90,7 @@ def measure(name: str, head_dim: int, calibrated: bool, arguments: argparse.Name
         calibration=calibration(num_kv_heads, head_dim) if calibrated else None,
     )
     sequences = []
-    for length in (block_size - 1, block_size):  # a token less, and a full page
+    for length in (block_size - 1, block_size):  # the last token of a page, and the first after it
         sequences.append(cache.new_sequence())
         with cache.begin_step(sequences[-1:], length) as step:
             step.append(0, k[:, :, :length], v[:, :, :length])
@@ -117,7 +119,7 @@ def measure(name: str, head_dim: int, calibrated: bool, arguments: argparse.Name
 
 
 def calibration(num_kv_heads: int, head_dim: int) -> Calibration:
-    """A frozen one, of random queries."""
+    """A frozen calibration of random queries."""
     import torch
 
     from .. import Calibration, PagedKvCache, _core
@@ -133,7 +135,7 @@ def calibration(num_kv_heads: int, head_dim: int) -> Calibration:
 
 
 def append_seconds(cache: PagedKvCache, sequence: int, k: Any, v: Any) -> float:
-    """Seconds of an append of one token, which is forgotten."""
+    """Seconds to append one token, in a step that is then aborted."""
     step = cache.begin_step([sequence], 1)
     start = time.perf_counter()
     step.append(0, k, v)

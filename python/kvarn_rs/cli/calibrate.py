@@ -1,9 +1,9 @@
-"""`kvarn calibrate`: a model's calibration made ahead, into the folder where every later cache finds it.
+"""`kvarn calibrate`: makes a model's calibration file, in the folder where caches look for it.
 
 JSON: ``{"model", "file", "bytes", "fingerprint", "query_tokens", "layers", "heads", "seconds"}``
 
-`layers` and `heads` (key/value heads, all layers together) are numbers. `seconds` is the forward over the text, the
-factoring and the writing, without the loading of the model.
+`layers` and `heads` are counts; `heads` are key/value heads over all layers. `seconds` covers the forward over the
+text, factoring and writing, but not loading the model.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ def add_parser(commands: Any) -> None:
     """Adds `calibrate` to the command line."""
     parser = commands.add_parser(
         "calibrate",
-        help="make a model's calibration ahead",
-        description="Runs a model over up to 2,048 tokens and keeps what sealing needs to know of its queries. CPU.",
+        help="make a model's calibration file",
+        description="Run a model over up to 2,048 tokens of text and save the statistics of its queries and keys that "
+        "sealing uses. Runs on the CPU.",
     )
     parser.add_argument("model", metavar="MODEL", help="a transformers model's folder, or demo")
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="a text of at least 128 tokens (default: a built-in one)"
+        "--text", type=Path, metavar="FILE", help="a text of at least 128 tokens (default: a built-in text)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to keep it (default: where caches look for it)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="output file (default: where caches look for it)")
     add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Calibrates, and says what was kept where."""
+    """Runs the command."""
     text = None if arguments.text is None else read_text(arguments.text)
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ConfigError(f"{arguments.out.parent} is not a folder: nothing can be written there")
@@ -58,13 +59,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     with console.progress("calibrating", total=QUERY_TOKENS) as advance:
         calibrate(model, text, tokenizer=tokenizer, path=arguments.out, progress=advance)
     seconds = time.perf_counter() - start
-    kept = Calibration.load(file)  # what a cache will find
-    layers = kept.layers()
+    saved = Calibration.load(file)  # as a cache will load it
+    layers = saved.layers()
     report = {
-        "model": kept.model,
+        "model": saved.model,
         "file": str(file),
         "bytes": file.stat().st_size,
-        "fingerprint": kept.fingerprint,
+        "fingerprint": saved.fingerprint,
         "query_tokens": min(layer["query_tokens"] for layer in layers),
         "layers": len(layers),
         "heads": sum(layer["num_kv_heads"] for layer in layers),
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file.
+    """Reads a UTF-8 text file.
 
     Raises:
         ConfigError: it cannot be read, or is not UTF-8.

@@ -1,16 +1,16 @@
-"""Kvarn caches beside the unquantized one of transformers, same model, same weights, same machine.
+"""Comparison of kvarn caches with transformers' unquantized cache, on one model and machine.
 
-Quality is judged in *decode semantics*: every scored token is fed with at most 15 others, so that it and all later
-ones read the quantized history in every layer and errors accumulate as they do in use. All caches are fed the same
-tokens, chunk by chunk side by side: the prompt, then the greedy continuation of the cache that generated, token by
-token. The continuation's positions are scored and, if the prompt has 512 tokens or more, those of the prompt too: its
-first 256 tokens at once and unscored, the rest 16 at a time.
+Quality is measured in *decode semantics*: every scored token is fed in a chunk of at most 16, so that it reads the
+quantized history in every layer and errors accumulate as in generation. All caches get the same chunks in turn: the
+prompt, then the greedy continuation from the kvarn cache, one token at a time. The positions of the continuation are
+scored. If the prompt has 512 tokens or more, its positions are scored too, 16 tokens at a time, except the first 256,
+which are one unscored chunk.
 
 * `kl_mean`: mean KL divergence of the next-token distributions from the reference's, in nats, over `positions`;
-* `same_top1`: share of them with the same likeliest token;
-* `agreement_tokens`: greedy tokens of both caches until the first difference;
-* `reference`: what the reference is, with its dtype;
-* `reference_*`: memory and speed of the unquantized cache, generating as many tokens.
+* `same_top1`: share of positions with the same most likely token;
+* `agreement_tokens`: greedy tokens of both caches before the first difference;
+* `reference`: name of the reference, with its dtype;
+* `reference_*`: memory and speed of the unquantized cache when it generates as many tokens.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ..eval.metrics import agreement_length, kl_divergence, same_top1
 from .console import Console
 from .runs import GreedyRun, attention, feed, greedy, tensor_bytes
 
-SCORED_PROMPT_TOKENS = 512  # prompts from this length on are scored too
-FIRST_TOKENS = 256
+SCORED_PROMPT_TOKENS = 512  # shortest prompt whose positions are scored
+UNSCORED_TOKENS = 256  # at the start of such a prompt
 
 
 @dataclass
 class Scores:
-    """How far a cache's distributions were from the reference's.
+    """Quality of one cache against the reference.
 
     Attributes:
-        cache: the kvarn cache, with all the tokens that were fed.
-        divergences: KL divergence in nats, of the positions of each scored chunk.
-        matches: the same likeliest token? Likewise.
+        cache: the kvarn cache, which has all tokens that were fed.
+        divergences: KL divergence in nats of each position, by scored chunk.
+        matches: bool of each position, whether the most likely token is the same, by scored chunk.
     """
 
     cache: Any
@@ -52,22 +52,22 @@ class Scores:
 
     @property
     def positions(self) -> int:
-        """Positions scored."""
+        """Number of scored positions."""
         return sum(map(len, self.divergences))
 
     @property
     def kl_mean(self) -> float:
-        """Mean divergence."""
+        """Mean divergence over all positions."""
         return torch.cat(self.divergences).double().mean().item()
 
     @property
     def kl_last_quarter(self) -> float:
-        """Mean divergence over the last quarter of the positions, rounded up: do errors grow?"""
+        """Mean divergence over the last quarter of the positions (rounded up), which shows whether errors grow."""
         return torch.cat(self.divergences)[-((self.positions + 3) // 4) :].double().mean().item()
 
     @property
     def same_top1(self) -> float:
-        """Share of the positions with the same likeliest token."""
+        """Share of the positions with the same most likely token."""
         return torch.cat(self.matches).double().mean().item()
 
 
@@ -79,18 +79,18 @@ def score(
     reference_attention: str,
     console: Console,
 ) -> tuple[dict[str, Scores], int]:
-    """Feeds an unquantized cache and `caches`, empty ones by name, the same tokens, one chunk at a time.
+    """Feeds the same chunks of tokens to an unquantized cache and to `caches`, and scores the latter.
 
     Args:
         model: a causal language model, its attention set for the kvarn caches.
         prompt_ids: [1, T].
         continuation: tokens after the prompt.
-        caches: kvarn caches.
+        caches: empty kvarn caches, by name.
         reference_attention: the attention implementation of the unquantized cache.
         console: for progress.
 
     Returns:
-        The scores by name, and the bytes that the unquantized cache holds in the end.
+        The scores by name, and the final bytes of the unquantized cache.
     """
     scores = {name: Scores(cache) for name, cache in caches.items()}
     reference = DynamicCache(config=model.config)
@@ -116,13 +116,13 @@ def compare(
     reference_attention: str,
     console: Console,
 ) -> dict[str, Any]:
-    """The comparison, under the keys of the module's description.
+    """Runs the unquantized cache and returns the comparison, with the keys listed in the module docstring.
 
     Args:
         model: a causal language model, its attention set for the kvarn cache.
         prompt_ids: [1, T].
         generated: the run with the kvarn cache.
-        scores: those of a kvarn cache like it.
+        scores: scores of a kvarn cache with the same settings.
         reference_attention: the attention implementation of the unquantized cache.
         console: for progress.
     """
@@ -144,13 +144,13 @@ def compare(
 
 
 def reference_name(model: Any) -> str:
-    """What the unquantized cache is called: it keeps the model's dtype."""
+    """The name of the unquantized cache, with the model's dtype."""
     return f"unquantized ({str(model.dtype).removeprefix('torch.')})"
 
 
 def _chunks(prompt_ids: torch.Tensor, continuation: Iterable[int]) -> Iterator[tuple[torch.Tensor, bool]]:
-    """(tokens [1, T], scored): the steps in which a prompt and its continuation are fed."""
-    first = FIRST_TOKENS if prompt_ids.shape[1] >= SCORED_PROMPT_TOKENS else prompt_ids.shape[1]
+    """The chunks in which a prompt and its continuation are fed: (tokens [1, T], whether they are scored)."""
+    first = UNSCORED_TOKENS if prompt_ids.shape[1] >= SCORED_PROMPT_TOKENS else prompt_ids.shape[1]
     yield prompt_ids[:, :first], False
     for start in range(first, prompt_ids.shape[1], DECODE_TOKENS):
         yield prompt_ids[:, start : start + DECODE_TOKENS], True

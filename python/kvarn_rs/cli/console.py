@@ -1,4 +1,4 @@
-"""Where a command's words go: its result to stdout, everything else to stderr, progress only onto a terminal."""
+"""Output of the commands: results to stdout, everything else to stderr, progress only if that is a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Console:
 
     Attributes:
         json: the result is one JSON object; `table` and `line` print nothing.
-        quiet: no progress and no notes.
+        quiet: print no progress and no notes.
     """
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
@@ -28,26 +28,26 @@ class Console:
         self.quiet = quiet
 
     def note(self, text: str) -> None:
-        """One line to stderr, unless quiet."""
+        """Prints a line to stderr, unless quiet."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        """One line to stderr, always."""
+        """Prints a warning to stderr, even if quiet."""
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def line(self, text: str = "") -> None:
-        """One line of the result for people."""
+        """Prints a line of the result as text."""
         if not self.json:
             print(text, flush=True)
 
     def result(self, payload: dict[str, Any]) -> None:
-        """The result for programs: one JSON object, if asked for."""
+        """Prints the result as one JSON object, if `json` is set."""
         if self.json:
             print(json.dumps(payload, allow_nan=False), flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The result as a table; the first column is text, the others numbers."""
+        """Prints a table of the result; the first column is text, the others are numbers."""
         if self.json:
             return
         widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
@@ -58,7 +58,7 @@ class Console:
             for row in rows:
                 table.add_row(*row)
             console = rich.console.Console()
-            console.width = max(console.width, sum(widths) + 3 * len(widths))  # a number is never cut short
+            console.width = max(console.width, sum(widths) + 3 * len(widths))  # never truncate a number
             console.print(table)
             return
         for row in (columns, *rows):
@@ -68,7 +68,7 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A spinner, or a bar of `total` steps; yields the function that takes steps forward."""
+        """Shows a spinner, or a bar of `total` steps; yields the function that advances it."""
         if self.quiet or not sys.stderr.isatty():
             yield lambda steps: None
             return
@@ -77,13 +77,13 @@ class Console:
             columns += [rich.progress.BarColumn(), rich.progress.MofNCompleteColumn()]
         columns.append(rich.progress.TimeElapsedColumn())
         console = rich.console.Console(stderr=True)
-        # Redrawn seldom: what goes on below it may be a measurement.
+        # Redrawn rarely, because the code inside may be a measurement.
         with rich.progress.Progress(*columns, console=console, transient=True, refresh_per_second=2) as bars:
             task = bars.add_task(label, total=total)
             yield lambda steps: bars.advance(task, steps)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every command has."""
+    """Adds the options common to all commands."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress and no notes on stderr")

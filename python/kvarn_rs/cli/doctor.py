@@ -1,11 +1,12 @@
-"""`kvarn doctor`: what this installation can do here, and why not more.
+"""`kvarn doctor`: checks the installation and reports what this machine supports.
 
 JSON: ``{"version", "simd_level", "threads", "formats": [str], "cuda": {"found", "driver_version", "devices": [{"name",
 "compute_capability", "memory_bytes"}], "reason"}, "packages": {NAME: {"version", "supported", "in_range"}},
 "demo": {"found", "reason"}, "self_test": {"status": "passed" | "failed" | "skipped", "detail"}, "ok"}``
 
-`version` and `in_range` are null for packages that are not installed, `supported` and `in_range` where this release
-says nothing of them. `reason` is null where all is well. `ok` is false, and the exit code 1, when the self-test failed.
+`version` and `in_range` are null for packages that are not installed, `supported` and `in_range` for packages that this
+release has no requirement for. `reason` is null on success. `ok` is false, and the exit code 1, if the self-test
+failed.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from .demo import find_weights
 from .sizes import format_bytes
 
 _PACKAGES = ("numpy", "torch", "transformers", "vllm")
-# Largest error of attention on the cache against attention on what it decodes to, over the largest output.
+# Largest error of attention on the cache against attention on the decoded cache, relative to the largest output.
 SELF_TEST_TOLERANCE = 2e-3
-# Largest error of V, by format: normal numbers, whose rows are 5 to 8 wide, in 255 and in 15 steps. In the latter V is
-# rotated, which lets the errors of a row add up.
+# Largest error of V, by format. Rows of normally distributed values have a range of 5 to 8, quantized in 255 or in 15
+# steps; with 15, V is rotated too, so that the errors of a row add up.
 ROUNDING_LIMITS = {"int8": 0.1, "int4": 0.8}
 
 
@@ -35,18 +36,19 @@ def add_parser(commands: Any) -> None:
     """Adds `doctor` to the command line."""
     parser = commands.add_parser(
         "doctor",
-        help="what works on this machine, and why not more",
-        description="Version, SIMD level, CUDA driver, packages, demo weights, and one attention computed and checked.",
+        help="check the installation",
+        description="Report version, SIMD level, CUDA driver, packages and demo weights, and run a self-test of "
+        "attention.",
     )
     add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Looks, computes, and prints."""
+    """Runs the command."""
     from .. import FORMATS, __version__, _core
 
-    with console.progress("looking around"):
+    with console.progress("checking"):
         self_test = attention_self_test()
         report: dict[str, Any] = {
             "version": __version__,
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def cuda_driver() -> dict[str, Any]:
-    """The CUDA driver and its devices, asked through the driver's own library; or why there is none."""
+    """The CUDA driver's version and devices, from the driver's library; or the reason why there are none."""
     found: dict[str, Any] = {"found": False, "driver_version": None, "devices": [], "reason": None}
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -105,7 +107,7 @@ def _cuda_device(driver: Any, ordinal: int) -> dict[str, Any]:
 
 
 def package(name: str) -> dict[str, Any]:
-    """A package's version, and whether it is one that this release supports."""
+    """A package's version, and whether this release supports it."""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -116,7 +118,7 @@ def package(name: str) -> dict[str, Any]:
 
 
 def supported_range(name: str) -> str | None:
-    """What this distribution's own extras ask of a package, such as `>=5.16,<6`."""
+    """The version range of a package in this distribution's extras, such as `>=5.16,<6`."""
     try:
         requirements = importlib.metadata.requires("kvarn-rs") or []
     except importlib.metadata.PackageNotFoundError:
@@ -129,7 +131,7 @@ def supported_range(name: str) -> str | None:
 
 
 def within(version: str, specifier: str) -> bool:
-    """Does a version satisfy a list of `>=`, `>`, `<=`, `<` bounds? Its numbers are compared, not its suffix."""
+    """Whether a version satisfies a list of `>=`, `>`, `<=`, `<` bounds. Suffixes such as `rc1` are ignored."""
     found = _numbers(version)
     for bound in specifier.split(","):
         match = re.fullmatch(r"\s*(>=|>|<=|<)\s*([0-9.]+)\s*", bound)
@@ -149,7 +151,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def demo_weights() -> dict[str, Any]:
-    """Are the demo model's weights there and whole?"""
+    """Whether the demo model's weights are installed and intact."""
     try:
         find_weights()
     except ConfigError as error:
@@ -158,7 +160,7 @@ def demo_weights() -> dict[str, Any]:
 
 
 def attention_self_test() -> dict[str, str]:
-    """Attention over pages, and over a tile and pages, beside softmax(q k') v on what they decode to."""
+    """Compares attention over pages and tiles with softmax(q k') v on the decoded keys and values."""
     if importlib.util.find_spec("numpy") is None:
         return {"status": "skipped", "detail": "numpy is not installed"}
     passed, details = True, []
@@ -171,7 +173,7 @@ def attention_self_test() -> dict[str, str]:
 
 
 def _attention_error(name: str) -> tuple[float, float]:
-    """Of 200 tokens, two query heads to a kv head: largest error over the largest output, and largest rounding of V."""
+    """The largest error of attention to 200 tokens, relative to the largest output, and the largest error of V."""
     import numpy as np
 
     from .. import PagedKvCache
@@ -184,7 +186,7 @@ def _attention_error(name: str) -> tuple[float, float]:
     sequence = cache.new_sequence()
     with cache.begin_step([sequence], num_tokens - 1) as step:
         step.append(0, k[:, :, :-1], v[:, :, :-1])
-    with cache.begin_step([sequence], 1) as step:  # which seals the first block, where blocks are sealed
+    with cache.begin_step([sequence], 1) as step:  # seals the first block, in formats that seal
         step.append(0, k[:, :, -1:], v[:, :, -1:])
         out = np.asarray(step.attend(0, q, None, None))
     stored_k, stored_v = np.empty_like(k), np.empty_like(v)
@@ -213,7 +215,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
         rows.append(("CUDA driver", "not found", f"{cuda['reason']}; this release runs on the CPU"))
     for name, found in report["packages"].items():
         if found["supported"] is None:
-            remark = "this release makes no use of it" if name == "vllm" else "optional"
+            remark = "not used by this release" if name == "vllm" else "optional"
         else:
             remark = f"supported: {found['supported']}"
             if found["in_range"] is False:

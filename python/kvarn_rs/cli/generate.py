@@ -1,16 +1,17 @@
-"""`kvarn generate`: text from a model with its keys and values in a kvarn cache, and beside it the unquantized cache.
+"""`kvarn generate`: generates text with a kvarn cache, and compares it with the unquantized cache.
 
 JSON: ``{"format", "text", "tokens", "prompt_tokens", "bytes_per_token", "bytes_in_use", "dense_fallbacks",
 "calibrated", "decode_tokens_per_s", "prefill_s", "stats"}``; with ``--compare``, ``"compare": {"reference", "kl_mean",
 "same_top1", "positions", "agreement_tokens", "reference_bytes_per_token", "reference_bytes_in_use",
 "reference_decode_tokens_per_s", "reference_prefill_s"}``; and with ``--ladder``, ``"ladder"``, a list.
 
-`tokens` counts those generated. Bytes are measured after them: what the cache's blocks take (partly filled ones whole,
-and the tensors of layers that are not paged), in all and over the tokens held; for the reference, what its tensors
-take. `decode_tokens_per_s` is null when fewer than two tokens were generated. `stats` is `KvarnCache.stats()`,
-`compare` is described in `compare.py`, `ladder` in `ladder.py`.
+`tokens` is the number of generated tokens. Bytes are measured after generation: of the cache's blocks (partial ones in
+full) and of the tensors of layers that are not paged, in total and per token in the cache; for the reference, of its
+tensors. `decode_tokens_per_s` is null if fewer than two tokens were generated. `stats` is `KvarnCache.stats()`;
+`compare.py` documents `compare`, and `ladder.py` documents `ladder`.
 
-Every cache is calibrated by the model's file, if there is one, or by its own prompt: never by what ran before it.
+Every cache uses the model's calibration file if there is one; otherwise each learns from its own prompt, never from an
+earlier run.
 """
 
 from __future__ import annotations
@@ -34,33 +35,35 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         help="generate text with a quantized cache",
-        description="Greedy text from a model whose keys and values are in a kvarn cache. CPU.",
+        description="Generate text greedily with a model whose keys and values are in a kvarn cache. Runs on the CPU.",
     )
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to say to the model")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt")
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file; - is standard input")
-    parser.add_argument("--model", default="demo", metavar="DIR", help="a transformers model's folder; default: demo")
+    parser.add_argument("--model", default="demo", metavar="DIR", help="a transformers model's folder (default: demo)")
     parser.add_argument("--format", default="int4", help="cache format (default: int4)")
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="of `kvarn calibrate` (default: the model's in the cache folder, if there is one)",
-    )
-    parser.add_argument("--max-new-tokens", type=parse_count, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens of a block (default: 128)")
-    parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
-    parser.add_argument(
-        "--compare", action="store_true", help="also run the unquantized cache: memory, speed, and how far answers move"
+        help="a file made by `kvarn calibrate` (default: the model's file in the cache folder, if there is one)",
     )
     parser.add_argument(
-        "--ladder", action="store_true", help="also every quantized format on the same tokens: memory, and quality"
+        "--max-new-tokens", type=parse_count, default=64, metavar="N", help="tokens to generate (default: 64)"
     )
-    parser.add_argument("--codecs", action="store_true", help="with --ladder: also the schemes of others")
+    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens per block (default: 128)")
+    parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template to the prompt")
+    parser.add_argument(
+        "--compare", action="store_true", help="compare memory, speed and quality with the unquantized cache"
+    )
+    parser.add_argument(
+        "--ladder", action="store_true", help="compare memory and quality of every quantized format on the same tokens"
+    )
+    parser.add_argument("--codecs", action="store_true", help="with --ladder: also other published schemes")
     add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Generates, compares if asked to, and prints."""
+    """Runs the command."""
     prompt = read_prompt(arguments)
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("the prompt is not UTF-8 text")
@@ -120,7 +123,9 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def cache_maker(model: Any, arguments: argparse.Namespace, console: Console) -> Callable[[str], Any]:
-    """What makes a cache by the name of its format or codec; each learns on its own, unless a file has the calibration.
+    """A function that makes a cache, given the name of its format or codec.
+
+    Each cache has a calibration of its own, unless the model has a calibration file.
 
     Raises:
         CalibrationError: the given file cannot be read, is damaged, or is of another model.
@@ -132,7 +137,7 @@ def cache_maker(model: Any, arguments: argparse.Namespace, console: Console) -> 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = resolve(model, arguments.calibration)
-    for warning in caught:  # the file in the cache folder is no good
+    for warning in caught:  # the file in the cache folder is unusable
         console.warn(str(warning.message))
 
     def make_cache(name: str) -> Any:
@@ -156,7 +161,7 @@ def compared(
     arguments: argparse.Namespace,
     console: Console,
 ) -> dict[str, Any]:
-    """`compare` and `ladder`, those of them that were asked for; each cache is scored once for both."""
+    """The entries `compare` and `ladder` of the result, as far as requested. Each cache is scored once for both."""
     from .compare import compare, score
     from .ladder import ladder, ladder_names
 
@@ -166,17 +171,17 @@ def compared(
     scores, reference_bytes = score(model, prompt_ids, generated.tokens, caches, reference_attention, console)
     found: dict[str, Any] = {}
     if arguments.compare:
-        own = scores[arguments.format]
-        found["compare"] = compare(model, prompt_ids, generated, own, reference_attention, console)
+        its_scores = scores[arguments.format]
+        found["compare"] = compare(model, prompt_ids, generated, its_scores, reference_attention, console)
     if arguments.ladder:
         found["ladder"] = ladder({name: scores[name] for name in rungs}, reference_bytes, arguments.block_size)
     return found
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
-    """The prompt, from wherever it was given."""
+    """The prompt, from the argument, a file or standard input."""
     if (arguments.prompt is None) == (arguments.prompt_file is None):
-        raise ConfigError("give a PROMPT, or --prompt-file FILE; one of the two")
+        raise ConfigError("give either a PROMPT or --prompt-file FILE")
     if arguments.prompt is not None:
         return arguments.prompt
     try:
@@ -190,16 +195,16 @@ def read_prompt(arguments: argparse.Namespace) -> str:
 
 
 def check_format(name: str, block_size: int) -> None:
-    """Refuses settings that no model can use, before a model is loaded."""
+    """Refuses settings that are invalid for every model, before a model is loaded."""
     from .. import FORMATS, _core
 
     if name not in FORMATS:
         raise UnknownFormatError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
-    _core.page_bytes(name, 16, block_size)
+    _core.block_bytes(name, 16, block_size)
 
 
 def encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
-    """Token ids [1, T], in the model's chat template if it has one."""
+    """Token ids [1, T] of the prompt, in the model's chat template unless it has none or `raw` is set."""
     if tokenizer.chat_template and not raw:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
@@ -212,7 +217,7 @@ def encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
 
 
 def check_prompt(model: Any, prompt_ids: Any, new_tokens: int) -> None:
-    """Refuses tokens that the model does not know, and more of them than it has positions for."""
+    """Refuses token ids outside the model's vocabulary, and more tokens than it has positions for."""
     prompt_tokens = prompt_ids.shape[1]
     known = model.get_input_embeddings().num_embeddings
     if prompt_ids.max() >= known:

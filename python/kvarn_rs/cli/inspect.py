@@ -1,21 +1,22 @@
-"""`kvarn inspect`: what a file that kvarn wrote holds. Every byte of it is checked on the way.
+"""`kvarn inspect`: checks a cache or calibration file and summarizes its content.
 
 JSON of a calibration: ``{"kind", "file", "bytes", "fingerprint", "model", "query_tokens", "groups": [{"layers": [int],
 "num_kv_heads", "head_dim"}], "heads", "rotated_heads"}``
 
-`kind` is "calibration". `query_tokens` is what every layer has seen at least. `rotated_heads` of the `heads` have the
-smaller loss scale, the mean of what rounding a channel is expected to cost, in the rotated frame; which frame a tile is
-kept in is decided tile by tile.
+`kind` is "calibration". `query_tokens` is the smallest number of tokens that a layer was calibrated from.
+`rotated_heads` is the number of `heads` with the smaller loss scale (the mean expected rounding error of a channel) in
+the rotated frame; the frame of each tile is chosen when it is sealed.
 
 JSON of a cache: ``{"kind", "file", "bytes", "model_type", "fingerprint", "caches": [{"format", "dtype", "layers":
 [int], "num_layers", "num_kv_heads", "head_dim", "block_size", "num_blocks", "num_open_pages", "window", "sequences":
 [{"id", "tokens", "first_held"}], "sealed_blocks", "open_blocks", "tile_bytes", "page_bytes", "bytes_per_token"}],
 "sealed_blocks", "open_blocks", "tile_bytes", "page_bytes", "other_bytes", "bytes_per_token"}``
 
-`kind` is "cache". A file holds the `caches` of layers that are alike; `layers` are the model's numbers of them, where
-the file tells, else null. So are `model_type` and `fingerprint`, the model's (the latter only where it was known). A
-sequence holds its tokens from `first_held` on. Blocks that sequences share count once. `bytes_per_token` is what a
-token takes at rest, in all layers; `other_bytes` are the header and the block tables.
+`kind` is "cache". A file has one entry of `caches` for each group of layers of one shape. `layers` are their indices in
+the model; they, `model_type` and `fingerprint` are null if the file does not have them. The tokens of a sequence before
+`first_held` were released by the window. Blocks shared by sequences count once; `open_blocks` are pages,
+`sealed_blocks` are tiles. `bytes_per_token` is for a full block at rest, over all layers; `other_bytes` are the header
+and block tables.
 """
 
 from __future__ import annotations
@@ -35,16 +36,18 @@ def add_parser(commands: Any) -> None:
     """Adds `inspect` to the command line."""
     parser = commands.add_parser(
         "inspect",
-        help="what a cache or calibration file holds",
-        description="Checks a cache file or a calibration file and says what it holds.",
+        help="check and summarize a cache or calibration file",
+        description="Check a cache file or a calibration file and summarize its content.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="of `kvarn calibrate`, or of a cache's `save`")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="a file written by `kvarn calibrate` or by a cache's `save`"
+    )
     add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Reads, checks, and prints."""
+    """Runs the command."""
     from .. import _core
 
     if _core.file_kind(arguments.file) == "kvarn cache":
@@ -107,7 +110,7 @@ def _show_cache(file: Path, console: Console) -> None:
 
 
 def _read_note(note: str) -> tuple[str | None, str | None, dict[int, list[int]]]:
-    """What `kvarn_rs.hf` notes of a file's model: type, fingerprint, and layers by cache; nothing where it did not."""
+    """The note that `kvarn_rs.hf` writes: model type, fingerprint, and layers by cache; empty for other notes."""
     try:
         found = json.loads(note)
         if found["writer"] != "kvarn_rs.hf":
@@ -152,7 +155,7 @@ def _show_calibration(file: Path, console: Console) -> None:
 
 
 def ranges(numbers: list[int]) -> str:
-    """Ascending numbers, runs of them by their ends: `0-3, 5`."""
+    """Ascending numbers as text, with runs as ranges: `0-3, 5`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][1] == number - 1:

@@ -1,15 +1,14 @@
-"""Every quantized format on one prompt, side by side: what a token takes, and how far answers move.
+"""The ladder: memory and quality of every quantized format on one prompt.
 
 JSON: ``[{"format", "bytes_per_token", "bytes_per_token_at_rest", "bytes_in_use", "memory_saved", "kl_mean",
 "kl_last_quarter", "same_top1", "calibrated"}]``, from the largest format to the smallest, then the codecs.
 
-All caches are fed the same tokens beside an unquantized one (`compare.py` says how, and what the quality figures are);
-`kl_last_quarter` is the mean over the last quarter of the positions: an error that grows shows there. `bytes_in_use` is
-what a cache holds after all of them, `bytes_per_token` that over their number, and `memory_saved` the share of the
-unquantized cache's bytes that it does without. `bytes_per_token_at_rest` is that of the layouts: whole blocks, sealed.
-Codecs are schemes to compare with, which quantize unquantized pages in place: nothing is held in them, and what is not
-known of them, how they are calibrated too, is null. Codecs of the KVarN paper and of KIVI leave the first and the last
-block as they are.
+All caches are fed the same tokens as an unquantized one (`compare.py` documents how, and the quality metrics).
+`kl_last_quarter` is the mean divergence over the last quarter of the positions, which shows whether errors grow.
+`bytes_in_use` is measured after all tokens, `bytes_per_token` is `bytes_in_use` per token, and `memory_saved` is the
+share of the unquantized cache's bytes that is saved. `bytes_per_token_at_rest` is computed from the layout of full,
+sealed blocks. Codecs are other schemes, which quantize unquantized pages in place: their bytes in use and calibration
+are null. The codecs of the KVarN paper and of KIVI leave the first and the last block unquantized.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from .runs import held_bytes
 
 
 def ladder_names(codecs: bool) -> list[str]:
-    """The formats of the ladder, and the codecs if asked for."""
+    """Names of the quantized formats, and of the codecs if requested."""
     return [*(name for name in FORMATS if name != "raw"), *(CODECS if codecs else ())]
 
 
 def ladder(scores: dict[str, Scores], reference_bytes: int, block_size: int) -> list[dict[str, Any]]:
-    """The rows, as the module's description has them."""
+    """The rows, with the keys listed in the module docstring."""
     return [_row(name, each, reference_bytes, block_size) for name, each in scores.items()]
 
 
@@ -59,7 +58,7 @@ def _row(name: str, scores: Scores, reference_bytes: int, block_size: int) -> di
 
 
 def print_ladder(rows: list[dict[str, Any]], reference: str, console: Console) -> None:
-    """The rows for people; `reference` is what they are measured against."""
+    """Prints the rows as a table; `reference` is the name of the unquantized cache."""
     console.line()
     console.table(
         ("format", "at rest", "held", "tokens/GiB", "saved", "mean KL", "last quarter", "same top-1", "calibrated"),
@@ -80,11 +79,11 @@ def print_ladder(rows: list[dict[str, Any]], reference: str, console: Console) -
     )
     console.line()
     console.line(
-        "bytes of a token at rest, in whole sealed blocks, and as held now; saved and KL divergence: against "
-        f"{reference}"
+        "at rest: bytes of a token in full sealed blocks; held: bytes in use per token; saved and KL divergence: "
+        f"against {reference}"
     )
 
 
 def tokens_per_gib(bytes_per_token: float | None) -> str:
-    """Tokens that a GiB holds; `-` where that is not known, or no layer is kept."""
+    """Tokens per GiB as text; `-` where that is unknown or no layer is paged."""
     return f"{2**30 / bytes_per_token:,.0f}" if bytes_per_token else "-"

@@ -1,4 +1,4 @@
-"""The machine that figures were measured on."""
+"""Identification of the machine that benchmarks run on."""
 
 from __future__ import annotations
 

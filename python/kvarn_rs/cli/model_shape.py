@@ -1,8 +1,8 @@
-"""What must a model keep for each token? Read from its `config.json` alone, without transformers.
+"""The shape of a model's key/value cache, read from its `config.json` without transformers.
 
-The rules are those of transformers' configuration classes: which layers keep keys and values, of how many heads and
-channels, and how far back each layer looks. A field that a class would fill with a default is filled here only where
-published configurations leave it out.
+The rules are those of transformers' configuration classes: which layers have keys and values, with how many heads and
+channels, and with which window. Defaults of those classes are repeated here only for fields that published
+configurations leave out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import ConfigError, UnsupportedError
 
 FULL, SLIDING, CHUNKED, STATE = "full", "sliding", "chunked", "state"
 
-# Names of layer types, in `layer_types` and its older spellings. A STATE layer keeps nothing per token.
+# Names of layer types in `layer_types` and its predecessors. A STATE layer stores nothing per token.
 _KINDS = {
     **dict.fromkeys(("full_attention", "attention", "hybrid", "*"), FULL),
     **dict.fromkeys(("sliding_attention", "hybrid_sliding"), SLIDING),
@@ -25,9 +25,9 @@ _KINDS = {
     **dict.fromkeys(("linear_attention", "mamba", "mamba2", "recurrent", "conv", "M"), STATE),
     **dict.fromkeys(("moe", "mlp", "dense", "sparse", "E", "-"), STATE),
 }
-# Configurations of a language model inside a larger one.
+# Keys of the language model's configuration inside that of a multimodal model.
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
-# Older architectures' names: GPT-2, Falcon, ChatGLM, RecurrentGemma, Zamba.
+# Names in older architectures: GPT-2, Falcon, ChatGLM, RecurrentGemma, Zamba.
 _ALIASES = {
     "num_hidden_layers": ("n_layer", "num_layers"),
     "num_attention_heads": ("n_head",),
@@ -38,9 +38,9 @@ _ALIASES = {
     "sliding_window_pattern": ("_sliding_window_pattern", "global_attn_every_n_layers"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
 }
-# Every layer slides where there is a window at all.
+# Model types in which every layer slides if there is a window.
 _ALL_SLIDE = {"ministral", "mistral", "mixtral", "phi3", "phi4_multimodal", "phimoe", "starcoder2"}
-# One layer in so many is full, the others slide, where the configuration does not say.
+# One layer in this many is full and the others slide, if the configuration does not say.
 _SLIDING_PATTERN = {
     "gemma2": 2,
     "gpt_oss": 2,
@@ -52,7 +52,7 @@ _SLIDING_PATTERN = {
     "gemma3_text": 6,
     "gemma4_text": 6,
 }
-# One layer in so many is full, the others keep a state, where the configuration does not say.
+# One layer in this many is full and the others have a constant state, if the configuration does not say.
 _STATE_PATTERN = {"qwen3_next": 4, "qwen3_5_text": 4, "qwen3_5_moe_text": 4, "olmo_hybrid": 4}
 _GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072}
 _DEFAULTS = {
@@ -66,21 +66,21 @@ _DEFAULTS = {
 }
 
 
-# Beyond these a configuration is corrupt.
+# Larger values mean a corrupt configuration.
 _MOST = {"num_hidden_layers": 100_000}
 _MOST_OF_ANYTHING = 1 << 40
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that keep their tokens alike.
+    """Layers with the same heads and window.
 
     Attributes:
-        num_layers: how many.
-        num_kv_heads: key/value heads of one layer, over all devices.
-        head_dim: channels of one head.
-        window: tokens that a query reads, itself included; None: all.
-        paged: False where the layer stays in the engine's own cache whatever the format (chunked attention).
+        num_layers: number of layers.
+        num_kv_heads: key/value heads per layer, over all devices.
+        head_dim: channels per head.
+        window: tokens that a query sees, itself included; None: all.
+        paged: False if pages do not support the layer (chunked attention), so that the engine stores it unquantized.
     """
 
     num_layers: int
@@ -92,14 +92,14 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a model keeps.
+    """The shape of a model's key/value cache.
 
     Attributes:
         model_type: the architecture's name.
-        max_context: the longest sequence the model takes, where its configuration says.
-        groups: the layers that keep something for each token.
-        state_layers: layers that keep a constant state, or nothing, whatever the length.
-        assumed_sliding: the configuration has a window but does not say which layers slide; all are taken to.
+        max_context: the model's longest sequence, if its configuration says.
+        groups: the layers that store keys and values.
+        state_layers: number of layers with a constant state, or nothing to store.
+        assumed_sliding: the configuration has a window but does not say which layers slide; all are assumed to.
     """
 
     model_type: str
@@ -113,7 +113,7 @@ _MAX_CONFIG_BYTES = 16 << 20
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The object in a `config.json`, given the file or its folder."""
+    """Reads a `config.json`, given the file or its folder."""
     file = path
     try:
         file = path / "config.json" if path.is_dir() else path
@@ -129,12 +129,12 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:  # not JSON, or not text
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{file} is not a model configuration: it holds a {type(config).__name__}, not an object")
+        raise ConfigError(f"{file} is not a model configuration: it is a {type(config).__name__}, not an object")
     return config
 
 
 def model_shape(config: dict[str, Any]) -> ModelShape:
-    """The layers that keep keys and values, grouped by what they keep."""
+    """The shape of the key/value cache of the model with this configuration."""
     config = _language_model(config)
     model_type = str(config.get("model_type") or "unknown")
     config = {**_DEFAULTS.get(model_type, {}), **{name: value for name, value in config.items() if value is not None}}
@@ -143,7 +143,7 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
     if "kv_lora_rank" in config:
         raise UnsupportedError(
             f"{model_type} has multi-head latent attention (kv_lora_rank {config['kv_lora_rank']}): it caches latents, "
-            "not keys and values, and no format here holds them"
+            "not keys and values, and no format here stores them"
         )
     kinds = _layer_kinds(config, model_type)
     shared = _integer(config, "num_kv_shared_layers", default=0, least=0)
@@ -154,7 +154,7 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
         if kind != STATE:
             counts[_one_layer({**config, **overrides.get(index, {})}, kind)] += 1
     if not counts:
-        raise UnsupportedError(f"{model_type} has no attention layer that keeps keys and values: nothing to plan")
+        raise UnsupportedError(f"{model_type} has no attention layer that stores keys and values: nothing to plan")
     return ModelShape(
         model_type=model_type,
         max_context=_integer(config, "max_position_embeddings", default=0, least=0) or None,
@@ -191,7 +191,7 @@ def _one_layer(config: dict[str, Any], kind: str) -> LayerGroup:
             num_kv_heads = _integer(config, "num_global_key_value_heads", default=num_kv_heads)
     v_head_dim = _integer(config, "v_head_dim", default=head_dim)
     if v_head_dim != head_dim:
-        raise UnsupportedError(f"keys of {head_dim} channels and values of {v_head_dim}: pages hold both at one width")
+        raise UnsupportedError(f"keys of {head_dim} channels and values of {v_head_dim}: pages need one head_dim")
     window = None
     if kind == SLIDING:
         window = _integer(config, "sliding_window")
@@ -201,7 +201,7 @@ def _one_layer(config: dict[str, Any], kind: str) -> LayerGroup:
 
 
 def _layer_kinds(config: dict[str, Any], model_type: str) -> list[str]:
-    """FULL, SLIDING, CHUNKED or STATE for every layer, in order."""
+    """The kind of every layer, FULL, SLIDING, CHUNKED or STATE, in order."""
     pattern = config.get("hybrid_override_pattern")
     names = list(pattern) if isinstance(pattern, str) else []
     names = _list(config, "layer_types") or _list(config, "layers_block_type") or names
@@ -226,7 +226,7 @@ def _layer_kinds(config: dict[str, Any], model_type: str) -> list[str]:
     for name in ("attn_layer_indices", "full_attn_idxs"):
         if name in config:
             return [FULL if i in _list(config, name) else STATE for i in layers]
-    if "attention_chunk_size" in config:  # Llama 4: a layer without rotary positions reads everything
+    if "attention_chunk_size" in config:  # Llama 4: layers without rotary positions have full attention
         interval = _integer(config, "no_rope_layer_interval", default=4)
         rotary = _list(config, "no_rope_layers") or [(i + 1) % interval for i in layers]
         return [CHUNKED if has_rotary else FULL for has_rotary in rotary[: len(layers)]]
@@ -253,12 +253,12 @@ def _sliding_kinds(config: dict[str, Any], model_type: str, layers: range) -> li
 def _kind(name: object) -> str:
     kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise UnsupportedError(f"layer type {name!r} is not known: what it keeps for each token cannot be planned")
+        raise UnsupportedError(f"unknown layer type {name!r}: its memory per token cannot be planned")
     return kind
 
 
 def _list(config: dict[str, Any], name: str) -> list[Any]:
-    """The list called `name`; empty if there is none."""
+    """The list `name`; empty if absent."""
     value = config.get(name, [])
     if not isinstance(value, list):
         raise ConfigError(f"{name} is {value!r}: expected a list")
@@ -266,7 +266,7 @@ def _list(config: dict[str, Any], name: str) -> list[Any]:
 
 
 def _per_layer(config: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """`per_layer_config`: fields that replace the model's own in single layers."""
+    """`per_layer_config`: fields that override those of the model, by layer."""
     overrides = config.get("per_layer_config", {})
     try:
         return {int(index): dict(fields) for index, fields in overrides.items()}
@@ -275,7 +275,7 @@ def _per_layer(config: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def _integer(config: dict[str, Any], name: str, *, default: int | None = None, least: int = 1) -> int:
-    """The whole number called `name` (or by an alias), at least `least`, and one that a model could have."""
+    """The integer `name`, or its alias, in the valid range; `default` if absent."""
     found = next((other for other in (name, *_ALIASES.get(name, ())) if config.get(other) is not None), None)
     if found is None:
         if default is None:

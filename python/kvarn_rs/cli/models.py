@@ -1,4 +1,4 @@
-"""Loading a model folder with transformers, with one line of explanation when that fails."""
+"""Loading of a model folder with transformers, with errors that fit on one line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .model_shape import read_config
 
 
 def require(*modules: str) -> None:
-    """Refuses with the command that installs what is missing."""
+    """Refuses to go on without these modules; the error has the command that installs them."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UnsupportedError(f"{' and '.join(missing)} not installed; run: pip install {' '.join(missing)}")
 
 
 def quiet_transformers() -> None:
-    """Errors only, no bars: stderr is the command's."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # for the bar of GGUF conversion, which has no switch; read on import
+    """Silences transformers' warnings and progress bars, since the command writes to stderr."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read on import; the bar of GGUF conversion has no other switch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -28,10 +28,10 @@ def quiet_transformers() -> None:
 
 
 def load_folder(folder: Path) -> tuple[Any, Any]:
-    """The causal language model in `folder`, in the dtype it was saved in, and its tokenizer.
+    """Loads the causal language model in `folder`, in the dtype it was saved in, and its tokenizer.
 
     Raises:
-        ConfigError: there is no such folder, or what it holds cannot be loaded whole.
+        ConfigError: there is no such folder, or the model in it cannot be loaded completely.
     """
     require("torch", "transformers")
     if not folder.is_dir():

@@ -5,11 +5,12 @@ JSON: ``{"model_type", "context", "block_size", "memory_bytes", "weights_bytes",
 "formats": [{"format", "bytes_per_token", "tokens", "sequences", "sequence_bytes", "open_bytes", "open_page_bytes"}],
 "unsupported": [{"format", "reason"}], "notes": [str]}``
 
-All figures are for one GPU. A sequence holds whole blocks: pages, or in formats that seal tiles; there a sequence that
-runs also has two open INT8 pages in each layer, `open_page_bytes` (0 in other formats). `sequence_bytes` is both for
-`context` tokens, `bytes_per_token` the blocks alone over `context`, and `open_bytes` the part of `sequence_bytes` that
-open pages and rounding up to blocks cost. `tokens` is whole blocks of what the open pages of `sequences` leave where
-every layer reads everything and is stored alike, else what fits at `context`. `num_kv_heads` is what one GPU holds.
+All figures are for one GPU. A sequence takes whole blocks, which are tiles in formats that seal and pages in others. In
+formats that seal, a running sequence also has two open INT8 pages in each layer, `open_page_bytes` (0 in other
+formats). `sequence_bytes` is both for `context` tokens, `bytes_per_token` is the blocks alone per token, and
+`open_bytes` is the part of `sequence_bytes` due to open pages and rounding up to blocks. `tokens` is the whole blocks
+that fit beside the open pages of `sequences` if all layers have full attention and the same storage, else the tokens of
+as many sequences of `context` as fit. `num_kv_heads` is per GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .sizes import format_bytes, format_count, parse_bytes, parse_count, parse_n
 if TYPE_CHECKING:
     from .. import _core
 
-# What an engine's own cache is kept in; the baseline is the first.
+# Dtypes of an engine's unquantized cache; the first is the baseline.
 DENSE_FORMATS = ("bf16", "fp8")
 _DEFAULT_CONTEXT = 32768
 
@@ -35,14 +36,14 @@ def add_parser(commands: Any) -> None:
     """Adds `plan` to the command line."""
     parser = commands.add_parser(
         "plan",
-        help="tokens and sequences that fit, by format",
-        description="How many tokens and sequences fit in a memory, by cache format. Reads a config.json only.",
+        help="compute how many tokens and sequences fit, by format",
+        description="Compute how many tokens and sequences fit in memory, by cache format. Reads only a config.json.",
     )
     parser.add_argument("model", metavar="CONFIG", type=Path, help="a config.json, or the folder that holds it")
     parser.add_argument(
         "--memory", type=parse_bytes, required=True, help="memory of one GPU, for example 80GiB (bytes without a unit)"
     )
-    parser.add_argument("--weights", type=parse_bytes, default=0, help="what weights and workspace take of it")
+    parser.add_argument("--weights", type=parse_bytes, default=0, help="memory of weights and workspace (default: 0)")
     parser.add_argument(
         "--format",
         type=parse_names,
@@ -50,16 +51,16 @@ def add_parser(commands: Any) -> None:
         metavar="NAMES",
         help="bf16, fp8, int8, int4, int3, int2, comma-separated; or all (the default)",
     )
-    parser.add_argument("--context", type=parse_count, help="tokens of a sequence (default: 32k, or the model's limit)")
-    parser.add_argument("--max-seqs", type=parse_count, help="sequences that may run at once")
-    parser.add_argument("--tp", type=parse_count, default=1, help="GPUs that share the kv heads (tensor parallelism)")
-    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens of a block (default: 128)")
+    parser.add_argument("--context", type=parse_count, help="tokens per sequence (default: 32k, or the model's limit)")
+    parser.add_argument("--max-seqs", type=parse_count, help="most sequences that run at once (default: all that fit)")
+    parser.add_argument("--tp", type=parse_count, default=1, help="GPUs of tensor parallelism (default: 1)")
+    parser.add_argument("--block-size", type=parse_count, default=128, help="tokens per block (default: 128)")
     add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Plans and prints."""
+    """Runs the command."""
     shape = model_shape(read_config(arguments.model))
     context = arguments.context or min(shape.max_context or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
     if arguments.weights >= arguments.memory:
@@ -109,10 +110,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def format_names(names: list[str]) -> list[str]:
-    """`all` and repeats resolved; unknown names refused."""
+    """The formats to plan, with `all` expanded. Refuses unknown names."""
     from .. import FORMATS
 
-    known = [*DENSE_FORMATS, *(name for name in FORMATS if name != "raw")]  # raw pages take what bf16 does
+    known = [*DENSE_FORMATS, *(name for name in FORMATS if name != "raw")]  # `raw` takes the bytes of bf16
     for name in names:
         if name not in (*known, "all"):
             raise UnknownFormatError(f"unknown format {name!r}; plan knows: {', '.join(known)}, all")
@@ -120,20 +121,20 @@ def format_names(names: list[str]) -> list[str]:
 
 
 def heads_per_gpu(num_kv_heads: int, tensor_parallel: int) -> int:
-    """Kv heads that one of `tensor_parallel` GPUs holds; fewer heads than GPUs are replicated."""
+    """Kv heads on each of `tensor_parallel` GPUs; heads are replicated if there are fewer of them than GPUs."""
     if num_kv_heads > tensor_parallel and num_kv_heads % tensor_parallel:
         raise ConfigError(f"{num_kv_heads} kv heads do not divide among {tensor_parallel} GPUs")
     return max(1, num_kv_heads // tensor_parallel)
 
 
 def page_refusal(name: str, group: LayerGroup, block_size: int) -> str:
-    """Why a group's layers cannot be kept in pages of this format; empty if they can."""
+    """The reason why pages of this format cannot store a group's layers; empty if they can."""
     from .. import _core
 
     if not group.paged:
-        return "chunked attention stays in the engine's own cache"
+        return "chunked attention stays in the engine's unquantized cache"
     try:
-        _core.page_bytes(name, group.head_dim, block_size)
+        _core.block_bytes(name, group.head_dim, block_size)
     except UnsupportedError as error:
         return str(error)
     return ""
@@ -146,7 +147,7 @@ def capacity(
     memory: int,
     max_sequences: int | None,
 ) -> _core.Capacity:
-    """`_core.capacity` of groups by what they are stored in, together."""
+    """`_core.capacity` of groups with different storages, combined."""
     from .. import _core
 
     parts = [
@@ -169,10 +170,10 @@ def capacity(
 def plan_format(
     name: str, groups: list[tuple[LayerGroup, int]], context: int, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], list[str]]:
-    """One row of the plan, and notes on the layers that stay dense in it.
+    """One row of the plan, and notes on its layers that stay unquantized.
 
     Raises:
-        UnsupportedError: no layer can be kept in this format.
+        UnsupportedError: no layer can be stored in this format.
     """
     stored: dict[str, list[tuple[int, int, int, int | None]]] = {}
     refusals: dict[LayerGroup, str] = {}
@@ -201,25 +202,24 @@ def plan_format(
 
 
 def plan_notes(shape: ModelShape, context: int, arguments: argparse.Namespace) -> list[str]:
-    """What the figures do not show."""
+    """Notes on assumptions behind the figures."""
     notes = []
     if not arguments.weights:
         notes.append("weights are not counted: give them with --weights")
     if shape.max_context is not None and context > shape.max_context:
         notes.append(f"a context of {context:,} is beyond the model's own limit of {shape.max_context:,}")
     if shape.state_layers:
-        notes.append(f"{shape.state_layers} layers keep a constant state or nothing, whatever the length: not counted")
+        notes.append(f"{shape.state_layers} layers have a constant state, or none: not counted")
     if any(group.window is not None and group.window < context for group in shape.groups):
         notes.append(
-            "sliding layers hold a prompt whole until the step after it: the figures are those of decode and of "
-            "prefill in chunks"
+            "sliding layers store a prompt in full until the next step: the figures are for decode and chunked prefill"
         )
     if shape.assumed_sliding:
-        notes.append("the configuration does not say which layers have the sliding window: all are taken to")
+        notes.append("the configuration does not say which layers have the sliding window: all are assumed to")
     replicated = sorted({group.num_kv_heads for group in shape.groups if group.num_kv_heads < arguments.tp})
     if replicated:
         heads = ", ".join(map(str, replicated))
-        notes.append(f"{heads} kv heads on {arguments.tp} GPUs: each GPU holds one, some hold the same")
+        notes.append(f"{heads} kv heads on {arguments.tp} GPUs: each GPU stores one, so heads are replicated")
     return notes
 
 

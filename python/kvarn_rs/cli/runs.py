@@ -1,4 +1,4 @@
-"""Runs of one model with one cache: greedy and timed, or fed with given tokens; and what the cache then holds."""
+"""Runs of a model with a cache, by timed greedy generation or on given tokens, and the bytes of caches."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).param
 
 @dataclass(frozen=True)
 class GreedyRun:
-    """What `generate` made, and how long it took.
+    """The tokens of one greedy generation, and its speed.
 
     Attributes:
         tokens: the new tokens.
-        prefill_s: seconds from the prompt to the first new token.
-        decode_tokens_per_s: new tokens after the first, by second; None if there were none.
+        prefill_s: seconds until the first new token.
+        decode_tokens_per_s: new tokens per second after the first; None with fewer than two.
     """
 
     tokens: list[int]
@@ -36,14 +36,14 @@ class GreedyRun:
 
 
 class _Clock(BaseStreamer):
-    """Notes when each token came, and passes it on."""
+    """A streamer that records the time of each token and forwards it to another one."""
 
     def __init__(self, text: TextStreamer | None) -> None:
         self.text = text
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())  # the first is the prompt's, before the first forward
+        self.times.append(time.perf_counter())  # generate first puts the prompt, before its first forward
         if self.text is not None:
             self.text.put(value)
 
@@ -53,13 +53,13 @@ class _Clock(BaseStreamer):
 
 
 def attention_name(model: Any) -> str:
-    """The attention implementation that the model uses now."""
+    """The model's current attention implementation."""
     return str(attention_of(model.config.get_text_config()))
 
 
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
-    """The model with another attention implementation."""
+    """Sets another attention implementation within the block."""
     before = attention_name(model)
     model.set_attn_implementation(name)
     try:
@@ -70,12 +70,12 @@ def attention(model: Any, name: str) -> Iterator[None]:
 
 @torch.no_grad()
 def warm_up(model: Any, prompt_ids: torch.Tensor) -> None:
-    """Brings the weights, which may be mapped from disk, into memory: the first timed run must not pay for it."""
+    """Runs a short forward, so that weights mapped from disk are in memory before anything is timed."""
     model(input_ids=prompt_ids[:, :8], use_cache=False)
 
 
 def greedy(model: Any, prompt_ids: torch.Tensor, cache: Any, max_new_tokens: int, tokenizer: Any = None) -> GreedyRun:
-    """Continues the prompt [1, T] greedily; prints the text as it comes if a tokenizer is given."""
+    """Continues the prompt [1, T] greedily; streams the text to stdout if a tokenizer is given."""
     text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if tokenizer is not None else None
     clock = _Clock(text)
     output = model.generate(
@@ -98,18 +98,18 @@ def greedy(model: Any, prompt_ids: torch.Tensor, cache: Any, max_new_tokens: int
 
 @torch.no_grad()
 def feed(model: Any, tokens: torch.Tensor, cache: Any, *, last_only: bool = False) -> torch.Tensor:
-    """Logits [T or 1, vocabulary] after `tokens` [1, T], which the cache keeps."""
+    """Appends `tokens` [1, T] to the cache and returns the logits [T or 1, vocabulary]."""
     output = model(input_ids=tokens, use_cache=True, logits_to_keep=1 if last_only else 0, **{_CACHE: cache})
     return output.logits[0]
 
 
 def held_bytes(cache: Any) -> int:
-    """Bytes that a kvarn cache holds: its blocks, and the tensors of layers that are not paged."""
+    """Bytes in use by a kvarn cache: its blocks, and the tensors of layers that are not paged."""
     unpaged = [layer for layer in cache.layers if not isinstance(layer, KvarnLayer)]
     return cache.stats()["bytes_in_use"] + tensor_bytes(unpaged)
 
 
 def tensor_bytes(layers: Iterable[Any]) -> int:
-    """Bytes of the keys and values that transformers' own cache layers hold."""
+    """Bytes of the keys and values in transformers' cache layers."""
     tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)

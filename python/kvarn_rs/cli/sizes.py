@@ -1,4 +1,4 @@
-"""Numbers as people write them on a command line, and back: `80GiB`, `32k`, `int8,bf16`."""
+"""Parsing and formatting of command-line values: sizes (`80GiB`), counts (`32k`), lists (`int8,bf16`)."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def _scaled(text: str, units: dict[str, int], least: int, expected: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes: `GiB`, `MiB` (and `G`, `M`) are powers of 1024, `GB`, `MB` of 1000."""
+    """Parses a size in bytes: `GiB`, `MiB` (and `G`, `M`) are powers of 1024, `GB`, `MB` of 1000."""
     return _scaled(text, _BYTE_UNITS, 0, "a size; write for example 80GiB, 512MiB or 80GB")
 
 
 def parse_count(text: str) -> int:
-    """A number of tokens (or anything else): `32k` is 32,768."""
+    """Parses a count of tokens or other things; `k` is 1024, so `32k` is 32,768."""
     return _scaled(text, _COUNT_UNITS, 1, "a number of at least 1; write for example 4096 or 32k")
 
 
 def parse_names(text: str) -> list[str]:
-    """A comma-separated list, in its order, without repeats."""
+    """Parses a comma-separated list; repeats are dropped."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise argparse.ArgumentTypeError("expected at least one name")
@@ -47,7 +47,7 @@ def parse_names(text: str) -> list[str]:
 
 
 def format_bytes(count: float) -> str:
-    """Four significant digits and a binary unit."""
+    """A size with four significant digits and a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
@@ -56,5 +56,5 @@ def format_bytes(count: float) -> str:
 
 
 def format_count(count: int) -> str:
-    """`32768` as `32k`, other numbers with thousands separated."""
+    """A count: `32768` as `32k`, other numbers with thousands separators."""
     return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else f"{count:,}"

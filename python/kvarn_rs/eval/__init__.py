@@ -1,1 +1,1 @@
-"""How far does a quantized cache move a model's answers? The measures; needs torch."""
+"""Metrics of how far a quantized cache changes a model's outputs. Needs torch."""

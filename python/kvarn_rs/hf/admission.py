@@ -1,4 +1,4 @@
-"""Whether the mask of a forward lets attention work on pages."""
+"""The check whether attention with a forward's mask can run on pages."""
 
 from __future__ import annotations
 

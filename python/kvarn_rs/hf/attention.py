@@ -1,4 +1,4 @@
-"""The attention function of `attn_implementation="kvarn"`: on pages when they can serve a call, dense when not."""
+"""The attention function of `attn_implementation="kvarn"`: on pages where possible, else on dequantized tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTENTION_NAME = "kvarn"
 
 
 def register() -> None:
-    """Makes `attn_implementation="kvarn"` known to transformers. May be called again."""
+    """Registers `attn_implementation="kvarn"` with transformers. Idempotent."""
     AttentionInterface.register(ATTENTION_NAME, kvarn_attention)
     # Without a mask function transformers passes no mask at all, and left-padded batches are wrong.
     AttentionMaskInterface.register(ATTENTION_NAME, kvarn_mask)

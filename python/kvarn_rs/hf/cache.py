@@ -34,43 +34,43 @@ if TYPE_CHECKING:
 
 
 class KvarnCache(Cache):
-    """Quantized, paged K and V for a decoder, for `generate` and for `model(...)`.
+    """A transformers cache with quantized, paged K and V, for `generate` and for `model(...)`.
 
-    `model.generate(**batch, past_key_values=KvarnCache(model))` is all there is to it. Padding takes no space;
-    beams, `num_return_sequences` and copies share blocks (copy-on-write); sliding layers release what leaves their
-    window when the next forward begins. CPU only. Prompts beyond the model's `max_position_embeddings` are
-    transformers' business: `generate` warns.
-    Models may leave layers out: `get_seq_length(i)` is what layer i has, and a layer that lacks positions is refused
-    when it comes later. Reading (lengths, `keys`, `stats`) within a forward changes nothing; changing the cache there
-    is an error.
-    A forward that raises leaves the cache as before it, and can be repeated; where a model also has layers that are not
-    paged (linear or chunked attention), call `reset` after that. Hooks on the model note how a call ends. A cache made
-    from a config puts them there when the first K and V come, and does not see that very forward raise: call `reset`.
+    Use it as `model.generate(**batch, past_key_values=KvarnCache(model))`. Padding takes no space; beams,
+    `num_return_sequences` and copies share blocks (copy-on-write); sliding layers release blocks outside their window
+    when the next forward begins. CPU only. Prompts beyond the model's `max_position_embeddings` are not refused;
+    `generate` warns.
+    Models may leave layers out: `get_seq_length(i)` is the length of layer i, and a layer that lacks positions is
+    refused when it arrives later. Reading (lengths, `keys`, `stats`) within a forward changes nothing; changing the
+    cache there is an error.
+    A forward that raises leaves the cache as before it, and can be repeated; if the model also has layers that are not
+    paged (linear or chunked attention), call `reset` first. Hooks on the model detect how a call ends. A cache made
+    from a config installs them when its first K and V arrive, too late for that forward: call `reset` if it raises.
 
     Args:
         model_or_config: a model, whose decoder's attention implementation is set to "kvarn" (`register` included). Its
             other parts stay as they are, and so do models that cannot use it. Or its config, after `register()` and
             with the attention implementation set by the caller.
-        format: one of `kvarn_rs.FORMATS`; "raw" keeps the model's dtype. "int4", "int3" and "int2" hold tokens in INT8
-            pages until a block is full, then seal it.
+        format: one of `kvarn_rs.FORMATS`; "raw" stores the model's dtype. "int4", "int3" and "int2" store tokens in
+            INT8 pages until a block is full, then seal it.
         block_size: positions per block: 16, 32, 64 or 128.
         num_blocks: blocks of each layer group; None: as many as needed.
-        num_open_pages: pages of each layer group for blocks that are not sealed: two for each batch row, four where
-            a forward brings several tokens; None: as many as needed.
-        calibration: what sealing knows of the model: a `kvarn_rs.Calibration`, or the path of a file of
-            `kvarn calibrate`. None: the model's file in the user's cache folder, else one that all caches of this model
-            object share and that learns from the first 2,048 tokens; for a config, one of this cache alone.
-        codec: with "raw", a scheme of `kvarn_rs.CODECS` that quantizes the pages in place, to compare formats by.
-        strict: raise UnsupportedError where attention would leave the pages, or K and V would not be in pages, instead
-            of counting and warning.
+        num_open_pages: pages of each layer group for blocks that are not sealed: two for each batch row, four if
+            forwards append several tokens; None: as many as needed.
+        calibration: the model's `kvarn_rs.Calibration`, or the path of a file made by `kvarn calibrate`. None: the
+            model's file in the user's cache folder, else a calibration that all caches of this model object share and
+            that learns from the first 2,048 tokens; for a config, one for this cache alone.
+        codec: with "raw", one of `kvarn_rs.CODECS`, which quantizes the pages in place to evaluate another scheme.
+        strict: raise UnsupportedError instead of warning if attention cannot use the pages, or K and V of a layer
+            cannot be paged.
 
     Raises:
         UnknownFormatError: no such format or codec.
         CalibrationError: a calibration file that is damaged, or of another model.
-        ConfigError: no model, an encoder-decoder model, or settings that do not work.
+        ConfigError: not a model, an encoder-decoder model, or invalid settings.
         DeviceError: a model that is not on the CPU.
         UnsupportedError: strict, and the model cannot use kvarn attention, or has K and V that are not paged; a format
-            that this build does not do.
+            that this build does not support.
     """
 
     def __init__(
@@ -343,22 +343,21 @@ class KvarnCache(Cache):
     # Figures ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """What the cache did and holds, all paged layers together.
+        """Counters and memory of the cache, over all paged layers.
 
         Returns:
-            fused_calls: attention calls served from pages; dense_fallbacks: layer calls that left them, and
-            fallback_reasons, the same by reason; dropped_forwards: forwards that stopped half-way;
-            paged_layers and unpaged_layers; unpaged: by cache layer, why its K and V are not in pages; notices: what
-            the constructor warned of; blocks_in_use, peak_blocks, bytes_in_use, peak_bytes: sums over the layer
-            groups; bytes_per_token: of all paged layers at rest, from the layouts (0 before the first forward);
-            open_pages: pages of blocks that are not sealed; sealed, unsealed: blocks sealed, and decoded again by
-            `crop`; first_page_tokens: what the statistics of the first page of a row that was opened or refitted last
-            were taken over, the least of the layer groups (None before there is one; 32 or more is plenty); calibrated:
-            "no", "own prompt", "frozen" or "file"; saturation: by model layer, the share of K codes of
-            tiles clamped; drift: by model layer, actual over frozen deviation of K, 1 where the pages'
-            statistics fit (both None before there is anything to tell); out_of_range_tokens: by model
-            layer, how many tokens are stored wrong because float16 does not hold the scale or zero
-            point of their K or V, 0 unless a model's values are beyond 65,504 or next to nothing.
+            fused_calls: attention calls on pages; dense_fallbacks: layer calls that dequantized them instead, and
+            fallback_reasons, the same by reason; dropped_forwards: forwards that were dropped incomplete;
+            paged_layers and unpaged_layers: numbers of layers; unpaged: by cache layer, the reason why its K and V are
+            not paged; notices: the warnings of the constructor; blocks_in_use, peak_blocks, bytes_in_use, peak_bytes:
+            sums over the layer groups; bytes_per_token: of all paged layers, in full blocks at rest (0 before the first
+            forward); open_pages: pages of blocks that are not sealed; sealed, unsealed: blocks sealed, and decoded
+            again by `crop`; first_page_tokens: tokens behind the statistics of the first page that was opened or
+            refitted last, the fewest of the layer groups (None before there is one; 32 are enough); calibrated: "no",
+            "own prompt", "frozen" or "file"; saturation: by model layer, share of K codes in tiles that were clamped;
+            drift: by model layer, recent deviation of K over that of its pages' statistics, 1 where they fit (both None
+            before anything was measured); out_of_range_tokens: by model layer, tokens stored incorrectly because the
+            scale or zero point of their K or V does not fit float16: values beyond 65,504, or nearly constant V.
         """
         added = dict.fromkeys(range(self._num_layers, len(self.layers)), "added by the model")
         return {

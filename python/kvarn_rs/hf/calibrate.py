@@ -1,4 +1,4 @@
-"""Making a model's calibration ahead, from a text."""
+"""`calibrate`, which makes a model's calibration file from a text."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def calibrate(
     save: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Makes a model's calibration ahead, from the first 2,048 tokens of a text, and keeps it where caches find it.
+    """Makes a model's calibration from the first 2,048 tokens of a text, and saves it where caches look for it.
 
-    The text need not be like what the model will read. Caches made of this model object from now on use the result, and
-    so do those of other processes, by the file.
+    The text need not resemble what the model will process. Later caches of this model object use the result, and so do
+    caches in other processes, which load the file.
 
     Args:
         model: a decoder on the CPU; its attention implementation is left as it was.
@@ -144,6 +144,6 @@ def _tokenizer_of(model: Any) -> Any:
 
 
 def _name(model: Any) -> str:
-    """What to call a model in its file: without folders, which are of one machine."""
+    """The model's name for its file, without folders."""
     name = model.config.name_or_path or type(model).__name__
     return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name

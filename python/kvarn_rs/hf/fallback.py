@@ -1,4 +1,4 @@
-"""Dense fallbacks: the reasons why attention leaves the pages, counted and warned of."""
+"""Dense fallbacks: the reasons why attention cannot use the pages, with counters and warnings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvarn_rs.errors import UnsupportedError
 
 
 class DenseFallbackWarning(UserWarning):
-    """Attention left the pages: correct, but with the memory and speed of an unquantized cache for that call."""
+    """Attention dequantized the cache first: correct, but with the memory and speed of an unquantized cache."""
 
 
 _UNQUANTIZED = "use an unquantized cache for this model"

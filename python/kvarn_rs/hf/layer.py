@@ -1,4 +1,4 @@
-"""A paged layer as transformers sees it: lengths and flags, nothing that holds tokens."""
+"""A paged layer's interface to transformers: lengths and flags; the tokens are in the layer's group."""
 
 from __future__ import annotations
 

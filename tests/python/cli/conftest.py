@@ -1,4 +1,4 @@
-"""One command line at a time, run in this process."""
+"""A fixture that runs a command line in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kvarn bench` at sizes that take no time."""
+"""`kvarn bench` at small sizes."""
 
 from __future__ import annotations
 

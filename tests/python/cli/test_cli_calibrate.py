@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def test_the_file_is_kept_where_the_next_cache_finds_it(
+def test_the_file_is_saved_where_the_next_cache_finds_it(
     kvarn: Callable[..., Any], tiny_model: Path, folder: Path
 ) -> None:
     said = kvarn("calibrate", tiny_model, "--json").json
@@ -46,7 +46,7 @@ def test_the_file_is_kept_where_the_next_cache_finds_it(
     assert used["stats"]["calibrated"] == "file"
 
 
-def test_another_text_and_another_place(
+def test_a_text_and_an_output_file_can_be_given(
     kvarn: Callable[..., Any], tiny_model: Path, folder: Path, tmp_path: Path
 ) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "it.safetensors"
@@ -59,7 +59,7 @@ def test_another_text_and_another_place(
     assert not folder.exists()
 
 
-def test_inspect_says_what_the_file_holds(kvarn: Callable[..., Any], tiny_model: Path, tmp_path: Path) -> None:
+def test_inspect_summarizes_the_file(kvarn: Callable[..., Any], tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "it.safetensors"
     made = kvarn("calibrate", tiny_model, "--out", out, "--json").json
     said = kvarn("inspect", out, "--json").json
@@ -81,13 +81,13 @@ def test_both_have_help(command: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"usage: kvarn {command}" in capsys.readouterr().out
 
 
-def test_layers_are_shown_by_the_ends_of_their_runs() -> None:
+def test_consecutive_layers_are_shown_as_ranges() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert ranges([3]) == "3"
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"kvarn calibration", None])
-def test_what_is_no_calibration_is_refused_in_one_line(
+def test_a_file_that_is_not_a_calibration_is_refused_in_one_line(
     content: bytes | None, kvarn: Callable[..., Any], tmp_path: Path
 ) -> None:
     file = tmp_path / "it"
@@ -101,7 +101,7 @@ def test_another_safetensors_file_is_refused_in_one_line(kvarn: Callable[..., An
     assert "not a file of kind" in kvarn("inspect", weights).refused()
 
 
-def test_what_cannot_be_calibrated_is_refused_in_one_line(
+def test_invalid_texts_and_folders_are_refused_in_one_line(
     kvarn: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"

@@ -1,4 +1,4 @@
-"""The command line itself: help, versions, exit codes, numbers as people write them."""
+"""The command line as a whole: help, version, exit codes, and the parsing of numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     "arguments",
     ["nonsense", "plan", "plan x --memory", "plan x --memory much", "doctor --gpu", "bench", "bench fly", "--what"],
 )
-def test_a_command_line_that_makes_no_sense_is_refused_in_one_line(arguments: str, kvarn: Callable[..., Any]) -> None:
+def test_an_invalid_command_line_is_refused_in_one_line(arguments: str, kvarn: Callable[..., Any]) -> None:
     kvarn(*arguments.split()).refused()
 
 
@@ -60,7 +60,7 @@ def test_a_command_line_that_makes_no_sense_is_refused_in_one_line(arguments: st
         "--vers",
     ],
 )
-def test_options_are_written_in_full(arguments: str, kvarn: Callable[..., Any]) -> None:
+def test_options_cannot_be_abbreviated(arguments: str, kvarn: Callable[..., Any]) -> None:
     assert "unrecognized" in kvarn(*arguments.split()).refused()
 
 
@@ -80,7 +80,7 @@ def test_the_module_runs_and_its_exit_code_is_the_commands() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_reader_that_goes_away_is_no_error(config_file: Callable[..., Path]) -> None:
+def test_a_reader_that_closes_stdout_is_no_error(config_file: Callable[..., Path]) -> None:
     file = config_file(num_hidden_layers=2, num_attention_heads=2, hidden_size=64)
     command = [sys.executable, "-m", "kvarn_rs.cli", "plan", str(file), "--memory", "1GiB"]
     reader, writer = os.pipe()
@@ -105,17 +105,17 @@ def test_a_reader_that_goes_away_is_no_error(config_file: Callable[..., Path]) -
         ("2tb", 2 * 10**12),
     ],
 )
-def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
+def test_sizes_are_parsed_with_units(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("32k", 32768), ("32K", 32768), ("1m", 2**20), ("8192", 8192)])
-def test_counts_are_read_as_people_write_them(text: str, expected: int) -> None:
+def test_counts_are_parsed_with_units(text: str, expected: int) -> None:
     assert parse_count(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "k", "-1", "1e9", "12 potatoes", "0x10", "99999999999999999999", "nan"])
-def test_other_sizes_and_counts_are_refused(text: str) -> None:
+def test_invalid_sizes_and_counts_are_refused(text: str) -> None:
     for parse in (parse_bytes, parse_count):
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
@@ -125,7 +125,7 @@ def test_other_sizes_and_counts_are_refused(text: str) -> None:
         parse_names(" , ")
 
 
-def test_sizes_and_counts_are_written_short() -> None:
+def test_sizes_and_counts_are_formatted_short() -> None:
     assert [format_bytes(count) for count in (17, 1536, 3 * 2**29)] == ["17 B", "1.5 KiB", "1.5 GiB"]
     assert [format_count(count) for count in (500, 5000, 32768)] == ["500", "5,000", "32k"]
     assert parse_names("int8, bf16,int8") == ["int8", "bf16"]

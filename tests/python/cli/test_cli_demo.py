@@ -1,4 +1,4 @@
-"""The demo model: found, refused, and generating what it should."""
+"""The demo model: its installation, conversion and output."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_without_the_package_the_error_says_how_to_install_it(kvarn: Callable[..
 
 @pytest.mark.usefixtures("_elsewhere")
 @pytest.mark.parametrize(("content", "word"), [(b"GGUF", "sha256"), (None, "without its weights")])
-def test_other_weights_than_the_expected_are_refused(content: bytes | None, word: str, tmp_path: Path) -> None:
+def test_weights_with_another_checksum_are_refused(content: bytes | None, word: str, tmp_path: Path) -> None:
     package_of(tmp_path / "packages", content)
     with pytest.raises(ConfigError, match=word):
         demo.find_weights()
@@ -77,7 +77,7 @@ class Saved:
         (folder / self.name).write_text(self.name, encoding="utf-8")
 
 
-def test_converted_weights_appear_whole_and_the_first_of_two_stays(tmp_path: Path) -> None:
+def test_converted_weights_are_written_atomically_and_the_first_writer_wins(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "demo"
     demo._save(Saved("config.json"), Saved("first"), folder)
     demo._save(Saved("config.json"), Saved("second"), folder)
@@ -85,7 +85,7 @@ def test_converted_weights_appear_whole_and_the_first_of_two_stays(tmp_path: Pat
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_a_place_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error_and_leaves_no_files(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "something.else").touch()

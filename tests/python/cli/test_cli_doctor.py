@@ -1,4 +1,4 @@
-"""`kvarn doctor` on this machine, and on machines that lack things."""
+"""`kvarn doctor` on this machine, and with parts of the installation missing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_report_is_one_object_and_the_self_test_passes(kvarn: Callable[..., 
     assert report["demo"]["found"] == (report["demo"]["reason"] is None)
 
 
-def test_people_get_a_line_for_each(kvarn: Callable[..., Any]) -> None:
+def test_the_report_is_printed_with_a_line_per_item(kvarn: Callable[..., Any]) -> None:
     done = kvarn("doctor")
     assert done.code == 0
     assert done.err == ""

@@ -43,7 +43,7 @@ def long_prompt(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_json_says_what_was_made_and_what_it_took(kvarn: Callable[..., Any], tiny_model: Path) -> None:
+def test_the_json_has_the_text_and_its_costs(kvarn: Callable[..., Any], tiny_model: Path) -> None:
     arguments = ("--model", tiny_model, "--block-size", "16", "--max-new-tokens", "5", "--json", PROMPT)
     made = kvarn("generate", *arguments).json
     assert made["format"] == "int4"
@@ -194,7 +194,7 @@ def test_a_calibration_file_is_used_by_every_cache(
     assert str(file) in kvarn(*arguments, "x").refused()
 
 
-def test_the_models_file_in_the_cache_folder_is_found_and_passed_over_if_damaged(
+def test_the_models_file_in_the_cache_folder_is_used_and_ignored_if_damaged(
     kvarn: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     calibrate(tiny_model, None)
@@ -219,7 +219,7 @@ def test_the_text_is_streamed_to_stdout_and_the_rest_to_stderr(kvarn: Callable[.
     assert kvarn(*arguments, "--quiet").err == ""
 
 
-def test_people_get_a_table_of_the_comparison(kvarn: Callable[..., Any], tiny_model: Path) -> None:
+def test_the_comparison_is_printed_as_a_table(kvarn: Callable[..., Any], tiny_model: Path) -> None:
     done = kvarn("generate", "--model", tiny_model, "--compare", "--max-new-tokens", "4", PROMPT)
     assert done.code == 0
     assert all(word in done.out for word in ("bytes/token", "tokens/GiB", "unquantized", "KL divergence"))
@@ -359,7 +359,7 @@ def test_a_damaged_model_is_refused_in_one_line(
     assert str(folder) in kvarn("generate", "--model", folder, "--json", PROMPT).refused()
 
 
-def test_a_process_of_its_own_writes_json_and_nothing_else(tiny_model: Path) -> None:
+def test_a_separate_process_writes_only_json(tiny_model: Path) -> None:
     command = [sys.executable, "-m", "kvarn_rs.cli", "generate", "--model", str(tiny_model), "--json", "--compare"]
     done = subprocess.run([*command, "--max-new-tokens", "9", PROMPT], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ def test_a_cache_of_the_core_is_described(kvarn: Callable[..., Any], file: Path)
     assert said["bytes_per_token"] == stats["bytes_per_token"]
 
 
-def test_people_are_told_in_words(kvarn: Callable[..., Any], file: Path) -> None:
+def test_the_summary_is_printed_as_text(kvarn: Callable[..., Any], file: Path) -> None:
     cache = filled(window=40)
     for _ in range(11):
         cache.fork(0)
@@ -107,13 +107,13 @@ def test_a_cache_of_a_model_names_it_and_its_layers(kvarn: Callable[..., Any], t
         '{"writer": "kvarn_rs.hf", "groups": [{"cache": 0, "layers": [Infinity]}], "model_type": 3, "fingerprint": 3}',
     ],
 )
-def test_a_note_that_is_no_model_s_is_passed_over(note: str, kvarn: Callable[..., Any], file: Path) -> None:
+def test_a_note_of_another_writer_is_ignored(note: str, kvarn: Callable[..., Any], file: Path) -> None:
     _core.save_caches(file, [filled()], note)
     said = kvarn("inspect", file, "--json").json
     assert (said["model_type"], said["fingerprint"], said["caches"][0]["layers"]) == (None, None, None)
 
 
-def test_anything_else_is_refused_in_one_line(
+def test_any_other_file_is_refused_in_one_line(
     kvarn: Callable[..., Any], tiny_model: Path, file: Path, tmp_path: Path
 ) -> None:
     cache = filled()

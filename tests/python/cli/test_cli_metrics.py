@@ -1,4 +1,4 @@
-"""The measures that comparisons report, beside values worked out by hand."""
+"""The metrics of comparisons against values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`config.json` read without transformers, beside what transformers makes of the same configuration."""
+"""`model_shape`, which reads a `config.json`, against transformers' configuration classes."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ FIELDS = (
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS.split()), ANYTHING, max_size=4))
-def test_whatever_a_configuration_holds_it_is_understood_or_refused(fields: dict[str, Any]) -> None:
+def test_every_configuration_is_read_or_refused(fields: dict[str, Any]) -> None:
     try:
         shape = model_shape({**LLAMA, **fields})
     except (ConfigError, UnsupportedError):

@@ -1,4 +1,4 @@
-"""Input that no one types by hand still ends in exit code 2 and one line."""
+"""Extreme and malformed input to the command line: exit code 2 and one line on stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def kvarn(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("what", ["nested", "endless", "long path"])
-def test_a_configuration_that_cannot_be_one_is_refused(tmp_path: Path, what: str):
+def test_an_invalid_configuration_is_refused(tmp_path: Path, what: str):
     file = tmp_path / "config.json"
     if what == "nested":
         file.write_text("[" * 100_000)
@@ -27,14 +27,14 @@ def test_a_configuration_that_cannot_be_one_is_refused(tmp_path: Path, what: str
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr[-500:]
 
 
-def test_a_prompt_that_is_no_text_is_refused():
+def test_a_prompt_that_is_not_utf8_is_refused():
     done = kvarn("generate", os.fsdecode(b"\xff\xfe"), stdout=subprocess.PIPE)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "kvarn: error: the prompt is not UTF-8 text\n"
 
 
 @pytest.mark.parametrize("options", [["--threads", "100000"], ["--context", "8t"], ["--batch", "100000000"]], ids=str)
-def test_a_bench_that_no_machine_could_hold_is_refused(options: list[str]):
+def test_a_bench_beyond_any_memory_is_refused(options: list[str]):
     done = kvarn("bench", "attend", *options, stdout=subprocess.PIPE)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr[-500:]
 

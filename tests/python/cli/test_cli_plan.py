@@ -1,4 +1,4 @@
-"""`kvarn plan` beside numbers worked out by hand."""
+"""`kvarn plan` against figures computed by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def by_format(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["format"]: row for row in report["formats"]}
 
 
-def test_llama_3_8b_fits_as_often_as_worked_out_by_hand(
+def test_capacity_of_llama_3_8b_matches_figures_computed_by_hand(
     kvarn: Callable[..., Any], config_file: Callable[..., Path]
 ) -> None:
     file = config_file(**LLAMA_3_8B)
@@ -58,7 +58,7 @@ def test_llama_3_8b_fits_as_often_as_worked_out_by_hand(
     ("name", "tile", "per_token", "sequences"),
     [("int4", 17808, 139.125, 58), ("int3", 13712, 107.125, 75), ("int2", 9616, 75.125, 106)],
 )
-def test_formats_that_seal_hold_tiles_and_two_open_pages_for_each_sequence(
+def test_formats_that_seal_take_tiles_and_two_open_pages_for_each_sequence(
     name: str,
     tile: int,
     per_token: float,
@@ -83,13 +83,13 @@ def test_formats_that_seal_hold_tiles_and_two_open_pages_for_each_sequence(
     assert capped["tokens"] == (64 * GIB - 2 * open_pages) // (256 * tile) * 128
 
 
-def test_the_folder_of_a_config_will_do(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
+def test_the_folder_of_a_config_is_accepted(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
     file = config_file(**LLAMA_3_8B)
     arguments = ("--memory", "40GiB", "--json")
     assert kvarn("plan", file, *arguments).json == kvarn("plan", file.parent, *arguments).json
 
 
-def test_a_partly_filled_block_is_counted_whole_and_shown_apart(
+def test_a_partly_filled_block_counts_in_full_and_is_shown_separately(
     kvarn: Callable[..., Any], config_file: Callable[..., Path]
 ) -> None:
     file = config_file(**LLAMA_3_8B)
@@ -109,7 +109,7 @@ def test_kv_heads_divide_among_gpus_and_never_below_one(
 ) -> None:
     report = kvarn("plan", config_file(**LLAMA_3_8B), "--memory", "8GiB", "--tp", gpus, "--json").json
     assert by_format(report)["int8"]["bytes_per_token"] == 32 * heads * 266
-    assert any("some hold the same" in note for note in report["notes"]) == (gpus > 8)
+    assert any("heads are replicated" in note for note in report["notes"]) == (gpus > 8)
 
 
 def test_gpus_that_heads_do_not_divide_among_are_refused(
@@ -125,7 +125,7 @@ def test_sequences_are_capped_and_tokens_are_not(kvarn: Callable[..., Any], conf
     assert free["tokens"] == capped["tokens"]
 
 
-def test_sliding_layers_hold_their_window_and_one_block(
+def test_sliding_layers_take_their_window_and_one_block(
     kvarn: Callable[..., Any], config_file: Callable[..., Path]
 ) -> None:
     # Gemma 3 270M: 18 layers, every sixth full, window 512, 1 kv head of 256 channels.
@@ -153,7 +153,7 @@ def test_sliding_layers_hold_their_window_and_one_block(
     assert {layer["window"]: layer["num_layers"] for layer in report["layers"]} == {512: 15, None: 3}
 
 
-def test_a_context_within_the_window_holds_no_more_than_its_own_blocks(
+def test_a_context_within_the_window_takes_only_its_own_blocks(
     kvarn: Callable[..., Any], config_file: Callable[..., Path]
 ) -> None:
     file = config_file(**{**LLAMA_3_8B, "model_type": "mistral", "sliding_window": 4096})
@@ -161,9 +161,7 @@ def test_a_context_within_the_window_holds_no_more_than_its_own_blocks(
     assert row["sequence_bytes"] == 8 * 128 * 68096
 
 
-def test_layers_that_keep_a_constant_state_take_nothing(
-    kvarn: Callable[..., Any], config_file: Callable[..., Path]
-) -> None:
+def test_layers_with_a_constant_state_take_nothing(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
     file = config_file(
         model_type="qwen3_next",
         num_hidden_layers=48,
@@ -179,7 +177,7 @@ def test_layers_that_keep_a_constant_state_take_nothing(
     assert any("36 layers" in note for note in report["notes"])
 
 
-def test_layers_that_pages_cannot_hold_are_counted_dense_and_said_so(
+def test_layers_that_pages_cannot_store_are_counted_dense_with_a_note(
     kvarn: Callable[..., Any], config_file: Callable[..., Path]
 ) -> None:
     file = config_file(
@@ -207,7 +205,7 @@ def test_layers_that_pages_cannot_hold_are_counted_dense_and_said_so(
     assert by_format(capped)["int4"] == {**sealed, "sequences": 3}
 
 
-def test_a_head_dim_that_no_page_holds_leaves_the_dense_formats(
+def test_an_unsupported_head_dim_leaves_the_dense_formats(
     kvarn: Callable[..., Any], config_file: Callable[..., Path]
 ) -> None:
     file = config_file(**LLAMA_3_8B, head_dim=72)
@@ -218,7 +216,7 @@ def test_a_head_dim_that_no_page_holds_leaves_the_dense_formats(
     assert "72" in kvarn("plan", file, "--memory", "1GiB", "--format", "int8").refused()
 
 
-def test_chunked_layers_stay_dense_and_hold_their_chunk(
+def test_chunked_layers_stay_dense_and_take_their_chunk(
     kvarn: Callable[..., Any], config_file: Callable[..., Path]
 ) -> None:
     fields = {**LLAMA_3_8B, "model_type": "llama4_text", "num_hidden_layers": 4, "attention_chunk_size": 256}
@@ -235,19 +233,21 @@ def test_a_model_within_a_larger_configuration_is_found(
     assert kvarn("plan", nested, "--memory", "1GiB", "--json").json == plain
 
 
-def test_formats_are_those_asked_for_in_that_order(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
+def test_formats_are_planned_in_the_requested_order(
+    kvarn: Callable[..., Any], config_file: Callable[..., Path]
+) -> None:
     arguments = ("plan", config_file(**LLAMA_3_8B), "--memory", "1GiB", "--json", "--format")
     assert list(by_format(kvarn(*arguments, "int8,bf16").json)) == ["int8", "bf16"]
     assert list(by_format(kvarn(*arguments, "all").json)) == ["bf16", "fp8", *PAGED]
 
 
-def test_what_the_figures_hide_is_noted(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
+def test_assumptions_are_noted(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
     file = config_file(**{**LLAMA_3_8B, "model_type": "novel", "sliding_window": 4096})
     notes = kvarn("plan", file, "--memory", "1GiB", "--context", "256k", "--json").json["notes"]
     assert [word for word in ("weights", "beyond", "sliding") if not any(word in note for note in notes)] == []
 
 
-def test_people_get_a_table(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
+def test_the_plan_is_printed_as_a_table(kvarn: Callable[..., Any], config_file: Callable[..., Path]) -> None:
     done = kvarn("plan", config_file(**LLAMA_3_8B), "--memory", "80GiB", "--weights", "16GiB", "--context", "32k")
     assert done.code == 0
     assert done.err == ""
@@ -296,7 +296,7 @@ def test_a_configuration_that_cannot_be_planned_is_refused_by_name(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"llama"', "null", "{}", '{"model_type": "llama"}', "\x00\udcff"])
-def test_a_file_that_is_no_configuration_is_refused(text: str, kvarn: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_configuration_is_refused(text: str, kvarn: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     kvarn("plan", file, "--memory", "1GiB").refused()
@@ -319,14 +319,14 @@ def test_a_file_that_is_no_configuration_is_refused(text: str, kvarn: Callable[.
         ("--memory", "1GiB", "--context", "8000000000000000000"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(
+def test_invalid_settings_are_refused(
     arguments: tuple[str, ...], kvarn: Callable[..., Any], config_file: Callable[..., Path]
 ) -> None:
     kvarn("plan", config_file(**LLAMA_3_8B), *arguments).refused()
 
 
 @pytest.mark.parametrize("memory", ["80", "80KiB", "1MiB"])
-def test_a_memory_that_holds_no_block_is_refused_with_the_size_of_one(
+def test_a_memory_smaller_than_a_block_is_refused_with_the_size_of_one(
     memory: str, kvarn: Callable[..., Any], config_file: Callable[..., Path]
 ) -> None:
     said = kvarn("plan", config_file(**LLAMA_3_8B), "--memory", memory).refused()
@@ -337,5 +337,5 @@ def test_a_memory_that_holds_no_block_is_refused_with_the_size_of_one(
     assert enough["memory_bytes"] == 80 << 30, "a number of bytes is one"
 
 
-def test_a_configuration_that_is_not_there_is_refused(kvarn: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_missing_configuration_is_refused(kvarn: Callable[..., Any], tmp_path: Path) -> None:
     assert "config.json" in kvarn("plan", tmp_path, "--memory", "1GiB").refused()

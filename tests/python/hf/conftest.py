@@ -1,4 +1,4 @@
-"""Models are made once per session; tests leave them as they found them, but for the attention implementation."""
+"""Models made once per session. Tests may change nothing of them but the attention implementation."""
 
 from __future__ import annotations
 

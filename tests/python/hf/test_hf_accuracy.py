@@ -1,4 +1,4 @@
-"""The formats on real weights and a real text: how far answers move from those of unquantized pages."""
+"""The accuracy of every format on real weights and a real text, against unquantized pages."""
 
 from __future__ import annotations
 

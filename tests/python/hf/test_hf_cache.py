@@ -1,4 +1,4 @@
-"""What a cache promises besides tokens: lengths, rollback, isolation, and errors that change nothing."""
+"""Behaviour of a `KvarnCache` besides its tokens: lengths, rollback, isolation, and errors that change nothing."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_crop_may_name_the_length_to_keep(model_of):
     assert cache.stats()["blocks_in_use"] == 0
 
 
-def test_a_window_gives_back_only_what_it_holds(model_of):
+def test_a_crop_beyond_a_window_is_refused_and_changes_nothing(model_of):
     model = model_of("qwen3_mixed")
     cache = kvarn_cache(model)
     forward(model, cache, prompt(1, 60))
@@ -131,7 +131,7 @@ def test_a_window_gives_back_only_what_it_holds(model_of):
     assert cache.get_seq_length() == 79
 
 
-def test_past_recording_holds_the_window_until_the_next_crop(model_of):
+def test_past_recording_retains_the_window_until_the_next_crop(model_of):
     model = model_of("mistral")
     cache = kvarn_cache(model)
     cache.activate_past_recording()
@@ -194,7 +194,7 @@ def test_nan_is_refused_and_nothing_is_written(family, layer_idx):
     assert torch.equal(torch.cat([ids, decode(model, cache, ids, 19)], 1), expected)
 
 
-def test_two_models_with_two_caches_do_not_meet():
+def test_two_models_with_two_caches_do_not_interfere():
     models = [make_model("llama", seed=1), make_model("qwen3_mixed", seed=2)]
     expected = [decode(model, reference_cache(model), prompt(1, 40), 15) for model in models]
     caches = [kvarn_cache(model) for model in models]
@@ -208,7 +208,7 @@ def test_two_models_with_two_caches_do_not_meet():
     assert sum(cache.stats()["dense_fallbacks"] for cache in caches) == 0
 
 
-def test_a_copy_and_its_original_do_not_meet(model_of):
+def test_a_copy_and_its_original_are_independent(model_of):
     model = model_of("qwen3_mixed")
     cache = kvarn_cache(model)
     forward(model, cache, prompt(2, 40))
@@ -266,7 +266,7 @@ def test_running_out_of_blocks_changes_nothing(model_of):
     assert torch.equal(decode(model, cache, prompt(1, 1), 10), decode(model, expected, prompt(1, 1), 10))
 
 
-def test_settings_that_cannot_work_are_named(model_of):
+def test_invalid_settings_are_named(model_of):
     config = model_of("llama").config
     with pytest.raises(UnknownFormatError, match=r"'int5'.*raw, int8"):
         KvarnCache(config, "int5")
@@ -324,7 +324,7 @@ def test_early_initialization_makes_the_rows(model_of):
     assert torch.equal(decode(model, cache, prompt(2, 40), 10), expected)
 
 
-def test_offloading_has_nothing_to_do(model_of):
+def test_offloading_is_a_no_op(model_of):
     cache = kvarn_cache(model_of("llama"))
     forward(model_of("llama"), cache, prompt(1, 20))
     cache.offload(0)
@@ -340,7 +340,7 @@ def test_generate_returns_the_cache_it_was_given(model_of):
 
 
 @pytest.mark.parametrize("batch", [{"input_ids": prompt(1, 50)}, left_padded([50, 33])], ids=["plain", "padded"])
-def test_a_window_that_only_attention_knows_of_is_kept_to(batch):
+def test_a_window_passed_only_to_attention_applies(batch):
     """All layers full for the cache, and sliding for the model's masks and attention."""
     model = make_model("mistral", layer_types=["full_attention"] * 3)
     expected = generate(model, reference_cache(model, keeps_everything=True), **batch)

@@ -1,4 +1,4 @@
-"""Whose calibration a cache uses, where it is kept, and how it is made ahead."""
+"""Calibrations of transformers models: fingerprints, which one a cache uses, the files, and `calibrate`."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_all_caches_of_a_model_share_one_and_other_models_have_others(model: Any
     assert resolve(None) is not resolve(None)
 
 
-def test_a_model_that_is_gone_is_not_kept(model: Any) -> None:
+def test_a_calibration_does_not_keep_its_model_alive(model: Any) -> None:
     other = make_model("llama")
     shared, gone = resolve(other), weakref.ref(other)
     del other
@@ -116,7 +116,7 @@ def test_a_model_that_is_gone_is_not_kept(model: Any) -> None:
     assert shared.state == "no"
 
 
-def test_a_given_one_is_used(model: Any, tmp_path: Path) -> None:
+def test_a_given_calibration_is_used(model: Any, tmp_path: Path) -> None:
     given = Calibration()
     assert resolve(model, given) is given
     assert KvarnCache(model, calibration=given).calibration is given
@@ -165,7 +165,7 @@ def test_a_damaged_file_in_the_folder_is_named_once_and_passed_over(model: Any) 
         assert resolve(make_model("llama")).state == "no"
 
 
-def test_the_folder_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_falls_back_to_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for unusable in ("", "relative/folder"):
         monkeypatch.setenv("XDG_CACHE_HOME", unusable)
@@ -175,7 +175,7 @@ def test_the_folder_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 # Made ahead --------------------------------------------------------------------------------------------------------
 
 
-def test_it_takes_every_paged_layer_and_leaves_the_model_as_it_was(model: Any) -> None:
+def test_calibrate_covers_every_paged_layer_and_leaves_the_model_as_it_was(model: Any) -> None:
     model.train()
     steps: list[int] = []
     made = calibrate(model, TOKENS, save=False, progress=steps.append)
@@ -249,7 +249,7 @@ def test_a_text_is_read_by_the_tokenizer_and_there_is_one_to_start_with(model: A
         (torch.tensor(3), "int64"),
     ],
 )
-def test_what_is_no_text_is_refused_and_nothing_is_changed(tokens: Any, message: str, model: Any) -> None:
+def test_an_invalid_text_is_refused_and_changes_nothing(tokens: Any, message: str, model: Any) -> None:
     before = resolve(model)
     with pytest.raises(ConfigError, match=message):
         calibrate(model, tokens)
@@ -258,7 +258,7 @@ def test_what_is_no_text_is_refused_and_nothing_is_changed(tokens: Any, message:
     assert not calibration_folder().exists()
 
 
-def test_a_model_elsewhere_is_refused(model: Any) -> None:
+def test_a_model_on_another_device_is_refused(model: Any) -> None:
     with pytest.raises(DeviceError, match="meta"):
         calibrate(model.to("meta"), TOKENS)
 

@@ -1,4 +1,4 @@
-"""A layer of a cache that is copied by itself has no pages: it is transformers' own, and said to be, or refused."""
+"""Layers of a cache copied without it: they become transformers' own, with a warning, or are refused."""
 
 from __future__ import annotations
 

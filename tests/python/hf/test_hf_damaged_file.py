@@ -1,4 +1,4 @@
-"""A saved or pickled cache, or a calibration file, with any bit changed is refused: nothing of it reaches a model."""
+"""Damaged files: a cache, a pickle or a calibration with any bit flipped is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dtypes that change under way: the pages take them, or one error says what to do and nothing has changed."""
+"""Dtypes that change between forwards: accepted, or refused by an error that says what to do and changes nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("after", DTYPES, ids=str)
 @pytest.mark.parametrize("before", DTYPES, ids=str)
 @pytest.mark.parametrize("format", QUANTIZED)
-def test_quantized_pages_take_a_model_whose_dtype_changes(format, before, after):
+def test_quantized_pages_accept_a_model_whose_dtype_changes(format, before, after):
     first, second, reference = copies([before, after, torch.float32], num_hidden_layers=1)
     expected_cache = cache_of(reference, format)
     ids = prompt(2, 60)
@@ -60,7 +60,7 @@ def test_quantized_pages_take_a_model_whose_dtype_changes(format, before, after)
 
 
 @pytest.mark.parametrize(("before", "after"), [(b, a) for b in DTYPES for a in DTYPES if a != b], ids=str)
-def test_raw_pages_take_what_fits_and_refuse_the_rest(before, after):
+def test_raw_pages_accept_lossless_dtypes_and_refuse_the_rest(before, after):
     first, second = copies([before, after])
     cache, twin = kvarn_cache(first), kvarn_cache(first)
     kvarn_cache(second)
@@ -85,7 +85,7 @@ def test_raw_pages_take_what_fits_and_refuse_the_rest(before, after):
 @pytest.mark.parametrize("after", DTYPES, ids=str)
 @pytest.mark.parametrize("before", DTYPES, ids=str)
 @pytest.mark.parametrize("format", ["raw", "int8"])
-def test_an_emptied_cache_takes_another_dtype(format, before, after, empty):
+def test_an_emptied_cache_accepts_another_dtype(format, before, after, empty):
     first, second = copies([before, after])
     cache = cache_of(first, format)
     forward(first, cache, prompt(2, 30))

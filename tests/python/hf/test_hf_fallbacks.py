@@ -1,4 +1,4 @@
-"""Where pages cannot serve attention the answer is still right, and the call is counted, warned of, or refused."""
+"""Dense fallbacks: correct results, counted with a warning, or refused by a strict cache."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_a_head_dim_that_pages_cannot_hold_is_named():
         forward(model, kvarn_cache(model, strict=True), prompt(1, 30))
 
 
-def test_a_model_with_its_own_attention_is_told_of():
+def test_a_model_with_its_own_attention_is_reported():
     model = make_other("Bloom")
     batch = {"input_ids": prompt(1, 30)}
     expected = generate(model, dynamic(model), **batch)

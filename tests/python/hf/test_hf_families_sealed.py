@@ -1,4 +1,4 @@
-"""Formats that seal, in every architecture and every way to use a cache: on pages, of the right length, and close."""
+"""Formats that seal, in every architecture and mode: no fallbacks, the right lengths, and accurate logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache that is saved, or pickled, goes on as if nothing had been; and only for the model that it is of."""
+"""Saved and pickled caches: they continue identically, and only with their model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_logits_are_the_same_to_the_bit(
 
 @WAYS
 @pytest.mark.parametrize("family", ["llama", "qwen3_mixed", "gemma4_shared"])
-def test_generate_goes_on_with_the_same_tokens(
+def test_a_restored_cache_generates_the_same_tokens(
     family: str, way: Callable[..., Any], model_of: Callable[[str], Any], tmp_path: Path
 ) -> None:
     model = model_of(family)
@@ -88,7 +88,7 @@ def test_generate_goes_on_with_the_same_tokens(
 
 @WAYS
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_left_padded_batch_goes_on(
+def test_a_restored_left_padded_batch_continues(
     family: str, way: Callable[..., Any], model_of: Callable[[str], Any], tmp_path: Path
 ) -> None:
     model = model_of(family)
@@ -105,7 +105,7 @@ def test_a_left_padded_batch_goes_on(
 
 
 @WAYS
-def test_beams_go_on_sharing_their_blocks(
+def test_restored_beams_still_share_their_blocks(
     way: Callable[..., Any], model_of: Callable[[str], Any], tmp_path: Path
 ) -> None:
     model = model_of("llama")
@@ -151,7 +151,7 @@ def test_one_prompt_on_disk_serves_many(
 
 
 @WAYS
-def test_a_cache_before_its_first_forward_comes_back(
+def test_a_cache_before_its_first_forward_is_restored(
     way: Callable[..., Any], model_of: Callable[[str], Any], tmp_path: Path
 ) -> None:
     model = model_of("gemma3")
@@ -172,7 +172,7 @@ def test_a_forward_in_progress_is_settled_first(model_of: Callable[[str], Any], 
     assert [loaded.get_seq_length(layer_idx) for layer_idx in range(3)] == [3, 0, 0]
 
 
-def test_a_pickled_cache_of_another_process_goes_on(model_of: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_cache_pickled_in_another_process_continues(model_of: Callable[[str], Any], tmp_path: Path) -> None:
     model = model_of("llama")
     cache = kvarn_cache(model, "int4")
     forward(model, cache, prompt(1, 70))
@@ -192,7 +192,7 @@ def test_a_pickled_cache_of_another_process_goes_on(model_of: Callable[[str], An
     assert told == ["70", str(cache.stats()["blocks_in_use"]), cache._origin.fingerprint]
 
 
-def test_what_is_unpickled_finds_the_model_s_file(model_of: Callable[[str], Any], tmp_path: Path) -> None:
+def test_an_unpickled_cache_finds_the_model_s_calibration_file(model_of: Callable[[str], Any], tmp_path: Path) -> None:
     from kvarn_rs.hf import calibrate
 
     model = make_model("llama")
@@ -216,7 +216,7 @@ def test_the_same_tokens_make_the_same_file(model_of: Callable[[str], Any], tmp_
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_copies_are_no_files(model_of: Callable[[str], Any]) -> None:
+def test_copies_share_the_calibration(model_of: Callable[[str], Any]) -> None:
     model = model_of("llama")
     cache = kvarn_cache(model, "int4")
     assert copy.deepcopy(cache).calibration is cache.calibration
@@ -280,7 +280,7 @@ def test_pages_of_a_codec_are_not_saved(model_of: Callable[[str], Any], tmp_path
 # Not such a file -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_such_file_is_refused(model_of: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_refused(model_of: Callable[[str], Any], tmp_path: Path) -> None:
     model, path = model_of("llama"), tmp_path / "x"
     core = PagedKvCache(num_layers=3, num_kv_heads=2, head_dim=16, block_size=16)
     core.save(path)

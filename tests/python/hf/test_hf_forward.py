@@ -49,7 +49,7 @@ KEPT = [
 
 @MAKERS
 @pytest.mark.parametrize(("family", "kept"), KEPT, ids=str)
-def test_a_model_without_some_of_its_layers_remembers(family, kept, make_cache):
+def test_a_model_without_some_of_its_layers_keeps_its_history(family, kept, make_cache):
     model = pruned(family, kept)
     expected = recomputed(model, prompt(2, 40), NUM_TOKENS)
     cache = make_cache(model)
@@ -71,7 +71,7 @@ def test_a_model_without_some_of_its_layers_generates_in_every_mode(family, mode
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_layers_that_do_not_come_change_nothing_in_those_that_do(format):
+def test_absent_layers_do_not_affect_the_others(format):
     model = pruned("llama", [0, 1, 2])
     ids = prompt(2, 150)
     expected = make_model("llama", num_hidden_layers=3)
@@ -99,7 +99,7 @@ def saved(cache: KvarnCache, model: Any, path: Path) -> KvarnCache:
 
 @pytest.mark.parametrize("way", [copied, pickled, saved])
 @pytest.mark.parametrize(("family", "kept"), KEPT, ids=str)
-def test_a_copy_and_a_file_know_which_layers_came(family, kept, way, tmp_path):
+def test_a_copy_and_a_file_record_which_layers_arrived(family, kept, way, tmp_path):
     model = pruned(family, kept)
     cache = kvarn_cache(model)
     forward(model, cache, prompt(2, 40))
@@ -117,7 +117,7 @@ def test_a_copy_and_a_file_know_which_layers_came(family, kept, way, tmp_path):
             one.update(k, k, missing)
 
 
-def test_a_decoder_shallower_than_its_absent_encoder_remembers():
+def test_a_decoder_shallower_than_its_absent_encoder_keeps_its_history():
     settings = {
         "vocab_size": 128,
         "d_model": 64,
@@ -196,7 +196,7 @@ def test_a_layer_that_joins_later_is_refused_until_the_others_are_taken_back(fam
     assert torch.equal(decode(model, cache, more, 10), expected)
 
 
-def test_a_layer_that_never_came_is_refused_until_the_cache_is_empty():
+def test_a_layer_that_never_arrived_is_refused_until_the_cache_is_empty():
     model = make_model("llama", num_hidden_layers=4)
     layers, expected = model.model.layers, recomputed(model, prompt(1, 20), 10)
     cache = kvarn_cache(model)
@@ -229,7 +229,7 @@ def test_a_layer_that_runs_twice_needs_two_numbers(make_cache):
 
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize(("family", "kept"), [*KEPT, ("llama", [0, 1, 2, 3]), ("qwen3_mixed", [0, 1, 2, 3])], ids=str)
-def test_a_cache_filled_by_hand_goes_on_in_the_model_of_those_layers(family, kept, copies):
+def test_a_cache_filled_by_hand_continues_in_the_model_of_those_layers(family, kept, copies):
     model = pruned(family, kept)
     ids, more = prompt(2, 20), prompt(2, 3, seed=8)
     expected = recomputed(model, torch.cat([ids, more], 1), 10)

@@ -1,4 +1,4 @@
-"""Pages keep no graph: a backward that would miss a part raises; the rest are those of `DynamicCache`."""
+"""Gradients: a backward through pages, which have no graph, raises; others equal those of `DynamicCache`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_forward_without_a_backward_is_fine(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["kvarn", "sdpa"])
-def test_lora_on_v_is_told(implementation):
+def test_lora_on_v_is_refused(implementation):
     class Lora(torch.nn.Module):
         def __init__(self, base: torch.nn.Linear) -> None:
             super().__init__()
@@ -117,7 +117,7 @@ def test_lora_on_v_is_told(implementation):
             gradients(model, cache)
 
 
-def test_sinks_alone_are_told():
+def test_gradients_of_sinks_alone_are_refused():
     model = make_model("gpt_oss")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("2.self_attn.sinks" in name)
@@ -125,7 +125,7 @@ def test_sinks_alone_are_told():
         gradients(model, kvarn_cache(model))
 
 
-def test_layers_that_use_the_k_and_v_of_others_are_told():
+def test_gradients_through_shared_k_and_v_are_refused():
     model = make_model("gemma4_shared").requires_grad_(False)
     model.model.layers[1].self_attn.v_proj.requires_grad_(True)
     model.model.layers[1].self_attn.o_proj.weight.data.zero_()  # so that only the sharing layer carries a gradient
@@ -183,7 +183,7 @@ def test_a_forward_cannot_be_run_again_within_a_backward(trained, implementation
 
 @pytest.mark.parametrize("half", ["keys", "values"])
 @pytest.mark.parametrize("when", ["within", "after", "later"])
-def test_a_loss_on_what_was_read_is_told(half, when):
+def test_a_loss_on_k_and_v_that_were_read_is_refused(half, when):
     model = make_trained("llama", "k" if half == "keys" else "v")
     cache: KvarnCache = kvarn_cache(model)
     read: list[torch.Tensor] = []
@@ -201,7 +201,7 @@ def test_a_loss_on_what_was_read_is_told(half, when):
         assert not getattr(cache.layers[1], half).requires_grad
 
 
-def test_gradients_asked_for_by_name_are_told():
+def test_gradients_requested_by_name_are_refused():
     model = make_trained("llama", "v_and_head")
     loss = model(input_ids=prompt(1, LENGTH), **{CACHE_NAME: kvarn_cache(model)}).logits.sum()
     (head,) = torch.autograd.grad(loss, [model.lm_head.weight], retain_graph=True)
@@ -211,7 +211,7 @@ def test_gradients_asked_for_by_name_are_told():
 
 
 @pytest.mark.parametrize("learned", ["scaling", "softcap"])
-def test_a_learned_scale_is_told(learned):
+def test_a_learned_scale_is_refused(learned):
     cache = kvarn_cache(make_model("llama"))
     q, k, v = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
     key, value = cache.update(k, v, 0)

@@ -1,4 +1,4 @@
-"""Masks mean what they mean to transformers' eager attention, in every shape and dtype."""
+"""Attention masks of every shape and dtype, against transformers' eager attention."""
 
 from __future__ import annotations
 

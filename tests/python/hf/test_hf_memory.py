@@ -1,4 +1,4 @@
-"""What is held, and what quantization does to logits."""
+"""Memory of a `KvarnCache`, and the effect of quantization on logits."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_half_precision_is_as_close_to_eager_attention_as_its_rounding(family, d
     assert (paged - exact).norm() < 1.2 * (eager - exact).norm()
 
 
-def test_a_prefill_s_k_and_v_are_let_go_of_layer_by_layer(model_of):
+def test_a_prefill_frees_k_and_v_layer_by_layer(model_of):
     cache = kvarn_cache(model_of("llama"))
     q, k = torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16)
     alive = weakref.ref(k)

@@ -1,4 +1,4 @@
-"""Models, caches and arguments that kvarn attention was not made for: the same tokens, or an error."""
+"""Models, caches and arguments that kvarn attention does not support: the same tokens, or an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forwards that raise leave the cache as before them. The oracle is the model without any cache."""
+"""Forwards that raise, which leave the cache unchanged. The oracle is the model without a cache."""
 
 from __future__ import annotations
 

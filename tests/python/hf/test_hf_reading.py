@@ -1,4 +1,4 @@
-"""Reading a cache within a forward changes nothing, and tells what `DynamicCache` would."""
+"""Reading a cache within a forward: it changes nothing and gives the values of `DynamicCache`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a batch that are not there are refused, and nothing has changed."""
+"""Row indices out of range: refused, without a change to the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("move", WRONG.values(), ids=WRONG)
-def test_a_row_that_is_not_there_is_refused_and_nothing_moves(move):
+def test_a_missing_row_is_refused_and_changes_nothing(move):
     model = make_model("qwen3_mixed")
     cache, twin = kvarn_cache(model), kvarn_cache(model)
     for one in (cache, twin):
@@ -34,7 +34,7 @@ def test_a_row_that_is_not_there_is_refused_and_nothing_moves(move):
     assert torch.equal(decode(model, cache, next_ids, 5), decode(model, twin, next_ids, 5))
 
 
-def test_a_shallow_copy_is_a_cache_of_its_own():
+def test_a_shallow_copy_is_an_independent_cache():
     model = make_model("llama")
     cache = kvarn_cache(model)
     forward(model, cache, prompt(1, 20))

@@ -156,7 +156,7 @@ def test_a_crop_further_than_a_window_is_refused_and_changes_nothing(model_of):
 # Rows
 
 
-def test_rows_of_a_padded_batch_are_those_that_are_alone():
+def test_rows_of_a_padded_batch_equal_single_sequences():
     model = make_model("llama", num_hidden_layers=1)
     lengths = [70, 33, 16]
     batch = left_padded(lengths)
@@ -267,7 +267,7 @@ def test_a_calibration_of_another_shape_is_refused_and_unpages_nothing():
     assert cache.stats()["unpaged_layers"] == 0
 
 
-def test_a_calibration_that_is_not_there_leaves_the_model_as_it_was():
+def test_a_missing_calibration_file_leaves_the_model_as_it_was():
     model = make_model("llama")
     model.set_attn_implementation("sdpa")
     with pytest.raises(CalibrationError):
@@ -350,7 +350,7 @@ def test_settings_of_open_pages_are_checked_at_once(model_of):
 
 
 @pytest.mark.demo
-def test_prose_and_code_and_prose_again_leave_the_pages_fitting():
+def test_page_statistics_fit_after_prose_code_and_prose_again():
     """The first layers of a real model, 16 tokens at a time: 704 of prose, of code, and of prose."""
     from kvarn_rs.cli import demo
     from kvarn_rs.cli.console import Console

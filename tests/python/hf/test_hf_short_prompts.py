@@ -62,7 +62,7 @@ def test_a_short_prompt_agrees_as_well_as_one_of_32_tokens(format, first) -> Non
     assert agreement(format, first) >= agreement(format, 32) - CHANCE
 
 
-def test_stats_tell_what_the_first_page_was_opened_with() -> None:
+def test_stats_report_the_tokens_that_the_first_page_was_opened_with() -> None:
     model = biased_model()
     kept = KvarnCache(model, "int8", calibration=Calibration())
     assert kept.stats()["first_page_tokens"] is None

@@ -1,4 +1,4 @@
-"""What is not quantized is told once, by layer and reason; a strict cache refuses it. What is no model is refused."""
+"""Layers and models that are not quantized: one warning by layer and reason, or refused by a strict cache."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def assert_told(model: Any, told: str, unpaged: dict[int, str], paged_layers: in
     return cache
 
 
-def test_layers_that_hold_a_state_beside_k_and_v_are_told_of():
+def test_layers_with_a_state_beside_k_and_v_are_reported():
     model = falcon_h1()
     expected = generate(model, dynamic(model), input_ids=prompt(1, 50))
     cache = assert_told(model, r"2 of 2 layers \(0, 1\) .* hybrid", {0: "hybrid", 1: "hybrid"}, 0)
@@ -68,7 +68,7 @@ def test_layers_that_hold_a_state_beside_k_and_v_are_told_of():
     assert cache.stats()["dense_fallbacks"] == 0
 
 
-def test_chunked_layers_are_told_of_beside_paged_ones():
+def test_chunked_layers_beside_paged_ones_are_reported():
     model = make_model("llama4")
     cache = assert_told(model, r"\(0, 2\) .* chunked_attention", dict.fromkeys((0, 2), "chunked_attention"), 1)
     expected = generate(model, reference_cache(model), input_ids=prompt(1, 50))
@@ -84,12 +84,12 @@ def test_layers_without_k_and_v_are_no_fault(model_of):
         assert cache.stats()["notices"] == []
 
 
-def test_a_model_without_any_k_and_v_is_told_of():
+def test_a_model_without_any_k_and_v_is_reported():
     assert_told(mamba(), "nothing to quantize", {}, 0)
 
 
 @pytest.mark.parametrize(("make", "name"), [(rwkv, "RwkvForCausalLM"), (reformer, "ReformerModelWithLMHead")])
-def test_a_model_that_takes_no_cache_is_told_of(make, name):
+def test_a_model_that_takes_no_cache_is_reported(make, name):
     model = make()
     why = f"{name}, as it is now, hands no K and V to a cache"
     expected = generate(model, dynamic(model), input_ids=prompt(1, 30))
@@ -127,7 +127,7 @@ LIMIT = 48
 
 
 @pytest.mark.parametrize("stem", ["Phi3", "Phimoe"])
-def test_a_model_whose_generate_drops_its_cache_is_told_of(stem):
+def test_a_model_whose_generate_drops_its_cache_is_reported(stem):
     factors = [1.0 + 0.1 * i for i in range(8)]
     rope = {
         "rope_type": "longrope",
@@ -154,7 +154,7 @@ def test_a_model_whose_generate_drops_its_cache_is_told_of(stem):
     assert any(f"{LIMIT} positions" in notice for notice in cache.stats()["notices"])
 
 
-def test_a_model_that_never_gets_so_long_is_not_told_of():
+def test_a_model_that_never_gets_so_long_is_not_reported():
     cache = KvarnCache(make_model("phi3"), "raw", strict=True)
     assert cache.stats()["notices"] == []
 
@@ -170,7 +170,7 @@ def test_k_and_v_that_turn_out_to_have_no_place_in_pages_are_in_stats():
     assert all("head_dim" in why for why in unpaged.values())
 
 
-def test_a_cache_of_a_file_is_told_of_anew(tmp_path):
+def test_a_restored_cache_reports_its_unpaged_layers_again(tmp_path):
     """The notices are the constructor's: `load` goes through it."""
     model = make_model("mistral")
     cache = kvarn_cache(model)
@@ -203,7 +203,7 @@ class Wrapped(torch.nn.Module):
     ],
     ids=lambda other: type(other).__name__,
 )
-def test_what_is_no_model_is_refused(other):
+def test_an_object_that_is_not_a_model_is_refused(other):
     with pytest.raises(ConfigError, match="expected a transformers model or config"):
         KvarnCache(other, "raw")
 

@@ -1,4 +1,4 @@
-"""Which of transformers' causal language models run on a `KvarnCache`, and how: `just models`.
+"""`just models`: tries a `KvarnCache` with every causal language model class of transformers.
 
 Without names, every class is tried and docs/models.md written; with some, only these are, and their records printed.
 """

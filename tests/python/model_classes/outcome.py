@@ -1,4 +1,4 @@
-"""What a record of `probe` means: the one word that the table sorts a class by, and what else is to be said of it."""
+"""The verdict on a record of `probe`: the outcome that the table groups a class by, and notes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes: each class in one of its own, with a limit on its time; torch and transformers are imported once."""
+"""A process for each class, forked after the imports of torch and transformers, with a time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one class does: transformers' own cache under eager attention, then a `KvarnCache`, on one tiny model.
+"""The trial of one class: a tiny model with transformers' cache under eager attention, then with a `KvarnCache`.
 
 Everything is caught and written down; what it means is `outcome`'s business.
 """

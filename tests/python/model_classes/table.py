@@ -1,4 +1,4 @@
-"""docs/models.md: the classes by outcome, and back from the page to the classes."""
+"""The writer and the parser of docs/models.md, which lists model classes by outcome."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ ROW = re.compile(r"^\| `([^`]+)` \| `([^`]*)` \|")
 INTRODUCTION = """\
 # Models
 
-Every class of transformers' causal language models with a `KvarnCache`, a tiny random model of each. Made by
+How a `KvarnCache` works with every causal language model class of transformers, tried on tiny random models. Made by
 `just models` on {date}, {made_with}. Do not edit: run it again.
 
 Each model generates {new} tokens from {prompt} with `raw` pages of {block_size} tokens: one row; two rows, one of them
 padded on the left; two turns; three beams. Tokens must equal those of eager attention with `DynamicCache`, and logits
 to rounding (beams: tokens alone). A model that a `KvarnCache` was made for must do the same with a cache of
-transformers afterwards, and `int4` must run: how well it agrees is no matter of random weights.
+transformers afterwards, and `int4` must run; its accuracy is not compared, since random weights say nothing of it.
 
-Sizes are shrunk (but for Gemma 4's heads of 512), and settings are a class's defaults, with layers that its models
-have and its default has not. In a model of any class, heads that are not a multiple of 16, or of more than 256, stay
+Sizes are shrunk (except Gemma 4's heads of 512), and other settings are a class's defaults, plus kinds of layers that
+its models have and its default lacks. In every class, heads whose size is not a multiple of 16, or above 256, stay
 unquantized, with a warning.
 """
 
 
 def render(records: dict[str, dict[str, Any]], date: str, versions: dict[str, str]) -> str:
-    """The page. records: by model type, as `probe` makes them; versions: of the packages that they were made with."""
+    """Renders the page from the records of `probe`, by model type, and the versions of the packages used."""
     rows: dict[str, list[str]] = {outcome: [] for outcome in OUTCOMES}
     for model_type, record in sorted(records.items()):
         outcome, notes = judge(record)
@@ -49,7 +49,7 @@ def _summary(rows: dict[str, list[str]]) -> list[str]:
 
 
 def parse(page: str) -> dict[str, dict[str, str]]:
-    """By the title of an outcome, model type and class of each row of a page.
+    """Parses a page: the class of each model type, by the title of its outcome.
 
     Raises:
         ValueError: a section that does not have as many rows as its heading says.
@@ -70,5 +70,5 @@ def parse(page: str) -> dict[str, dict[str, str]]:
 
 
 def sentence(page: str) -> str:
-    """The counts of a page, as the README has them."""
+    """The counts of a page, as a phrase of the README."""
     return ", ".join(f"{len(rows)} {title.lower()}" for title, rows in parse(page).items())
