@@ -235,8 +235,10 @@ impl Paging {
         self.places.reserve(num_rows, end);
         for index in first..end {
             let block = self.take();
-            let place = if index < request.sealed_to { Place::tile(block) } else { Place::page(self.open(block)) };
-            self.places.set(row, index, place);
+            if index >= request.sealed_to {
+                self.open(block);
+            }
+            self.places.set(row, index, self.pages.place_of(block));
             self.sequences.at_mut(row).blocks.push(block);
         }
         self.sequences.at_mut(row).pending = Some(request.num_new);

@@ -305,7 +305,7 @@ impl Model {
     }
 
     fn close(&mut self, ids: &[SequenceId], commit: bool) {
-        let sealed = if commit { self.due(ids) } else { Vec::new() };
+        let sealed = self.due(ids);
         let contents: Vec<Vec<u32>> = {
             let paged = self.paged();
             let page = |block: &BlockId| self.memory[slots(paged[block], self.setup.block_size)].to_vec();
@@ -317,10 +317,8 @@ impl Model {
             .filter(|(_, tokens)| !tokens.committed.len().is_multiple_of(self.setup.block_size))
             .map(|(&id, tokens)| self.table(id)[tokens.committed.len() / self.setup.block_size])
             .collect();
-        if commit {
-            for (id, index) in self.due_entries(ids, &sealed) {
-                self.paging.seal(self.paging.row(id).unwrap(), index);
-            }
+        for (id, index) in self.due_entries(ids, &sealed) {
+            self.paging.seal(self.paging.row(id).unwrap(), index);
         }
         let read_elsewhere = self.read_elsewhere(ids);
         let result = if commit { self.paging.commit(ids) } else { self.paging.abort(ids).map(|()| 0) };
@@ -333,10 +331,10 @@ impl Model {
             );
         }
         let num_due = sealed.len();
-        let may_be_sealed = |block: &BlockId| !ends_within.contains(block) && !read_elsewhere.contains(block);
+        let may_be_sealed = |block: &BlockId| commit && !ends_within.contains(block) && !read_elsewhere.contains(block);
         let sealed: Vec<_> = sealed.into_iter().zip(contents).filter(|(block, _)| may_be_sealed(block)).collect();
         assert_eq!(result, Ok(sealed.len()));
-        self.count("sealing put off", num_due - sealed.len());
+        self.count("seal undone", num_due - sealed.len());
         for (block, content) in sealed {
             *self.outcomes.entry("sealed").or_default() += 1;
             self.open.remove(&block);
