@@ -56,9 +56,13 @@ impl Paging {
         }
         for row in rows {
             let sequence = self.sequences.at_mut(row);
-            self.partial.remove(sequence.partial_block(self.block_size));
+            let before = sequence.partial_block(self.block_size);
             sequence.len += sequence.pending.take().unwrap_or(0);
-            self.partial.add(sequence.partial_block(self.block_size));
+            let after = sequence.partial_block(self.block_size);
+            if before != after {
+                self.partial.remove(before);
+                self.partial.add(after);
+            }
             if self.pages.seals() {
                 sequence.pass_tiles(self.block_size, &self.pages);
             }

@@ -99,10 +99,12 @@ impl Model {
         due.into_iter().collect()
     }
 
-    /// The entries of the step's tables that are these blocks.
+    /// The entries of the step's tables that are these blocks, and full.
     pub(super) fn due_entries(&self, ids: &[SequenceId], due: &[BlockId]) -> Vec<(SequenceId, usize)> {
         let of = |&id: &SequenceId| {
-            let entries = self.table(id).into_iter().enumerate().filter(|(_, block)| due.contains(block));
+            let num_full = self.sequences[&id].committed.len() / self.setup.block_size;
+            let full = self.table(id).into_iter().take(num_full).enumerate();
+            let entries = full.filter(|(_, block)| due.contains(block));
             entries.map(move |(index, _)| (id, index)).collect::<Vec<_>>()
         };
         if due.is_empty() { Vec::new() } else { ids.iter().flat_map(of).collect() }
