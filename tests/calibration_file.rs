@@ -156,7 +156,10 @@ fn a_file_that_is_not_a_calibration_is_refused() {
     assert_refused(&valid()[..valid().len() - 1], "not a safetensors file");
     assert_refused(&[valid(), &[0]].concat(), "not a safetensors file");
     let altered: [(Alter, &str); 9] = [
-        (|metadata| metadata["kind"] = json!("kvarn cache"), "of kind \"kvarn cache\", not \"kvarn calibration\""),
+        (
+            |metadata| metadata["kind"] = json!("kvarn cache"),
+            "not a file of kind \"kvarn calibration\": its kind is \"kvarn cache\"",
+        ),
         (|metadata| *metadata = json!({"format": "pt"}), "a safetensors file without a kind"),
         (|metadata| metadata["version"] = json!("1"), "a kvarn calibration of version 1, this release reads version 2"),
         (|metadata| metadata["version"] = json!("one"), "version is \"one\", not a number"),

@@ -7,6 +7,7 @@ use crate::quant::{self, ChannelStatistics, ModelChannels};
 use half::f16;
 
 /// Stores the statistics of a page that is being opened.
+#[inline(always)]
 pub fn write_statistics(page: Int8Page, order: Arrangement, record: &mut [u8], statistics: &ChannelStatistics) {
     let ChannelStatistics { mean, scale } = statistics;
     for (parameter, values) in [(Int8Parameter::KChannelMean, mean), (Int8Parameter::KChannelScale, scale)] {
@@ -18,12 +19,21 @@ pub fn write_statistics(page: Int8Page, order: Arrangement, record: &mut [u8], s
 
 /// The statistics that a page was opened with.
 #[must_use]
+#[inline(always)]
 pub fn read_statistics(page: Int8Page, order: Arrangement, record: &[u8]) -> ChannelStatistics {
-    let channels = |parameter| {
-        let at = |d| order.parameter(page, parameter, d);
-        (0..page.head_dim).map(|d| read_f16(record, at(d)).to_f32()).collect()
-    };
-    ChannelStatistics { mean: channels(Int8Parameter::KChannelMean), scale: channels(Int8Parameter::KChannelScale) }
+    ChannelStatistics {
+        mean: read_channels(page, order, record, Int8Parameter::KChannelMean),
+        scale: read_channels(page, order, record, Int8Parameter::KChannelScale),
+    }
+}
+
+#[inline(always)]
+fn read_channels(page: Int8Page, order: Arrangement, record: &[u8], parameter: Int8Parameter) -> Vec<f32> {
+    let mut channels = vec![0.0; page.head_dim];
+    for (d, x) in channels.iter_mut().enumerate() {
+        *x = read_f16(record, order.parameter(page, parameter, d)).to_f32();
+    }
+    channels
 }
 
 /// What encoding one token's K says of it.
@@ -36,6 +46,7 @@ pub struct WrittenK {
 }
 
 /// Encodes one token's K under the page's statistics, with its low bytes if `low` (see [`Int8Page`]).
+#[inline(always)]
 pub fn write_k(
     page: Int8Page,
     order: Arrangement,
@@ -59,6 +70,7 @@ pub fn write_k(
 }
 
 /// Encodes one token's V; is it out of range? See [`crate::quant::range`].
+#[inline(always)]
 pub fn write_v(page: Int8Page, order: Arrangement, record: &mut [u8], token: usize, v: &[f32]) -> bool {
     let mut codes = [0u8; MAX_HEAD_DIM];
     let codes = &mut codes[..page.head_dim];
@@ -71,6 +83,7 @@ pub fn write_v(page: Int8Page, order: Arrangement, record: &mut [u8], token: usi
     v_is_out_of_range(v, scale, zero_point)
 }
 
+#[inline(always)]
 fn write_k_row(page: Int8Page, order: Arrangement, record: &mut [u8], row: usize, codes: &[i8], scale: f16) {
     for (d, code) in codes.iter().enumerate() {
         record[order.k_code(page, row, d)] = code.cast_unsigned();
@@ -78,6 +91,7 @@ fn write_k_row(page: Int8Page, order: Arrangement, record: &mut [u8], row: usize
     write_f16(record, order.parameter(page, Int8Parameter::KTokenScale, row), scale);
 }
 
+#[inline(always)]
 fn read_k_row(page: Int8Page, order: Arrangement, record: &[u8], row: usize, codes: &mut [i8]) -> f16 {
     for (d, code) in codes.iter_mut().enumerate() {
         *code = record[order.k_code(page, row, d)].cast_signed();
@@ -86,6 +100,7 @@ fn read_k_row(page: Int8Page, order: Arrangement, record: &[u8], row: usize, cod
 }
 
 /// Decodes K of the first tokens of a first page, `[num_tokens, head_dim]`, low bytes included where the page has them.
+#[inline(always)]
 pub fn read_first_k(page: Int8Page, order: Arrangement, record: &[u8], k: &mut [f32]) {
     let head_dim = page.head_dim;
     let num_tokens = k.len() / head_dim;
@@ -105,6 +120,7 @@ pub fn read_first_k(page: Int8Page, order: Arrangement, record: &[u8], k: &mut [
 
 /// Encodes K of the first tokens of a first page anew, `[num, head_dim]`, under these statistics, of `num_tokens` tokens
 /// that the page is about to have.
+#[inline(always)]
 pub fn rewrite_first_k(
     page: Int8Page,
     order: Arrangement,
@@ -120,6 +136,7 @@ pub fn rewrite_first_k(
 }
 
 /// Takes the statistics of a first page anew over its first `num_tokens` tokens as stored, and encodes their K again.
+#[inline(always)]
 pub fn refit_k(
     page: Int8Page,
     order: Arrangement,
@@ -134,6 +151,7 @@ pub fn refit_k(
 }
 
 /// Decodes K, `[block_size, head_dim]`.
+#[inline(always)]
 pub fn read_k(page: Int8Page, order: Arrangement, record: &[u8], k: &mut [f32]) {
     let statistics = read_statistics(page, order, record);
     let mut codes = [0i8; MAX_HEAD_DIM];
@@ -145,6 +163,7 @@ pub fn read_k(page: Int8Page, order: Arrangement, record: &[u8], k: &mut [f32]) 
 }
 
 /// Decodes V, `[block_size, head_dim]`, as it is stored: rotated in formats that seal.
+#[inline(always)]
 pub fn read_v(page: Int8Page, order: Arrangement, record: &[u8], v: &mut [f32]) {
     let mut codes = [0u8; MAX_HEAD_DIM];
     let codes = &mut codes[..page.head_dim];

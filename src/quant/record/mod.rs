@@ -4,6 +4,9 @@
 //! [`raw`] and [`int8`] write pages token by token, [`tile`] writes tiles; [`read_k`] and [`read_v`] decode any record.
 //! Files hold records in [`Arrangement::Canonical`]: [`reorder`](fn@reorder) copies a record from one arrangement into
 //! another, [`clear_rows`] zeroes what no sequence holds, and [`check`](fn@check) says whether bytes are a record.
+//!
+//! A backend names one arrangement in all its calls. What is called for each token is inlined, so that the places of
+//! codes are those of that arrangement alone: asking at run time which it is makes appending a fifth slower.
 
 mod check;
 mod element;

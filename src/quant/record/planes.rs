@@ -2,10 +2,11 @@
 
 use crate::format::{Arrangement, Plane, SealedTile};
 
-/// Which bits of a record a matrix of codes takes in one plane: those of a code begin at the sum of what its row and its
-/// column have here, as in every [`Arrangement`].
+/// Where a matrix of codes lies in one plane of a record, in units of the plane's width from its first byte on: a code is
+/// at the sum of what its row and its column have here, as in every [`Arrangement`].
 pub(super) struct Places {
     plane: Plane,
+    first_byte: usize,
     rows: Vec<usize>,
     columns: Vec<usize>,
 }
@@ -22,32 +23,70 @@ impl Places {
     }
 
     fn new(plane: Plane, [rows, columns]: [usize; 2], bit: impl Fn(usize, usize) -> usize) -> Self {
-        let first = bit(0, 0);
-        let (rows, columns) = ((0..rows).map(|row| bit(row, 0)), (0..columns).map(|column| bit(0, column) - first));
-        Self { plane, rows: rows.collect(), columns: columns.collect() }
+        let least = (0..rows).map(|row| bit(row, 0)).min().unwrap_or(0);
+        let column = |column| bit(0, column) - bit(0, 0);
+        let width = plane.bits as usize;
+        Self {
+            plane,
+            first_byte: least / 8,
+            rows: (0..rows).map(|row| (bit(row, 0) - least / 8 * 8) / width).collect(),
+            columns: (0..columns).map(|at| column(at) / width).collect(),
+        }
     }
 
-    fn mask(&self) -> u8 {
-        (1 << self.plane.bits) - 1
+    /// One byte for each code's width of the plane's bytes.
+    fn spread(&self) -> Vec<u8> {
+        let last = |places: &[usize]| places.iter().copied().max().unwrap_or(0);
+        vec![0; (last(&self.rows) + last(&self.columns) + 1).next_multiple_of(8)]
     }
 
     /// Writes what the plane has of `codes`, into bits that are 0.
     pub fn pack(&self, codes: &[u8], record: &mut [u8]) {
+        let Plane { bits, shift } = self.plane;
+        let mut spread = self.spread();
         for (codes, row) in codes.chunks_exact(self.columns.len()).zip(&self.rows) {
             for (code, column) in codes.iter().zip(&self.columns) {
-                let bit = row + column;
-                record[bit / 8] |= (code >> self.plane.shift & self.mask()) << (bit % 8);
+                spread[row + column] = code >> shift & ((1 << bits) - 1);
             }
+        }
+        let bytes = &mut record[self.first_byte..];
+        match bits {
+            4 => join::<2>(&spread, bytes),
+            2 => join::<4>(&spread, bytes),
+            _ => join::<8>(&spread, bytes),
         }
     }
 
     /// Adds what the plane has to `codes`, in which its bits are 0.
     pub fn unpack(&self, record: &[u8], codes: &mut [u8]) {
+        let mut spread = self.spread();
+        let bytes = &record[self.first_byte..];
+        match self.plane.bits {
+            4 => split::<2>(bytes, &mut spread),
+            2 => split::<4>(bytes, &mut spread),
+            _ => split::<8>(bytes, &mut spread),
+        }
         for (codes, row) in codes.chunks_exact_mut(self.columns.len()).zip(&self.rows) {
             for (code, column) in codes.iter_mut().zip(&self.columns) {
-                let bit = row + column;
-                *code |= (record[bit / 8] >> (bit % 8) & self.mask()) << self.plane.shift;
+                *code |= spread[row + column] << self.plane.shift;
             }
+        }
+    }
+}
+
+/// Adds codes, `PER_BYTE` to a byte from its low bits up.
+fn join<const PER_BYTE: usize>(spread: &[u8], bytes: &mut [u8]) {
+    for (byte, codes) in bytes.iter_mut().zip(spread.as_chunks::<PER_BYTE>().0) {
+        *byte |= codes.iter().rev().fold(0, |byte, code| byte << (8 / PER_BYTE) | code);
+    }
+}
+
+/// The codes of bytes, `PER_BYTE` to a byte from its low bits up.
+fn split<const PER_BYTE: usize>(bytes: &[u8], spread: &mut [u8]) {
+    let width = 8 / PER_BYTE;
+    for (byte, codes) in bytes.iter().zip(spread.as_chunks_mut::<PER_BYTE>().0) {
+        for (index, code) in codes.iter_mut().enumerate() {
+            *code = byte >> (width * index) & ((1u16 << width) - 1) as u8;
         }
     }
 }
