@@ -487,9 +487,7 @@ class Step:
             StaleStepError
         """
     def abort(self) -> None:
-        """Ends the step without its tokens; the sequences are as before it.
-
-        Blocks that the window released when the step began stay released.
+        """Ends the step without its tokens; blocks that the window released when it began stay released.
 
         Raises:
             StaleStepError
@@ -565,10 +563,7 @@ def first_seen(position: int, window: int | None) -> int:
     """The first position that the query at `position` sees, under a window in tokens (itself included) or `None`."""
 
 def is_prefill(block_size: int, context_len: int, num_new: int) -> bool:
-    """Whether `num_new` tokens after `context_len` are a prefill, whose tokens attend to each other unquantized.
-
-    True for more than `DECODE_TOKENS` tokens, and until half of the sequence's first block is written.
-    """
+    """Whether new tokens attend to each other unquantized: over `DECODE_TOKENS`, or in the first half of a first block."""
 
 def num_threads() -> int:
     """Number of kernel threads: `RAYON_NUM_THREADS`, or one per core."""
