@@ -563,7 +563,7 @@ def first_seen(position: int, window: int | None) -> int:
     """The first position that the query at `position` sees, under a window in tokens (itself included) or `None`."""
 
 def is_prefill(block_size: int, context_len: int, num_new: int) -> bool:
-    """Whether new tokens attend to each other unquantized: more than `DECODE_TOKENS`, or where a first page is short."""
+    """Whether new tokens attend to each other unquantized: over `DECODE_TOKENS`, or to a short first page."""
 
 def num_threads() -> int:
     """Number of kernel threads: `RAYON_NUM_THREADS`, or one per core."""
