@@ -193,7 +193,7 @@ impl Cpu {
     ) -> Written {
         let sequence = step.sequence(index);
         // SAFETY: `append_step` holds the arena exclusively, and the plan writes each page for one block
-        // (`plan::build::check_written`), so each record is asked for by one job.
+        // (`plan::check`), so each record is asked for by one job.
         let record = unsafe { self.layers[layer].pages.record_mut(page.0, head) };
         let open = opened.pages.binary_search_by_key(&(index, block), |open| (open.sequence, open.block));
         let frozen = match (self.page, open) {
