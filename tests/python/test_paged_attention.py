@@ -109,14 +109,14 @@ def test_a_prefill_reads_its_own_tokens_unquantized_where_given(history, num_new
     cache = make_cache("int8")
     sequence = cache.new_sequence()
     extend(cache, sequence, *coarse(history, 1))
-    stored = contents(cache, sequence)
     k, v = coarse(num_new, 2)
     q = normal(1, 2 * KV_HEADS, num_new, HEAD_DIM)
     with cache.begin_step([sequence], num_new) as step:
         step.append(0, k, v)
         out = step.attend(0, q, *((k, v) if given else (None, None)))
-        from_pages = attention(q, *contents(cache, sequence, pending=num_new))
-    unquantized = attention(q, *concatenate([stored, (k, v)]))
+        held = contents(cache, sequence, pending=num_new)
+    from_pages = attention(q, *held)
+    unquantized = attention(q, *concatenate([(held[0][:, :, :history], held[1][:, :, :history]), (k, v)]))
     right, wrong = (from_pages, unquantized) if reads_pages else (unquantized, from_pages)
     assert distance(out, right) <= CLEARLY * distance(out, wrong)
 
