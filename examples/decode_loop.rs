@@ -68,7 +68,7 @@ fn main() -> Result<()> {
     for turn in 0..200 {
         step(&mut cache, &[first, second], &[1, 1], &[1000 + turn, 2000 + turn])?;
     }
-    let stats = cache.stats();
+    let stats = cache.stats().unwrap();
     println!(
         "decoded: {} and {} tokens in {} blocks, {} bytes ({:.0} a token)",
         cache.sequence(first)?.len(),
@@ -85,6 +85,6 @@ fn main() -> Result<()> {
         other => println!("unexpected: {other:?}"),
     }
     cache.free(second)?;
-    println!("after freeing one: {} blocks in use", cache.stats().blocks_in_use);
+    println!("after freeing one: {} blocks in use", cache.stats().unwrap().blocks_in_use);
     Ok(())
 }

@@ -30,7 +30,7 @@
 //! | allocation | [`paging`] |
 //! | planning | [`plan`] |
 //! | execution | [`backend`] |
-//! | cache | [`cache`], [`calibration`] |
+//! | cache | [`calibration`], [`engine`], [`cache`] |
 //!
 //! ```
 //! use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
@@ -67,6 +67,7 @@ pub mod backend;
 pub mod cache;
 pub mod calibration;
 pub mod config;
+pub mod engine;
 pub mod error;
 pub mod format;
 pub mod paging;

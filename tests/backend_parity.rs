@@ -4,7 +4,7 @@ mod common;
 
 use common::{Random, Reference};
 use kvarn::backend::cpu::Level;
-use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
+use kvarn::backend::{AttendOptions, Device, Fresh, TensorView, TensorViewMut};
 use kvarn::format::{Dtype, Format};
 use kvarn::paging::SequenceId;
 use kvarn::plan::{Rows, is_prefill};
@@ -120,7 +120,7 @@ fn run(case: &Case, level: Level, seed: u64) -> Vec<f32> {
         // SAFETY: the vectors hold `shape` elements of the dtype, and outlive the views.
         let fresh = unsafe {
             let view = |name, bytes: &[u8]| {
-                TensorView::from_raw(name, bytes.as_ptr(), case.dtype, shape(num_kv_heads), strides)
+                TensorView::from_raw(name, Device::Cpu, bytes.as_ptr(), case.dtype, shape(num_kv_heads), strides)
             };
             Fresh { k: view("k", &bytes_k).unwrap(), v: view("v", &bytes_v).unwrap() }
         };

@@ -10,7 +10,7 @@ mod refused;
 
 use common::{Random, folder};
 use kvarn::backend::cpu::Level;
-use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
+use kvarn::backend::{AttendOptions, Device, Fresh, TensorView, TensorViewMut};
 use kvarn::cache::file;
 use kvarn::format::{BLOCK_SIZES, Dtype, Format};
 use kvarn::paging::SequenceId;
@@ -71,7 +71,8 @@ fn view<'a>(name: &'static str, dtype: Dtype, values: &'a [u32], shape: [usize; 
     let [_, heads, count, head_dim] = shape.map(|n| n as isize);
     let strides = [heads * count * head_dim, count * head_dim, head_dim, 1];
     // SAFETY: `values` has an element for each place of `shape`, and is borrowed as long as the view.
-    unsafe { TensorView::from_raw(name, values.as_ptr().cast(), dtype, shape, strides) }.expect("contiguous")
+    unsafe { TensorView::from_raw(name, Device::Cpu, values.as_ptr().cast(), dtype, shape, strides) }
+        .expect("contiguous")
 }
 
 /// K and V of all tokens held, of all layers.
@@ -120,7 +121,7 @@ fn assert_same(a: &PagedKvCache, b: &PagedKvCache) {
         assert_eq!((x.len(), x.first_held()), (y.len(), y.first_held()));
         assert!(contents(a, id) == contents(b, id), "sequence {id}");
     }
-    let (a, b) = (a.stats(), b.stats());
+    let (a, b) = (a.stats().unwrap(), b.stats().unwrap());
     let counts = |stats: &kvarn::cache::CacheStats| {
         (stats.blocks_in_use, stats.open_blocks, stats.open_pages, stats.bytes_in_use, stats.free_blocks)
     };
@@ -182,7 +183,7 @@ fn bounded_pools_are_restored_bounded() {
     let config = CacheConfig { num_blocks: Some(24), num_open_pages: Some(12), ..config(Format::Int4, 32, 16) };
     assert_comes_back(config.clone());
     let mut read = PagedKvCache::from_bytes(&to_bytes(&filled(config))).expect("what was written");
-    let free = read.stats().free_blocks.expect("bounded");
+    let free = read.stats().unwrap().free_blocks.expect("bounded");
     let new = read.new_sequence();
     let refused = read.begin_step(&[(new, Rows::All(16 * (free + 1)))], false).expect_err("no room");
     assert_eq!(refused, Error::OutOfBlocks { needed: free + 1, free });
@@ -194,10 +195,10 @@ fn a_bound_takes_no_memory_before_a_step_needs_it() {
     let config = CacheConfig { num_blocks: Some(4096), ..config(Format::Int8, 128, 128) };
     let cache = filled(config);
     let mut read = PagedKvCache::from_bytes(&to_bytes(&cache)).expect("what was written");
-    assert!(read.stats().allocated_bytes < cache.stats().allocated_bytes / 100);
+    assert!(read.stats().unwrap().allocated_bytes < cache.stats().unwrap().allocated_bytes / 100);
     let sequence = read.sequences()[0];
     step(&mut read, sequence, 1, 1);
-    assert_eq!(read.stats().allocated_bytes, cache.stats().allocated_bytes);
+    assert_eq!(read.stats().unwrap().allocated_bytes, cache.stats().unwrap().allocated_bytes);
 }
 
 #[test]
@@ -208,9 +209,9 @@ fn sharing_is_restored_and_shared_pages_are_copied_on_write() {
         step(&mut cache, first, 40, 1);
         let second = cache.fork(first).expect("settled");
         let mut read = PagedKvCache::from_bytes(&to_bytes(&cache)).expect("what was written");
-        assert_eq!((read.stats().blocks_in_use, read.block_table(first)), (3, read.block_table(second)));
+        assert_eq!((read.stats().unwrap().blocks_in_use, read.block_table(first)), (3, read.block_table(second)));
         step(&mut read, first, 1, 2);
-        assert_eq!((read.stats().cow_copies, read.stats().blocks_in_use), (1, 4));
+        assert_eq!((read.stats().unwrap().cow_copies, read.stats().unwrap().blocks_in_use), (1, 4));
         step(&mut cache, first, 1, 2);
         assert!(contents(&read, second) == contents(&cache, second));
     }
@@ -284,7 +285,7 @@ fn an_empty_cache_is_restored() {
         let (gone, kept) = (cache.new_sequence(), cache.new_sequence());
         cache.free(gone).expect("settled");
         let mut read = PagedKvCache::from_bytes(&to_bytes(&cache)).expect("what was written");
-        assert_eq!((read.sequences(), read.stats().blocks_in_use), (vec![kept], 0));
+        assert_eq!((read.sequences(), read.stats().unwrap().blocks_in_use), (vec![kept], 0));
         assert_eq!(read.new_sequence(), SequenceId(2));
         step(&mut read, kept, 17, 1);
     }
@@ -342,7 +343,7 @@ fn inspect_summarizes_a_file_without_allocating_blocks() {
     assert_eq!((note.as_str(), &summary.config), ("a note", cache.config()));
     let lengths: Vec<usize> = summary.sequences.iter().map(|table| table.len).collect();
     assert_eq!(lengths, [50, 51, 3]);
-    let stats = cache.stats();
+    let stats = cache.stats().unwrap();
     assert_eq!(
         (summary.open_blocks, summary.sealed_blocks + summary.open_blocks),
         (stats.open_pages, stats.blocks_in_use)

@@ -4,7 +4,8 @@ mod common;
 
 use common::Random;
 use kvarn::Error;
-use kvarn::calibration::{Calibration, FIRST_TOKENS, HeadShape, LayerCalibration, QUERY_TOKENS, State};
+use kvarn::calibration::{Calibration, FIRST_TOKENS, HeadShape, QUERY_TOKENS, State};
+use kvarn::quant::LayerCalibration;
 use kvarn::quant::{Feedback, HeadFeedback, rotate};
 use std::sync::Arc;
 
@@ -128,7 +129,7 @@ fn the_feedback_is_that_of_the_mean_product_of_a_head_s_own_group_of_queries() {
     let calibration = Calibration::new();
     tokens.show(&calibration, 0, 0, 300);
     let found = calibration.for_seal(0).expect("factors").expect("300 tokens");
-    for (head, found) in found.heads.iter().enumerate() {
+    for (head, found) in found.heads().iter().enumerate() {
         let expected = tokens.expected(head, 300, |q_head, kv_head| q_head / 3 == kv_head);
         assert!(difference(&found.feedback.plain, &expected.plain) < SAME_FACTORS);
         assert!(difference(&found.feedback.rotated, &expected.rotated) < SAME_FACTORS);
@@ -230,7 +231,7 @@ fn a_large_mean_does_not_cancel_the_deviation() {
     let calibration = Calibration::new();
     tokens.show(&calibration, 0, 0, 1000);
     let found = calibration.for_seal(0).expect("factors").expect("1000 tokens");
-    for (head, found) in found.heads.iter().enumerate() {
+    for (head, found) in found.heads().iter().enumerate() {
         let expected = tokens.expected(head, 1000, |q_head, kv_head| q_head / 3 == kv_head);
         assert!(difference(&found.feedback.plain, &expected.plain) < SAME_FACTORS);
     }
@@ -244,7 +245,7 @@ fn heads_that_cannot_be_factored_have_no_feedback() {
         let calibration = Calibration::new();
         tokens.show(&calibration, 0, 0, 200);
         let found = calibration.for_seal(0).expect("no error").expect("200 tokens");
-        assert!(found.heads.iter().all(|head| head.feedback == HeadFeedback::none(16)), "of size {size}");
+        assert!(found.heads().iter().all(|head| head.feedback == HeadFeedback::none(16)), "of size {size}");
     }
 }
 

@@ -39,7 +39,7 @@ fn channels_are_the_mean_and_deviation_of_k_and_the_damped_rms_of_the_queries() 
     let calibration = Calibration::new();
     calibration.observe(0, SHAPE, &q, &k).expect("rows of the shape");
     let found = calibration.for_seal(0).expect("factors").expect("400 tokens");
-    for (head, found) in found.heads.iter().enumerate() {
+    for (head, found) in found.heads().iter().enumerate() {
         let square = |d: usize| mean(channel(&q, SHAPE.num_q_heads, head, d).iter().map(|x| x * x));
         let damping = 0.05 * mean((0..SHAPE.head_dim).map(square));
         for d in 0..SHAPE.head_dim {

@@ -114,7 +114,7 @@ fn other_programs_read_it_as_safetensors() {
     let feedback = tensors.tensor("layers.7.feedback").expect("a tensor");
     assert_eq!(feedback.shape(), [HEADS, 2, CHANNELS, CHANNELS]);
     let calibration = frozen().layer(7).expect("a layer");
-    let rotated = &calibration.heads[1].feedback.rotated;
+    let rotated = &calibration.heads()[1].feedback.rotated;
     let last: Vec<u8> = rotated.matrix.iter().flat_map(|x| x.to_le_bytes()).collect();
     assert!(feedback.data().ends_with(&last));
     let Parts { header, data } = Parts::new();

@@ -4,11 +4,12 @@
 mod common;
 
 use common::Random;
-use kvarn::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
-use kvarn::calibration::{Calibration, LayerCalibration};
+use kvarn::backend::{AttendOptions, Device, Fresh, TensorView, TensorViewMut};
+use kvarn::calibration::Calibration;
 use kvarn::format::{Dtype, Format};
 use kvarn::paging::SequenceId;
 use kvarn::plan::{DECODE_TOKENS, Rows};
+use kvarn::quant::LayerCalibration;
 use kvarn::quant::{Codec, HeadFeedback, Tile, decode_tile_k, decode_tile_v, encode_tile, rotate};
 use kvarn::{CacheConfig, Error, PagedKvCache};
 use std::sync::Arc;
@@ -110,7 +111,7 @@ fn calibrated(head_dim: usize) -> Arc<Calibration> {
 }
 
 fn feedback(of: Option<&LayerCalibration>, head: usize, head_dim: usize) -> HeadFeedback {
-    of.map_or_else(|| HeadFeedback::none(head_dim), |layer| layer.heads[head].feedback.clone())
+    of.map_or_else(|| HeadFeedback::none(head_dim), |layer| layer.heads()[head].feedback.clone())
 }
 
 /// What a tile decodes to, V turned back.
@@ -142,7 +143,7 @@ fn a_block_that_a_prefill_writes_whole_is_the_tile_of_its_rows() {
                 let mut cache = cache(format, head_dim, block_size, calibration.as_ref());
                 let sequence = cache.new_sequence();
                 extend(&mut cache, sequence, &tokens);
-                assert_eq!(cache.stats().sealed, 2, "the last full block stays a page");
+                assert_eq!(cache.stats().unwrap().sealed, 2, "the last full block stays a page");
                 for block in 0..2 {
                     let (from, to) = (block * block_size, (block + 1) * block_size);
                     let (k, v) = stored(&cache, sequence, from, to);
@@ -181,10 +182,10 @@ fn a_block_that_decode_fills_is_the_tile_of_its_page() {
                         extend(&mut cache, sequence, &tokens.part(at, at + DECODE_TOKENS));
                     }
                     let (page_k, page_v) = stored(&cache, sequence, from, to);
-                    assert_eq!(cache.stats().sealed, block, "not before the next step");
+                    assert_eq!(cache.stats().unwrap().sealed, block, "not before the next step");
                     // Writes no token, and is the next step all the same.
                     extend(&mut cache, sequence, &tokens.part(to, to));
-                    assert_eq!(cache.stats().sealed, block + 1);
+                    assert_eq!(cache.stats().unwrap().sealed, block + 1);
                     let (k, v) = stored(&cache, sequence, from, to);
                     for head in 0..KV_HEADS {
                         let own = head * block_size * head_dim..(head + 1) * block_size * head_dim;
@@ -295,15 +296,17 @@ fn a_block_that_a_codec_has_sealed_opens_again_in_the_dtype_of_its_pages() {
         let bytes: Vec<u8> = (0..KV_HEADS * 60 * 16 * dtype.bytes()).map(|i| (i % 60) as u8).collect();
         let strides = [0, 60 * 16, 16, 1];
         // SAFETY: `bytes` holds the rows in the dtype, and outlives the view; any bits below are finite numbers.
-        let k = unsafe { TensorView::from_raw("k", bytes.as_ptr(), dtype, [1, KV_HEADS, 60, 16], strides) }.unwrap();
+        let k =
+            unsafe { TensorView::from_raw("k", Device::Cpu, bytes.as_ptr(), dtype, [1, KV_HEADS, 60, 16], strides) }
+                .unwrap();
         for layer in 0..2 {
             cache.append(&step, layer, Fresh { k, v: k }, None).unwrap();
         }
         cache.commit(&step).unwrap();
         let before = stored(&cache, sequence, 16, 25);
-        assert_eq!(cache.stats().sealed, 2);
+        assert_eq!(cache.stats().unwrap().sealed, 2);
         cache.truncate_unsealing(sequence, 25).unwrap();
-        assert_eq!((cache.stats().unsealed, cache.sequence(sequence).unwrap().len()), (1, 25));
+        assert_eq!((cache.stats().unwrap().unsealed, cache.sequence(sequence).unwrap().len()), (1, 25));
         assert!(stored(&cache, sequence, 16, 25) == before, "{dtype:?} pages keep what they are given");
     }
 }

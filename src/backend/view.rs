@@ -1,5 +1,7 @@
-//! Borrowed host tensors of any outer strides: what the caller's memory looks like, checked once.
+//! Borrowed tensors of any outer strides: what the caller's memory looks like, checked once. A view says which device its
+//! memory belongs to; only that device's backend reads it.
 
+use super::Device;
 use crate::error::{Error, Result};
 use crate::format::Dtype;
 use half::{bf16, f16};
@@ -21,6 +23,7 @@ pub struct TensorViewMut<'a> {
 
 #[derive(Debug, Clone, Copy)]
 struct RawView {
+    device: Device,
     base: *mut u8,
     dtype: Dtype,
     shape: [usize; 4],
@@ -38,7 +41,14 @@ unsafe impl Send for TensorViewMut<'_> {}
 unsafe impl Sync for TensorViewMut<'_> {}
 
 impl RawView {
-    fn new(name: &'static str, base: *mut u8, dtype: Dtype, shape: [usize; 4], strides: [isize; 4]) -> Result<Self> {
+    fn new(
+        name: &'static str,
+        device: Device,
+        base: *mut u8,
+        dtype: Dtype,
+        shape: [usize; 4],
+        strides: [isize; 4],
+    ) -> Result<Self> {
         if strides[3] != 1 && shape[3] > 1 {
             return Err(Error::Stride { name, strides: strides.to_vec() });
         }
@@ -49,7 +59,7 @@ impl RawView {
                 "{name}: {dtype} elements at an address that is no multiple of {bytes}"
             )));
         }
-        Ok(Self { base, dtype, shape, strides: [strides[0], strides[1], strides[2]] })
+        Ok(Self { device, base, dtype, shape, strides: [strides[0], strides[1], strides[2]] })
     }
 
     fn from_slice(name: &'static str, len: usize, base: *mut u8, dtype: Dtype, shape: [usize; 4]) -> Result<Self> {
@@ -58,7 +68,14 @@ impl RawView {
             return Err(Error::Shape { name, expected: format!("{len} elements"), got: shape.to_vec() });
         }
         let [_, heads, rows, width] = shape.map(|n| n as isize);
-        Self::new(name, base, dtype, shape, [heads * rows * width, rows * width, width, 1])
+        Self::new(name, Device::Cpu, base, dtype, shape, [heads * rows * width, rows * width, width, 1])
+    }
+
+    fn check_device(&self, name: &'static str, device: Device) -> Result<()> {
+        if self.device == device {
+            return Ok(());
+        }
+        Err(Error::Device { name, expected: device.to_string(), got: self.device.to_string() })
     }
 
     fn check(&self, name: &'static str, heads: usize, num_rows: usize, head_dim: usize) -> Result<()> {
@@ -73,6 +90,13 @@ impl RawView {
         })
     }
 
+    fn check_dtype(&self, name: &'static str, dtype: Dtype) -> Result<()> {
+        if self.dtype == dtype {
+            return Ok(());
+        }
+        Err(Error::Dtype { name, expected: dtype.name().to_owned(), got: self.dtype.name().to_owned() })
+    }
+
     /// First element of (row, head).
     #[inline(always)]
     fn at(&self, row: usize, head: usize) -> *mut u8 {
@@ -84,21 +108,23 @@ impl RawView {
 }
 
 impl<'a> TensorView<'a> {
-    /// A view of foreign memory; strides in elements.
+    /// A view of a caller's memory; strides in elements.
     ///
     /// # Safety
-    /// Every element that `shape` and `strides` reach is initialized, aligned memory of `dtype`, not written during `'a`.
+    /// Every element that `shape` and `strides` reach is initialized, aligned memory of `device` and `dtype`, not written
+    /// during `'a`.
     ///
     /// # Errors
     /// [`Error::Stride`] when the last dimension is not contiguous, [`Error::Unsupported`] when elements are not aligned.
     pub unsafe fn from_raw(
         name: &'static str,
+        device: Device,
         base: *const u8,
         dtype: Dtype,
         shape: [usize; 4],
         strides: [isize; 4],
     ) -> Result<Self> {
-        Ok(Self { raw: RawView::new(name, base.cast_mut(), dtype, shape, strides)?, data: PhantomData })
+        Ok(Self { raw: RawView::new(name, device, base.cast_mut(), dtype, shape, strides)?, data: PhantomData })
     }
 
     /// A contiguous f32 tensor.
@@ -114,6 +140,14 @@ impl<'a> TensorView<'a> {
     #[must_use]
     pub fn shape(&self) -> [usize; 4] {
         self.raw.shape
+    }
+
+    /// Checks the device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] naming both.
+    pub fn check_device(&self, name: &'static str, device: Device) -> Result<()> {
+        self.raw.check_device(name, device)
     }
 
     /// Checks heads, rows and channels.
@@ -143,13 +177,11 @@ impl<'a> TensorView<'a> {
     /// # Errors
     /// [`Error::Dtype`] naming both.
     pub fn check_dtype(&self, name: &'static str, dtype: Dtype) -> Result<()> {
-        if self.raw.dtype == dtype {
-            return Ok(());
-        }
-        Err(Error::Dtype { name, expected: dtype.name().to_owned(), got: self.raw.dtype.name().to_owned() })
+        self.raw.check_dtype(name, dtype)
     }
 
-    /// Copies one token row of one head into `out` (`head_dim` values), widened to f32.
+    /// Copies one token row of one head into `out` (`head_dim` values), widened to f32. The view is of host memory:
+    /// [`check_device`](Self::check_device) has been called.
     #[inline(always)]
     pub(crate) fn read_row(&self, row: usize, head: usize, out: &mut [f32]) {
         let at = self.raw.at(row, head);
@@ -172,22 +204,23 @@ impl<'a> TensorView<'a> {
 }
 
 impl<'a> TensorViewMut<'a> {
-    /// A view of foreign memory; strides in elements.
+    /// A view of a caller's memory; strides in elements.
     ///
     /// # Safety
-    /// Every element that `shape` and `strides` reach is memory of `dtype`, aligned, reached once, and neither read nor
-    /// written by anyone else during `'a`.
+    /// Every element that `shape` and `strides` reach is memory of `device` and `dtype`, aligned, reached once, and neither
+    /// read nor written by anyone else during `'a`.
     ///
     /// # Errors
     /// [`Error::Stride`] when the last dimension is not contiguous, [`Error::Unsupported`] when elements are not aligned.
     pub unsafe fn from_raw(
         name: &'static str,
+        device: Device,
         base: *mut u8,
         dtype: Dtype,
         shape: [usize; 4],
         strides: [isize; 4],
     ) -> Result<Self> {
-        Ok(Self { raw: RawView::new(name, base, dtype, shape, strides)?, data: PhantomData })
+        Ok(Self { raw: RawView::new(name, device, base, dtype, shape, strides)?, data: PhantomData })
     }
 
     /// A contiguous f32 tensor.
@@ -205,12 +238,28 @@ impl<'a> TensorViewMut<'a> {
         self.raw.shape
     }
 
+    /// Checks the device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] naming both.
+    pub fn check_device(&self, name: &'static str, device: Device) -> Result<()> {
+        self.raw.check_device(name, device)
+    }
+
     /// Checks heads, rows and channels.
     ///
     /// # Errors
     /// [`Error::Shape`] naming both.
     pub fn check(&self, name: &'static str, heads: usize, num_rows: usize, head_dim: usize) -> Result<()> {
         self.raw.check(name, heads, num_rows, head_dim)
+    }
+
+    /// Checks the element type.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] naming both.
+    pub fn check_dtype(&self, name: &'static str, dtype: Dtype) -> Result<()> {
+        self.raw.check_dtype(name, dtype)
     }
 
     /// Writes one token row of one head from f32, rounding to the tensor's type.

@@ -1,9 +1,10 @@
 //! Making a cache, empty or out of another one.
 
 use super::PagedKvCache;
-use crate::backend::Backend;
-use crate::backend::cpu::{Cpu, CpuConfig, Level};
+use crate::backend::cpu::{Cpu, Level};
+use crate::backend::{Coded, Executor};
 use crate::config::{CacheConfig, env};
+use crate::engine::Layers;
 use crate::error::{Error, Result};
 use crate::format::FORMAT_VERSION;
 use crate::paging::Paging;
@@ -38,7 +39,7 @@ impl PagedKvCache {
     fn build(config: CacheConfig, level: Level, codec: Option<Codec>) -> Result<Self> {
         let mut cache = Self::without_memory(config, level, codec)?;
         let room = cache.paging.room(&[])?;
-        cache.backend.grow(room.num_blocks(), room.num_pages())?;
+        cache.layers.executor.grow(room.num_blocks(), room.num_pages())?;
         Ok(cache)
     }
 
@@ -47,18 +48,21 @@ impl PagedKvCache {
         config.validate()?;
         let level = Level::parse(level.name())?;
         let (block_size, num_blocks, salt) = (config.block_size, config.num_blocks, fingerprint(&config, codec));
-        let seals = config.format.tile_bits().is_some() || codec.is_some_and(|codec| !codec.is_per_token());
-        let paging = if seals {
+        let executor = match codec {
+            Some(codec) => Executor::new(Coded::new(config.shape(), level, codec)?),
+            None => Executor::new(Cpu::new(config.shape(), level)?),
+        };
+        let paging = if executor.backend().seals() {
             Paging::sealing(block_size, num_blocks, config.num_open_pages, &salt)?
         } else {
             Paging::new(block_size, num_blocks, &salt)?
         };
         Ok(Self {
             paging,
-            backend: new_backend(&config, level, codec)?,
+            layers: Layers::new(executor),
+            codec,
             steps: HashMap::new(),
             next_step: 0,
-            calibration: None,
             sealed: 0,
             unsealed: 0,
             first_page_tokens: None,
@@ -77,10 +81,14 @@ impl PagedKvCache {
         Ok(Self {
             config: self.config.clone(),
             paging: self.paging.clone(),
-            backend: self.backend.try_clone()?,
+            layers: Layers {
+                executor: self.layers.executor.try_clone()?,
+                calibration: self.layers.calibration.clone(),
+                stream: self.layers.stream,
+            },
+            codec: self.codec,
             steps: HashMap::new(),
             next_step: self.next_step,
-            calibration: self.calibration.clone(),
             sealed: self.sealed,
             unsealed: self.unsealed,
             first_page_tokens: self.first_page_tokens,
@@ -91,11 +99,6 @@ impl PagedKvCache {
 /// The machine's fastest, unless `KVARN_SIMD` names another.
 pub(super) fn own_level() -> Result<Level> {
     env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))
-}
-
-fn new_backend(config: &CacheConfig, level: Level, codec: Option<Codec>) -> Result<Cpu> {
-    let &CacheConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, .. } = config;
-    Cpu::new(CpuConfig { format, dtype, num_layers, num_kv_heads, head_dim, block_size, codec }, level)
 }
 
 /// What two caches must have in common for their blocks to mean the same: seeds the prefix index.

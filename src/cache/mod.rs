@@ -3,8 +3,8 @@
 //! A *step* takes some sequences forward by some tokens, through every layer:
 //!
 //! ```text
-//! begin_step   blocks are found (all or none), copies made, the plan made
-//!   append     for each layer: keys and values into pages, full pages into tiles
+//! begin_step   blocks are found (all or none), copies made, the plan made, full pages sealed in every layer
+//!   append     for each layer: keys and values into pages, whole blocks into tiles
 //!   attend     for each layer, after its append: queries against pages and tiles
 //! commit       the tokens are the sequences' own, what was sealed is a tile, first pages of few tokens are refitted
 //!              or abort: nothing happened
@@ -15,25 +15,23 @@
 
 mod build;
 pub mod file;
-mod learn;
+mod read;
 mod rollback;
 mod stats;
-mod undo;
 
 pub use stats::{CacheStats, LayerStats};
 
-use crate::backend::cpu::Cpu;
-use crate::backend::{AttendOptions, Backend, Fresh, TensorView, TensorViewMut};
-use crate::calibration::State;
+use crate::backend::{AttendOptions, Device, Fresh, Output, Stream, TensorView};
+use crate::calibration::{Calibration, State};
 use crate::config::CacheConfig;
+use crate::engine::{Layers, ModelCalibration, Progress};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::paging::{BlockId, Paging, Sequence, SequenceId, StepRequest};
 use crate::plan::{Rows, StepPlan, bounds_of, num_rows};
-use learn::{ModelCalibration, heads};
+use crate::quant::Codec;
 use std::collections::HashMap;
 use std::sync::Arc;
-use undo::Before;
 
 /// A step in progress. It stays open until it is committed or aborted.
 #[derive(Debug, Clone)]
@@ -53,30 +51,27 @@ impl Step {
 /// The cache's side of a [`Step`].
 #[derive(Debug)]
 struct OpenStep {
-    plan: Arc<StepPlan>,
+    progress: Progress,
     sequences: Arc<[SequenceId]>,
-    /// Which layers have their keys and values.
-    appended: Vec<bool>,
-    /// What was appended over.
-    before: Vec<Before>,
 }
 
 impl OpenStep {
     /// Ids of steps are counted by each cache on its own; the plan says whose step it is.
     fn is_of(&self, step: &Step) -> bool {
-        Arc::ptr_eq(&self.plan, &step.plan)
+        Arc::ptr_eq(self.progress.plan(), &step.plan)
     }
 }
 
-/// The pages of a group of layers of one shape, on the CPU.
+/// The pages and tiles of a group of layers of one shape, on one device.
 #[derive(Debug)]
 pub struct PagedKvCache {
     config: CacheConfig,
     paging: Paging,
-    backend: Cpu,
+    layers: Layers,
+    /// What quantizes `raw` pages in place.
+    codec: Option<Codec>,
     steps: HashMap<u64, OpenStep>,
     next_step: u64,
-    calibration: Option<ModelCalibration>,
     sealed: usize,
     unsealed: usize,
     first_page_tokens: Option<usize>,
@@ -87,6 +82,26 @@ impl PagedKvCache {
     #[must_use]
     pub fn config(&self) -> &CacheConfig {
         &self.config
+    }
+
+    /// Where the records, and every tensor that is passed, are.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.layers.executor.backend().device()
+    }
+
+    /// Queues work on this stream from now on; see [`Stream`].
+    pub fn set_stream(&mut self, stream: Stream) {
+        self.layers.stream = stream;
+    }
+
+    /// Uses a model's calibration, and goes on with it until it is frozen; `layers[i]` is the model's number of layer `i`.
+    ///
+    /// # Errors
+    /// Those of [`ModelCalibration::new`].
+    pub fn set_calibration(&mut self, shared: Arc<Calibration>, layers: Vec<usize>) -> Result<()> {
+        self.layers.calibration = Some(ModelCalibration::new(&self.config.shape(), shared, layers)?);
+        Ok(())
     }
 
     /// A sequence without tokens.
@@ -147,11 +162,39 @@ impl PagedKvCache {
         let asked = StepPlan::requests(&self.paging, self.config.window, requests, retain)?;
         let plan = self.begin(&asked, requests)?;
         let sequences: Arc<[SequenceId]> = requests.iter().map(|request| request.0).collect();
+        let progress = match self.layers.begin(Arc::clone(&plan), self.paging.places()) {
+            Ok(progress) => progress,
+            Err(error) => {
+                self.paging.abort(&sequences)?;
+                return Err(error);
+            }
+        };
         let id = self.next_step;
         self.next_step += 1;
-        let appended = vec![false; self.config.num_layers];
-        self.steps.insert(id, OpenStep { plan: Arc::clone(&plan), sequences, appended, before: Vec::new() });
+        self.steps.insert(id, OpenStep { progress, sequences });
         Ok(Step { id, plan })
+    }
+
+    /// Appends a layer's keys and values and attends to what the layer then holds: [`Self::append`] with the queries, then
+    /// [`Self::attend`] with the keys and values.
+    ///
+    /// # Errors
+    /// Those of both; nothing is written then.
+    pub fn forward<'a>(
+        &mut self,
+        step: &Step,
+        layer: usize,
+        q: TensorView<'_>,
+        new: Fresh<'_>,
+        options: AttendOptions<'_>,
+        output: impl Into<Output<'a>>,
+    ) -> Result<()> {
+        let output = output.into();
+        self.layers.check_layer(layer)?;
+        let (progress, places) = (&self.open_step(step)?.progress, self.paging.places());
+        self.layers.check_attend(progress, places, layer, q, Some(new), options, &output)?;
+        self.append(step, layer, new, Some(q))?;
+        self.attend(step, layer, q, Some(new), options, output)
     }
 
     /// Writes a layer's keys and values of the step, and seals the blocks that are due. A layer may be written again: the
@@ -160,57 +203,33 @@ impl PagedKvCache {
     ///
     /// # Errors
     /// [`Error::StaleStep`], [`Error::Config`] for a layer that does not exist or a calibration of another shape,
-    /// [`Error::Dtype`] for `raw` pages of another dtype, [`Error::Shape`] for other queries, and what
-    /// [`Backend::append`] refuses.
-    pub fn append(&mut self, step: &Step, layer: usize, fresh: Fresh<'_>, q: Option<TensorView<'_>>) -> Result<()> {
-        self.check_layer(layer)?;
-        let appended = self.open_step(step)?.appended[layer];
-        if self.config.format == Format::Raw {
-            fresh.k.check_dtype("k", self.config.dtype)?;
-            fresh.v.check_dtype("v", self.config.dtype)?;
-        }
-        if let Some(q) = q {
-            let rows = self.wanted_rows(&step.plan, layer, q)?;
-            if !appended && !rows.is_empty() {
-                // What is refused teaches nothing.
-                self.backend.check_append(layer, step.plan.over(self.paging.places()), fresh)?;
-                self.observe(&rows, layer, fresh.k, q)?;
-            }
-        }
-        let calibrated = self.calibrated_for(&step.plan, layer)?;
-        let before = if appended {
-            self.undo_append(step, layer, fresh)?;
-            Vec::new()
-        } else {
-            self.pages_opened_again(&step.plan, layer)
-        };
-        let view = step.plan.over(self.paging.places());
-        self.backend.append(layer, view, fresh, heads(calibrated.as_deref()))?;
-        let open = self.steps.get_mut(&step.id).ok_or_else(stale)?;
-        open.before.extend(before);
-        open.appended[layer] = true;
-        Ok(())
+    /// [`Error::Dtype`] for `raw` pages of another dtype, and what [`Layers::append`] refuses.
+    pub fn append(&mut self, step: &Step, layer: usize, new: Fresh<'_>, q: Option<TensorView<'_>>) -> Result<()> {
+        self.layers.check_layer(layer)?;
+        self.layers.executor.check_dtype(new)?;
+        self.open_step(step)?;
+        let Self { layers, steps, paging, .. } = self;
+        let open = steps.get_mut(&step.id).ok_or_else(stale)?;
+        layers.append(&mut open.progress, paging.places(), layer, new, q)
     }
 
-    /// Attends in a layer whose keys and values the step has appended; see [`Backend::attend`]. The window is the
-    /// smaller of the cache's and the options'.
+    /// Attends in a layer whose keys and values the step has appended; see [`Layers::attend`]. The window is the smaller
+    /// of the cache's and the options'. Of `output`, a tensor or an [`Output`], every row is written.
     ///
     /// # Errors
     /// [`Error::StaleStep`], [`Error::IncompleteStep`] before the layer's append, [`Error::Config`], [`Error::Shape`].
-    pub fn attend(
+    pub fn attend<'a>(
         &self,
         step: &Step,
         layer: usize,
         q: TensorView<'_>,
-        fresh: Option<Fresh<'_>>,
+        new: Option<Fresh<'_>>,
         options: AttendOptions<'_>,
-        out: TensorViewMut<'_>,
+        output: impl Into<Output<'a>>,
     ) -> Result<()> {
-        self.check_layer(layer)?;
-        if !self.open_step(step)?.appended[layer] {
-            return Err(Error::IncompleteStep { missing: vec![layer] });
-        }
-        self.backend.attend(layer, step.plan.over(self.paging.places()), q, fresh, options, out)
+        self.layers.check_layer(layer)?;
+        let (progress, places) = (&self.open_step(step)?.progress, self.paging.places());
+        self.layers.attend(progress, places, layer, q, new, options, &output.into())
     }
 
     /// Makes the step's tokens the sequences' own.
@@ -218,26 +237,16 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::StaleStep`]; [`Error::IncompleteStep`] when a layer has not been appended, and the step stays open.
     pub fn commit(&mut self, step: &Step) -> Result<()> {
-        let open = self.open_step(step)?;
-        let missing: Vec<usize> = (0..open.appended.len()).filter(|&layer| !open.appended[layer]).collect();
-        if !missing.is_empty() {
-            return Err(Error::IncompleteStep { missing });
-        }
-        let sequences = Arc::clone(&open.sequences);
-        let num_sealed = self.paging.commit(&sequences)?;
+        self.open_step(step)?.progress.check_whole()?;
+        let Self { layers, steps, paging, .. } = self;
+        layers.refit(&steps.get(&step.id).ok_or_else(stale)?.progress, paging.places(), &|_| true)?;
+        let Some(open) = self.close(step) else { return Err(stale()) };
+        let num_sealed = self.paging.commit(&open.sequences)?;
         let at_once = step.plan.seals().filter(|seal| seal.page.is_none()).count();
         self.sealed += num_sealed + at_once;
         if self.config.format != Format::Raw {
             self.first_page_tokens = step.plan.first_page_tokens().or(self.first_page_tokens);
         }
-        if step.plan.refits().len() > 0 {
-            for layer in 0..self.config.num_layers {
-                let calibrated = self.calibrated(layer);
-                let view = step.plan.over(self.paging.places());
-                self.backend.refit(layer, view, heads(calibrated.as_deref()));
-            }
-        }
-        self.steps.remove(&step.id);
         Ok(())
     }
 
@@ -248,8 +257,9 @@ impl PagedKvCache {
     /// [`Error::StaleStep`].
     pub fn abort(&mut self, step: &Step) -> Result<()> {
         self.open_step(step)?;
-        let Some(open) = self.steps.remove(&step.id) else { return Err(stale()) };
-        self.put_back(&open.before);
+        let Self { layers, steps, .. } = self;
+        layers.undo(&steps.get(&step.id).ok_or_else(stale)?.progress)?;
+        let Some(open) = self.close(step) else { return Err(stale()) };
         self.paging.abort(&open.sequences)
     }
 
@@ -259,44 +269,15 @@ impl PagedKvCache {
         self.open_step(step).is_ok()
     }
 
-    /// Decodes tokens `start..` of a sequence into `k` and `v`, `[B, num_kv_heads, T, head_dim]` each, `B * T` tokens.
-    /// Tokens of an open step count once its `layer` has been appended.
+    /// What it holds.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::Shape`] for tokens that the sequence does not hold, or tensors that differ.
-    pub fn dequantize(
-        &self,
-        layer: usize,
-        sequence: SequenceId,
-        start: usize,
-        k: TensorViewMut<'_>,
-        v: TensorViewMut<'_>,
-    ) -> Result<()> {
-        self.check_layer(layer)?;
-        let held = self.paging.sequence(sequence)?;
-        let [batch, _, count, _] = k.shape();
-        let of_sequence = |open: &&OpenStep| open.appended[layer] && open.sequences.contains(&sequence);
-        let open = self.steps.values().find(of_sequence);
-        let end = held.len() + held.pending().filter(|_| open.is_some()).unwrap_or(0);
-        if start < held.first_held() || start.saturating_add(batch.saturating_mul(count)) > end {
-            let expected = format!("tokens within {}..{end}, from {start} on", held.first_held());
-            return Err(Error::Shape { name: "k", expected, got: k.shape().to_vec() });
-        }
-        // What attention of the step reads: blocks that it has sealed are tiles already.
-        if open.is_some() {
-            let places = &self.paging.places().row(self.paging.row(sequence)?)[..held.blocks().len()];
-            return self.backend.dequantize(layer, places, start, k, v);
-        }
-        self.backend.dequantize(layer, &self.paging.committed_places(sequence)?, start, k, v)
-    }
-
-    /// What it holds.
-    #[must_use]
-    pub fn stats(&self) -> CacheStats {
+    /// Those of [`crate::backend::Executor::health`].
+    pub fn stats(&self) -> Result<CacheStats> {
         let (block_bytes, page_bytes) = (self.config.block_bytes(), self.config.open_page_bytes());
         let (open_pages, peak_open_pages) = self.paging.open_pages().unwrap_or_default();
         let bytes_per_open_page = if self.paging.seals() { page_bytes } else { 0 };
-        CacheStats {
+        Ok(CacheStats {
             blocks_in_use: self.paging.blocks_in_use(),
             peak_blocks: self.paging.peak_blocks(),
             free_blocks: self.paging.num_free(),
@@ -305,7 +286,7 @@ impl PagedKvCache {
             peak_open_pages,
             bytes_in_use: self.paging.blocks_in_use() * block_bytes + open_pages * bytes_per_open_page,
             peak_bytes: self.paging.peak_blocks() * block_bytes + peak_open_pages * bytes_per_open_page,
-            allocated_bytes: self.backend.allocated_bytes(),
+            allocated_bytes: self.layers.executor.backend().allocated_bytes(),
             bytes_per_block: block_bytes,
             bytes_per_open_page,
             bytes_per_token: block_bytes as f64 / self.config.block_size as f64,
@@ -314,17 +295,23 @@ impl PagedKvCache {
             sealed: self.sealed,
             unsealed: self.unsealed,
             first_page_tokens: self.first_page_tokens,
-            calibrated: self.calibration.as_ref().map_or(State::No, ModelCalibration::state),
-            layers: (0..self.config.num_layers).map(|layer| self.backend.health(layer).into()).collect(),
-        }
+            calibrated: self.layers.calibration.as_ref().map_or(State::No, ModelCalibration::state),
+            layers: (0..self.config.num_layers)
+                .map(|layer| self.layers.executor.health(layer).map(LayerStats::from))
+                .collect::<Result<_>>()?,
+        })
     }
 
     /// Forgets every sequence, step and prefix, and what was counted; keeps the memory and the calibration.
-    pub fn reset(&mut self) {
-        self.steps.clear();
+    ///
+    /// # Errors
+    /// Those of [`crate::backend::Executor::forget_health`].
+    pub fn reset(&mut self) -> Result<()> {
+        self.layers.executor.forget_health()?;
+        self.steps.drain().for_each(|(_, open)| self.layers.end(&open.progress));
         self.paging.clear();
-        self.backend.forget_health();
         (self.sealed, self.unsealed, self.first_page_tokens) = (0, 0, None);
+        Ok(())
     }
 
     /// The blocks of a sequence; entries before the first token held are [`BlockId::RELEASED`].
@@ -340,21 +327,25 @@ impl PagedKvCache {
         let room = self.paging.room(asked)?;
         num_rows(rows.iter().map(|request| request.1))?;
         let bounds = bounds_of(&room);
-        self.backend.grow(room.num_blocks(), room.num_pages())?;
+        self.layers.executor.grow(room.num_blocks(), room.num_pages())?;
         let copies = room.begin();
-        self.backend.copy_pages(&copies);
+        if let Err(error) = self.layers.executor.copy_pages(&copies, self.layers.stream) {
+            let sequences: Vec<SequenceId> = rows.iter().map(|request| request.0).collect();
+            self.paging.abort(&sequences)?;
+            return Err(error);
+        }
         Ok(Arc::new(StepPlan::begin(&mut self.paging, self.config.window, rows, bounds)))
+    }
+
+    /// Takes the step out of the open ones.
+    fn close(&mut self, step: &Step) -> Option<OpenStep> {
+        let open = self.steps.remove(&step.id)?;
+        self.layers.end(&open.progress);
+        Some(open)
     }
 
     fn open_step(&self, step: &Step) -> Result<&OpenStep> {
         self.steps.get(&step.id).filter(|open| open.is_of(step)).ok_or_else(stale)
-    }
-
-    fn check_layer(&self, layer: usize) -> Result<()> {
-        if layer < self.config.num_layers {
-            return Ok(());
-        }
-        Err(Error::Config(format!("layer {layer}: the cache has {} layers", self.config.num_layers)))
     }
 }
 

@@ -1,12 +1,12 @@
 //! Going back: to a length, also into a sealed block.
 
 use super::PagedKvCache;
-use super::learn::heads;
-use crate::backend::{Backend, Fresh, TensorView, TensorViewMut};
+use crate::backend::{Fresh, TensorView, TensorViewMut};
 use crate::config::CacheConfig;
 use crate::error::Result;
 use crate::paging::{BlockId, Place, Rollback, SequenceId, StepRequest};
 use crate::plan::{StepPlan, bounds_of, first_seen};
+use std::sync::Arc;
 
 impl PagedKvCache {
     /// Keeps the first `len` tokens.
@@ -52,24 +52,25 @@ impl PagedKvCache {
         let rollback = self.to(sequence, len);
         // From here on nothing can fail: what is written was decoded, and the layers' heads have sealed it.
         let (num_blocks, num_pages) = self.paging.check_rollbacks(&[rollback])?;
-        self.backend.grow(num_blocks, num_pages)?;
+        self.layers.executor.grow(num_blocks, num_pages)?;
         self.paging.reopen(rollback)?;
         let request = StepRequest { sequence, num_new: count, keep_from: 0, sealed_to: 0 };
         let room = self.paging.room(&[request])?;
         let bounds = bounds_of(&room);
         let copies = room.begin();
         debug_assert!(copies.is_empty(), "a block that begins is nobody else's");
-        let plan = StepPlan::begin_rewriting(&mut self.paging, sequence, count, bounds);
+        let plan = Arc::new(StepPlan::begin_rewriting(&mut self.paging, sequence, count, bounds));
+        let mut progress = self.layers.begin(plan, self.paging.places())?;
         for layer in 0..num_layers {
             let (mut k, mut v) = (zeros(), zeros());
             let (k_out, v_out) =
                 (TensorViewMut::from_slice("k", &mut k, shape)?, TensorViewMut::from_slice("v", &mut v, shape)?);
-            self.backend.dequantize(layer, &[Place::tile(tile)], 0, k_out, v_out)?;
-            let fresh =
-                Fresh { k: TensorView::from_slice("k", &k, shape)?, v: TensorView::from_slice("v", &v, shape)? };
-            let calibrated = self.calibrated(layer);
-            self.backend.append(layer, plan.over(self.paging.places()), fresh, heads(calibrated.as_deref()))?;
+            let stream = self.layers.stream;
+            self.layers.executor.dequantize(layer, &[Place::tile(tile)], 0, &k_out, &v_out, stream)?;
+            let new = Fresh { k: TensorView::from_slice("k", &k, shape)?, v: TensorView::from_slice("v", &v, shape)? };
+            self.layers.append(&mut progress, self.paging.places(), layer, new, None)?;
         }
+        self.layers.end(&progress);
         self.paging.commit(&[sequence])?;
         self.unsealed += 1;
         Ok(())

@@ -1,6 +1,6 @@
 //! What a cache holds, and how well it fits.
 
-use crate::backend::cpu::LayerHealth;
+use crate::backend::LayerHealth;
 use crate::calibration::State;
 
 /// What a cache holds; bytes are those of whole blocks, every layer together.

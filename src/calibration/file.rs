@@ -5,11 +5,11 @@
 //! rotated. Values are checked beyond the checksum: the reader returns only what [`super::Calibration`] could have written.
 
 use super::layer::Layer;
-use super::{FIRST_TOKENS, LayerCalibration, Origin, QUERY_TOKENS};
+use super::{FIRST_TOKENS, Origin, QUERY_TOKENS};
 use crate::archive::{Archive, Element, Kind, Source, Tensor};
 use crate::error::{Error, Result};
 use crate::format::supports_head_dim;
-use crate::quant::{Feedback, HeadCalibration, HeadFeedback, ModelChannels};
+use crate::quant::{Feedback, HeadCalibration, HeadFeedback, LayerCalibration, ModelChannels};
 use std::collections::BTreeSet;
 
 /// The archive kind of calibration files.
@@ -206,7 +206,7 @@ impl File<'_> {
             },
         };
         let heads = (0..shape[0]).map(head).collect();
-        Ok((layer, Layer::loaded(LayerCalibration { heads }, head_dim, query_tokens)))
+        Ok((layer, Layer::loaded(LayerCalibration::new(heads), head_dim, query_tokens)))
     }
 }
 

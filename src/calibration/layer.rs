@@ -7,9 +7,10 @@
 //! ```
 
 use super::moments::Moments;
-use super::{FIRST_TOKENS, HeadShape, LayerCalibration, QUERY_TOKENS, State};
+use super::{FIRST_TOKENS, HeadShape, QUERY_TOKENS, State};
 use crate::error::{Error, Result};
 use crate::format;
+use crate::quant::LayerCalibration;
 use std::sync::Arc;
 
 #[derive(Debug)]
@@ -37,7 +38,7 @@ impl Layer {
 
     /// A layer loaded from a file.
     pub(super) fn loaded(ready: LayerCalibration, head_dim: usize, query_tokens: usize) -> Self {
-        let num_kv_heads = ready.heads.len();
+        let num_kv_heads = ready.heads().len();
         Self { num_kv_heads, head_dim, phase: Phase::Done { ready: Arc::new(ready), query_tokens, state: State::File } }
     }
 
@@ -105,7 +106,7 @@ impl Layer {
         if let Phase::Observing { moments, factored } = &mut self.phase {
             let due = factored.as_ref().map_or(FIRST_TOKENS, |(_, num_tokens)| 2 * num_tokens);
             if moments.num_tokens() >= due {
-                *factored = Some((Arc::new(LayerCalibration { heads: moments.factor() }), moments.num_tokens()));
+                *factored = Some((Arc::new(LayerCalibration::new(moments.factor())), moments.num_tokens()));
             }
         }
         self.ready()
@@ -114,7 +115,7 @@ impl Layer {
     /// Factors the tokens observed so far, and observes no more.
     pub(super) fn freeze(&mut self) {
         if let Phase::Observing { moments, .. } = &self.phase {
-            let ready = Arc::new(LayerCalibration { heads: moments.factor() });
+            let ready = Arc::new(LayerCalibration::new(moments.factor()));
             self.phase = Phase::Done { ready, query_tokens: moments.num_tokens(), state: State::Frozen };
         }
     }

@@ -22,7 +22,7 @@ mod write;
 
 use crate::archive::{self, Source};
 use crate::error::{Error, Result};
-use crate::quant::HeadCalibration;
+use crate::quant::LayerCalibration;
 use layer::Layer;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -71,13 +71,6 @@ pub struct HeadShape {
     pub num_kv_heads: usize,
     /// Channels of a head.
     pub head_dim: usize,
-}
-
-/// The calibration of one layer, as sealing uses it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LayerCalibration {
-    /// One entry for each key/value head, in order.
-    pub heads: Vec<HeadCalibration>,
 }
 
 /// A summary of one layer of a calibration.
@@ -298,11 +291,5 @@ impl Calibration {
         let (origin, layers) = file::read(source, fingerprint)?;
         let layers = layers.into_iter().map(|(layer, entry)| (layer, Arc::new(Mutex::new(entry)))).collect();
         Ok(Self { layers: RwLock::new(layers), origin: Some(origin) })
-    }
-}
-
-impl LayerCalibration {
-    fn rotated_heads(&self) -> usize {
-        self.heads.iter().filter(|head| head.feedback.rotated.loss_scale < head.feedback.plain.loss_scale).count()
     }
 }

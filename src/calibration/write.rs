@@ -1,10 +1,9 @@
 //! The contents of a calibration file.
 
-use super::LayerCalibration;
 use super::file::{Field, KIND};
 use crate::archive::Contents;
 use crate::format::FORMAT_VERSION;
-use crate::quant::{Feedback, ModelChannels};
+use crate::quant::{Feedback, LayerCalibration, ModelChannels};
 use std::io::Write;
 use std::sync::Arc;
 
@@ -19,7 +18,7 @@ pub(super) fn contents<'a>(layers: &'a Layers, query_tokens: usize, fingerprint:
     contents.entry("model", model);
     contents.entry("query_tokens", query_tokens);
     for (layer, calibration) in layers {
-        let shape = [calibration.heads.len(), calibration.heads.first().map_or(0, |head| head.channels.mean.len())];
+        let shape = [calibration.heads().len(), calibration.head_dim()];
         for field in Field::ALL {
             let write = move |out: &mut dyn Write| out.write_all(&field_bytes(calibration, field));
             contents.tensor(field.tensor_name(*layer), field.element(), &field.shape(shape), write);
@@ -29,8 +28,8 @@ pub(super) fn contents<'a>(layers: &'a Layers, query_tokens: usize, fingerprint:
 }
 
 fn field_bytes(calibration: &LayerCalibration, field: Field) -> Vec<u8> {
-    let frames = calibration.heads.iter().flat_map(|head| [&head.feedback.plain, &head.feedback.rotated]);
-    let channels = calibration.heads.iter().map(|head| &head.channels);
+    let frames = calibration.heads().iter().flat_map(|head| [&head.feedback.plain, &head.feedback.rotated]);
+    let channels = calibration.heads().iter().map(|head| &head.channels);
     match field {
         Field::Feedback => floats(frames.flat_map(|frame: &Feedback| &frame.matrix)),
         Field::Order => frames.flat_map(|frame| &frame.order).flat_map(|p| p.to_le_bytes()).collect(),

@@ -2,9 +2,12 @@
 
 pub mod capacity;
 pub mod env;
+mod shape;
 
 use crate::error::{Error, Result};
-use crate::format::{self, Dtype, Format};
+use crate::format::{Dtype, Format};
+
+pub use shape::Shape;
 
 /// The settings of one cache, which stores a group of layers of the same shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,36 +55,10 @@ impl CacheConfig {
     /// # Errors
     /// [`Error::Config`] or [`Error::Unsupported`], naming the setting and its valid values.
     pub fn validate(&self) -> Result<()> {
-        if self.num_layers == 0 || self.num_kv_heads == 0 {
-            return Err(Error::Config(format!(
-                "num_layers and num_kv_heads must be at least 1, got {} and {}",
-                self.num_layers, self.num_kv_heads
-            )));
-        }
-        if !format::supports_head_dim(self.head_dim) {
-            return Err(Error::Unsupported(format!(
-                "head_dim {}: pages hold multiples of {} up to {}",
-                self.head_dim,
-                format::HEAD_DIM_MULTIPLE,
-                format::MAX_HEAD_DIM
-            )));
-        }
-        if !format::supports_block_size(self.block_size) {
-            return Err(Error::Config(format!(
-                "block_size must be one of {:?}, got {}",
-                format::BLOCK_SIZES,
-                self.block_size
-            )));
-        }
+        self.shape().validate()?;
         if self.num_blocks == Some(0) || self.num_blocks.is_some_and(|n| n >= u32::MAX as usize) {
             let given = self.num_blocks.unwrap_or_default();
             return Err(Error::Config(format!("num_blocks must be in 1..{}, got {given}", u32::MAX)));
-        }
-        if self.checked_block_bytes().is_none_or(|bytes| bytes > isize::MAX as usize) {
-            return Err(Error::Config(format!(
-                "{} layers of {} heads: the bytes of a block are beyond what this machine can count",
-                self.num_layers, self.num_kv_heads
-            )));
         }
         if self.num_open_pages == Some(0) || self.num_open_pages.is_some_and(|n| n >= u32::MAX as usize) {
             let given = self.num_open_pages.unwrap_or_default();
@@ -93,29 +70,23 @@ impl CacheConfig {
         Ok(())
     }
 
-    const fn checked_block_bytes(&self) -> Option<usize> {
-        // A page is never smaller than the tile that it becomes.
-        let record = format::page_bytes(self.format, self.dtype, self.head_dim, self.block_size);
-        match self.num_layers.checked_mul(self.num_kv_heads) {
-            Some(records) => records.checked_mul(record),
-            None => None,
-        }
+    /// What the cache's records look like.
+    #[must_use]
+    pub const fn shape(&self) -> Shape {
+        let &Self { format, dtype, num_layers, num_kv_heads, head_dim, block_size, .. } = self;
+        Shape { format, dtype, num_layers, num_kv_heads, head_dim, block_size }
     }
 
     /// Bytes of one open page, over all layers and heads.
     #[must_use]
     pub const fn open_page_bytes(&self) -> usize {
-        self.num_layers
-            * self.num_kv_heads
-            * format::page_bytes(self.format, self.dtype, self.head_dim, self.block_size)
+        self.shape().num_records() * self.shape().page().bytes()
     }
 
     /// Bytes of one block at rest, over all layers and heads.
     #[must_use]
     pub const fn block_bytes(&self) -> usize {
-        self.num_layers
-            * self.num_kv_heads
-            * format::record_bytes(self.format, self.dtype, self.head_dim, self.block_size)
+        self.shape().num_records() * self.shape().at_rest().bytes()
     }
 }
 

@@ -167,6 +167,13 @@ impl StepPlan {
         self.records(PlanArray::Seals).map(Seal::from_words)
     }
 
+    /// Does the step seal pages of committed tokens, or open pages with statistics of such?
+    #[must_use]
+    pub fn has_stored_work(&self) -> bool {
+        self.seals().any(|seal| seal.page.is_some())
+            || self.opens().any(|open| open.is_of_stored(self.context_len(open.sequence)))
+    }
+
     /// The pieces that the history of each sequence that decodes is attended to in, by sequence and position.
     pub fn splits(&self) -> impl ExactSizeIterator<Item = Split> + '_ {
         self.records(PlanArray::Splits).map(Split::from_words)
@@ -187,6 +194,15 @@ impl StepPlan {
     #[must_use]
     pub fn is_whole_table(&self) -> bool {
         self.is_whole_table
+    }
+
+    /// The same plan with those of its refits that `keep` accepts.
+    #[must_use]
+    pub fn with_refits(&self, keep: &dyn Fn(&PageRefit) -> bool) -> Self {
+        let mut arrays = PlanArray::ALL.map(|array| self.array(array).to_vec());
+        arrays[PlanArray::Refits as usize] = self.refits().filter(keep).flat_map(PageRefit::words).collect();
+        let layout = PlanLayout::of_words(arrays.each_ref().map(Vec::len));
+        Self { layout, words: arrays.concat(), ..self.clone() }
     }
 
     /// The plan beside the table that it was made over.

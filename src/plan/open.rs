@@ -26,6 +26,12 @@ pub struct PageOpen {
 }
 
 impl PageOpen {
+    /// Are the statistics taken over tokens from before the step alone?
+    #[must_use]
+    pub const fn is_of_stored(&self, context_len: usize) -> bool {
+        self.end <= context_len
+    }
+
     /// Has the page tokens already, `context_len` in its sequence, whose K is encoded anew?
     #[must_use]
     pub const fn is_again(&self, context_len: usize) -> bool {

@@ -3,7 +3,7 @@
 use super::calibration::Calibration;
 use super::numbers::Whole;
 use super::step::{Step, check_process};
-use super::tensor::HostTensor;
+use super::tensor::Tensor;
 use super::{parse_codec, parse_dtype, parse_format};
 use crate::config::CacheConfig;
 use crate::paging::SequenceId;
@@ -193,7 +193,7 @@ impl PagedKvCache {
         check_process()?;
         let masks = match mask {
             // SAFETY: `mask` is borrowed for the call, and the interpreter is held.
-            Some(mask) => unsafe { HostTensor::new("mask", mask)?.to_bool_rows()? },
+            Some(mask) => unsafe { Tensor::new("mask", mask)?.to_bool_rows()? },
             None => Vec::new(),
         };
         let rows: Vec<Rows<'_>> = match (num_new, mask) {
@@ -226,7 +226,7 @@ impl PagedKvCache {
         v: &Bound<'_, PyAny>,
         start: Whole,
     ) -> PyResult<()> {
-        let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
+        let (k, v) = (Tensor::new("k", k)?, Tensor::new("v", v)?);
         v.check_apart(&k)?;
         // SAFETY: the caller's references keep both alive during the call, and they do not overlap.
         let (k, v) = unsafe { (k.view_mut()?, v.view_mut()?) };
@@ -234,7 +234,7 @@ impl PagedKvCache {
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = lock(&self.inner).stats();
+        let stats = lock(&self.inner).stats()?;
         let out = PyDict::new(py);
         out.set_item("blocks_in_use", stats.blocks_in_use)?;
         out.set_item("peak_blocks", stats.peak_blocks)?;
@@ -291,8 +291,8 @@ impl PagedKvCache {
         Ok((py.get_type::<Self>().getattr("from_bytes")?, (self.to_bytes(py)?,)))
     }
 
-    fn reset(&self) {
-        lock(&self.inner).reset();
+    fn reset(&self) -> Result<()> {
+        lock(&self.inner).reset()
     }
     fn copy(&self, py: Python<'_>) -> Result<Self> {
         py.detach(|| Ok(Self::wrap(lock(&self.inner).try_clone()?)))

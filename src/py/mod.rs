@@ -1,5 +1,6 @@
 //! The Python module `kvarn_rs._core`.
 
+mod attention;
 mod cache;
 mod calibration;
 mod errors;

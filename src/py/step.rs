@@ -1,9 +1,10 @@
 //! The Python class `Step`: append and attend for the rows of one step.
 
+use super::attention::{Attention, Keywords, new_tokens};
 use super::cache::{Shared, lock};
 use super::numbers::Whole;
-use super::tensor::HostTensor;
-use crate::backend::{AttendOptions, Fresh};
+use super::tensor::Tensor;
+use crate::backend::Fresh;
 use crate::{Error, Result, cache};
 use pyo3::prelude::*;
 use std::sync::OnceLock;
@@ -61,18 +62,19 @@ impl Step {
         q: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         check_process()?;
-        let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
+        let (k, v) = (Tensor::new("k", k)?, Tensor::new("v", v)?);
         // SAFETY: the caller's references keep both alive during the call.
         let fresh = unsafe { Fresh { k: k.view()?, v: v.view()? } };
         let q = match q {
             // SAFETY: as above.
-            Some(q) => Some(unsafe { HostTensor::new("q", q)?.view()? }),
+            Some(q) => Some(unsafe { Tensor::new("q", q)?.view()? }),
             None => None,
         };
         Ok(py.detach(|| lock(&self.inner).append(&self.open, layer.count(), fresh, q))?)
     }
 
-    #[pyo3(signature = (layer, q, k, v, out = None, *, scale = None, window = None, softcap = None, sinks = None))]
+    #[pyo3(signature = (layer, q, k, v, out = None, *, scale = None, window = None, softcap = None, sinks = None, lse = None,
+                        history_only = false))]
     #[allow(clippy::too_many_arguments)] // keywords
     fn attend<'py>(
         &self,
@@ -86,38 +88,48 @@ impl Step {
         window: Option<Whole>,
         softcap: Option<f32>,
         sinks: Option<&Bound<'py, PyAny>>,
+        lse: Option<&Bound<'py, PyAny>>,
+        history_only: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
         check_process()?;
-        let host_q = HostTensor::new("q", q)?;
-        // SAFETY: the caller's reference keeps the tensor alive during the call.
-        let q_view = unsafe { host_q.view()? };
-        let out = match out {
-            Some(out) => out.clone(),
-            None if q.hasattr("new_empty")? => q.call_method1("new_empty", (host_q.shape(),))?,
-            None => py.import("numpy")?.call_method1("empty", (host_q.shape(), q.getattr("dtype")?))?,
-        };
-        let host_out = HostTensor::new("out", &out)?;
-        host_out.check_apart(&host_q)?;
-        let fresh = match (k, v) {
-            (None, None) => None,
-            (Some(k), Some(v)) => {
-                let (k, v) = (HostTensor::new("k", k)?, HostTensor::new("v", v)?);
-                host_out.check_apart(&k)?;
-                host_out.check_apart(&v)?;
-                // SAFETY: as above.
-                Some(unsafe { Fresh { k: k.view()?, v: v.view()? } })
-            }
-            _ => return Err(Error::Config("attend takes both k and v, or neither".to_owned()).into()),
-        };
-        let sinks = match sinks {
-            // SAFETY: as above.
-            Some(sinks) => Some(unsafe { HostTensor::new("sinks", sinks)?.to_vec()? }),
-            None => None,
-        };
-        // SAFETY: as above; the caller must not use `out` elsewhere during the call.
-        let out_view = unsafe { host_out.view_mut()? };
-        let options = AttendOptions { scale, window: window.map(Whole::count), softcap, sinks: sinks.as_deref() };
-        py.detach(|| lock(&self.inner).attend(&self.open, layer.count(), q_view, fresh, options, out_view))?;
+        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only };
+        let (attention, out) = Attention::new(py, q, new_tokens(k, v)?, out, &keywords)?;
+        let layer = layer.count();
+        // SAFETY: the caller's references keep the tensors alive; it must not use what is written elsewhere.
+        py.detach(|| unsafe {
+            attention
+                .run(|q, new, options, output| lock(&self.inner).attend(&self.open, layer, q, new, options, output))
+        })?;
+        Ok(out)
+    }
+
+    #[pyo3(signature = (layer, q, k, v, out = None, *, scale = None, window = None, softcap = None, sinks = None, lse = None))]
+    #[allow(clippy::too_many_arguments)] // keywords
+    fn forward<'py>(
+        &self,
+        py: Python<'py>,
+        layer: Whole,
+        q: &Bound<'py, PyAny>,
+        k: &Bound<'py, PyAny>,
+        v: &Bound<'py, PyAny>,
+        out: Option<&Bound<'py, PyAny>>,
+        scale: Option<f32>,
+        window: Option<Whole>,
+        softcap: Option<f32>,
+        sinks: Option<&Bound<'py, PyAny>>,
+        lse: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        check_process()?;
+        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only: false };
+        let (attention, out) = Attention::new(py, q, new_tokens(Some(k), Some(v))?, out, &keywords)?;
+        let layer = layer.count();
+        // SAFETY: as above.
+        py.detach(|| unsafe {
+            attention.run(|q, new, options, output| {
+                let Some(new) = new else { unreachable!("k and v are required") };
+                lock(&self.inner).forward(&self.open, layer, q, new, options, output)
+            })
+        })?;
         Ok(out)
     }
 

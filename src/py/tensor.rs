@@ -1,15 +1,16 @@
 //! Zero-copy views of torch tensors and numpy arrays.
 
-use crate::backend::{TensorView, TensorViewMut};
+use crate::backend::{Device, TensorView, TensorViewMut};
 use crate::format::Dtype;
 use crate::{Error, Result};
 use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-/// The address and layout of a tensor in host memory. The Python object must outlive the views made from it.
-pub struct HostTensor {
+/// The address and layout of a tensor. The Python object must outlive the views made from it.
+pub struct Tensor {
     name: &'static str,
+    device: Device,
     base: usize,
     dtype: String,
     shape: Vec<usize>,
@@ -18,7 +19,7 @@ pub struct HostTensor {
     writable: bool,
 }
 
-impl HostTensor {
+impl Tensor {
     pub fn new(name: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
         if tensor.hasattr("data_ptr")? {
             Self::of_torch(name, tensor)
@@ -31,10 +32,10 @@ impl HostTensor {
     }
 
     fn of_torch(name: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let device: String = tensor.getattr("device")?.getattr("type")?.extract()?;
-        if device != "cpu" {
-            return Err(Error::Device { name, expected: "cpu".to_owned(), got: device }.into());
-        }
+        let device = tensor.getattr("device")?.str()?.to_string();
+        let Some(device) = Device::parse(&device) else {
+            return Err(Error::Device { name, expected: "cpu or cuda:N".to_owned(), got: device }.into());
+        };
         let dtype = tensor.getattr("dtype")?.str()?.to_string();
         if tensor.call_method0("is_neg")?.extract()? {
             return Err(Error::Unsupported(format!("{name}: a negated view; pass {name}.resolve_neg()")).into());
@@ -46,6 +47,7 @@ impl HostTensor {
         };
         let host = Self {
             name,
+            device,
             base: strided("data_ptr")?.extract()?,
             dtype: dtype.trim_start_matches("torch.").to_owned(),
             shape: tensor.getattr("shape")?.extract()?,
@@ -85,7 +87,7 @@ impl HostTensor {
                 bytes.iter().map(|stride| stride / item_bytes).collect()
             }
         };
-        Ok(Self { name, base, dtype: dtype.to_owned(), shape, strides, writable: !read_only })
+        Ok(Self { name, device: Device::Cpu, base, dtype: dtype.to_owned(), shape, strides, writable: !read_only })
     }
 
     /// Checks that this tensor, which is written, cannot overlap `other`, which is read or written.
@@ -124,6 +126,14 @@ impl HostTensor {
         &self.shape
     }
 
+    /// Checks that the values can be read here.
+    fn check_host(&self) -> Result<()> {
+        if self.device == Device::Cpu {
+            return Ok(());
+        }
+        Err(Error::Device { name: self.name, expected: Device::Cpu.to_string(), got: self.device.to_string() })
+    }
+
     fn float(&self) -> Result<Dtype> {
         Dtype::parse(&self.dtype).ok_or_else(|| Error::Dtype {
             name: self.name,
@@ -150,7 +160,7 @@ impl HostTensor {
     pub unsafe fn view<'a>(&self) -> Result<TensorView<'a>> {
         let (dtype, (shape, strides)) = (self.float()?, self.dimensions()?);
         // SAFETY: torch and numpy vouch for the memory that shape and strides reach, the caller for its life.
-        unsafe { TensorView::from_raw(self.name, self.base as *const u8, dtype, shape, strides) }
+        unsafe { TensorView::from_raw(self.name, self.device, self.base as *const u8, dtype, shape, strides) }
     }
 
     /// A view of the elements for writing.
@@ -167,7 +177,7 @@ impl HostTensor {
             return Err(Error::Overlap { name: self.name, other });
         }
         // SAFETY: as above, and no element is reached twice (just checked).
-        unsafe { TensorViewMut::from_raw(self.name, self.base as *mut u8, dtype, shape, strides) }
+        unsafe { TensorViewMut::from_raw(self.name, self.device, self.base as *mut u8, dtype, shape, strides) }
     }
 
     /// Copies the values of a one-dimensional float tensor.
@@ -175,6 +185,7 @@ impl HostTensor {
     /// # Safety
     /// The tensor must live, and must not be written, during the call.
     pub unsafe fn to_vec(&self) -> Result<Vec<f32>> {
+        self.check_host()?;
         let dtype = self.float()?;
         let &[len] = &self.shape[..] else {
             return Err(Error::Shape { name: self.name, expected: "[n]".to_owned(), got: self.shape.clone() });
@@ -198,6 +209,7 @@ impl HostTensor {
     /// # Safety
     /// The tensor must live, and must not be written, during the call.
     pub unsafe fn to_bool_rows(&self) -> Result<Vec<Vec<bool>>> {
+        self.check_host()?;
         if self.dtype != "bool" {
             return Err(Error::Dtype { name: self.name, expected: "bool".to_owned(), got: self.dtype.clone() });
         }

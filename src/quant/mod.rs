@@ -35,7 +35,7 @@ pub mod round;
 pub mod statistics;
 pub mod tile;
 
-pub use calibrated::{HeadCalibration, ModelChannels};
+pub use calibrated::{HeadCalibration, LayerCalibration, ModelChannels};
 pub use codec::Codec;
 pub use dual_scale::{DualScale, DualScaleOptions, dual_scale};
 pub use feedback::{Feedback, HeadFeedback};

@@ -2,9 +2,10 @@
 
 use super::rows::{self, BLOCK, HEAD_DIM, HEADS, LAYERS, Row};
 use crate::common::Random;
-use kvarn::calibration::{Calibration, LayerCalibration};
+use kvarn::calibration::Calibration;
 use kvarn::format::Format;
 use kvarn::paging::{BlockId, SequenceId};
+use kvarn::quant::LayerCalibration;
 use kvarn::{CacheConfig, Error, PagedKvCache, Step};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -161,9 +162,9 @@ impl Model {
         let unseal = self.random.below(3) > 0;
         let within = (target < len && !target.is_multiple_of(BLOCK)).then(|| self.table(id)[target / BLOCK]);
         let is_sealed = within.is_some_and(|block| self.sealed.contains(&block));
-        let stats = self.cache.stats();
+        let stats = self.cache.stats().unwrap();
         let foreseen = self.cache.check_truncate(&[(id, target)]);
-        assert_eq!(self.cache.stats(), stats);
+        assert_eq!(self.cache.stats().unwrap(), stats);
         let result = if unseal { self.cache.truncate_unsealing(id, target) } else { self.cache.truncate(id, target) };
         if unseal {
             assert_eq!(result, foreseen);
@@ -186,7 +187,7 @@ impl Model {
                 }
             }
             Err(error) => {
-                assert_eq!(self.cache.stats(), stats);
+                assert_eq!(self.cache.stats().unwrap(), stats);
                 match error {
                     Error::Sealed { requested, .. } => {
                         assert!(is_sealed && !unseal && requested == target);
@@ -264,7 +265,7 @@ impl Model {
         found.iter().for_each(|_| self.count("sealed from a page"));
         self.sealed.extend(found);
         let held: HashSet<BlockId> = self.sequences.iter().flat_map(|tokens| self.held(tokens.id)).collect();
-        let stats = self.cache.stats();
+        let stats = self.cache.stats().unwrap();
         assert_eq!(stats.blocks_in_use, held.len(), "{context}");
         assert_eq!(stats.open_pages, held.difference(&self.sealed).count(), "{context}");
         assert_eq!((stats.sealed, stats.unsealed), (self.num_sealed, self.num_unsealed), "{context}");

@@ -3,9 +3,10 @@
 use crate::common::{Random, Reference};
 use kvarn::PagedKvCache;
 use kvarn::backend::{Fresh, TensorView, TensorViewMut};
-use kvarn::calibration::{Calibration, HeadShape, LayerCalibration};
+use kvarn::calibration::{Calibration, HeadShape};
 use kvarn::format::Format;
 use kvarn::paging::SequenceId;
+use kvarn::quant::LayerCalibration;
 use kvarn::quant::{HeadFeedback, decode_tile_k, decode_tile_v, encode_tile, rotate};
 use std::sync::Arc;
 
@@ -110,7 +111,7 @@ pub fn is_tile_of(
             let mut v_rotated = v.clone();
             v_rotated.chunks_exact_mut(HEAD_DIM).for_each(rotate);
             let none = HeadFeedback::none(HEAD_DIM);
-            let feedback = layers.map_or(&none, |layers| &layers[layer].heads[head].feedback);
+            let feedback = layers.map_or(&none, |layers| &layers[layer].heads()[head].feedback);
             let bits = format.tile_bits().unwrap();
             let expected = encode_tile(&k, &v_rotated, HEAD_DIM, bits, feedback, first.then_some(0));
             let (mut expected_k, mut expected_v) = (k.clone(), v.clone());

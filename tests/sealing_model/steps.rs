@@ -28,15 +28,15 @@ impl Model {
         }
         let tables: Vec<Vec<BlockId>> = parts.iter().map(|part| self.table(part.0)).collect();
         let requests: Vec<_> = parts.iter().map(|(id, new)| (*id, Rows::All(new.len()))).collect();
-        let stats = self.cache.stats();
+        let stats = self.cache.stats().unwrap();
         let step = match self.cache.begin_step(&requests, self.random.below(4) == 0) {
             Ok(step) => step,
             Err(Error::OutOfBlocks { needed, free }) => {
-                assert!(needed > free && self.cache.stats() == stats);
+                assert!(needed > free && self.cache.stats().unwrap() == stats);
                 return self.count("out of blocks");
             }
             Err(Error::OutOfOpenPages { needed, free }) => {
-                assert!(needed > free && self.cache.stats() == stats);
+                assert!(needed > free && self.cache.stats().unwrap() == stats);
                 return self.count("out of open pages");
             }
             Err(other) => panic!("{other}"),

@@ -2,8 +2,8 @@
 
 use super::generic::{RecordView, Rows, Scratch};
 use super::{Cpu, ORDER, PARALLEL_VALUES};
-use crate::backend::{AttendOptions, Fresh, TensorView, TensorViewMut};
-use crate::error::{Error, Result};
+use crate::backend::{AttendOptions, Fresh, Output, Over, TensorView};
+use crate::error::Result;
 use crate::format::{MAX_HEAD_DIM, RecordLayout};
 use crate::plan::{SequencePlan, Split, StepView};
 use crate::quant;
@@ -17,7 +17,7 @@ pub(super) struct Attention<'a> {
     pub step: StepView<'a>,
     pub q: TensorView<'a>,
     pub options: AttendOptions<'a>,
-    pub out: &'a TensorViewMut<'a>,
+    pub output: &'a Output<'a>,
     /// Query heads that share a key/value head.
     pub group: usize,
     pub scale: f32,
@@ -55,53 +55,16 @@ impl Cpu {
         layer: usize,
         step: StepView<'_>,
         q: TensorView<'_>,
-        fresh: Option<Fresh<'_>>,
+        new: Option<Fresh<'_>>,
         options: AttendOptions<'_>,
-        out: &TensorViewMut<'_>,
+        output: &Output<'_>,
     ) -> Result<()> {
-        let attention = self.check_attend(layer, step, q, fresh, options, out)?;
-        attention.zero_padding();
+        let group = q.shape()[1] / self.shape.num_kv_heads;
+        let scale = options.scale.unwrap_or(1.0 / (self.shape.head_dim as f32).sqrt());
+        let attention = Attention { cpu: self, layer, step, q, options, output, group, scale };
+        attention.clear_unseen();
         attention.decode();
-        attention.prefill(fresh)
-    }
-
-    fn check_attend<'a>(
-        &'a self,
-        layer: usize,
-        step: StepView<'a>,
-        q: TensorView<'a>,
-        fresh: Option<Fresh<'_>>,
-        options: AttendOptions<'a>,
-        out: &'a TensorViewMut<'a>,
-    ) -> Result<Attention<'a>> {
-        let num_q_heads = q.check_queries(self.num_kv_heads, step.num_rows(), self.head_dim)?;
-        out.check("out", num_q_heads, step.num_rows(), self.head_dim)?;
-        if let Some(fresh) = fresh {
-            fresh.k.check("k", self.num_kv_heads, step.num_rows(), self.head_dim)?;
-            fresh.v.check("v", self.num_kv_heads, step.num_rows(), self.head_dim)?;
-        }
-        let scale = options.scale.unwrap_or(1.0 / (self.head_dim as f32).sqrt());
-        if !scale.is_finite() {
-            return Err(Error::Config(format!("scale must be finite, got {scale}")));
-        }
-        if options.softcap.is_some_and(|cap| !cap.is_finite() || cap <= 0.0) {
-            let given = options.softcap.unwrap_or_default();
-            return Err(Error::Config(format!("softcap must be positive, got {given}")));
-        }
-        if options.window == Some(0) {
-            return Err(Error::Config("window must be at least 1 token".to_owned()));
-        }
-        if let Some(sinks) = options.sinks {
-            if sinks.len() != num_q_heads {
-                let expected = format!("[{num_q_heads}]");
-                return Err(Error::Shape { name: "sinks", expected, got: vec![sinks.len()] });
-            }
-            if let Some(sink) = sinks.iter().find(|sink| sink.is_nan() || **sink == f32::INFINITY) {
-                return Err(Error::Config(format!("sinks must be logits below infinity, got {sink}")));
-            }
-        }
-        let group = num_q_heads / self.num_kv_heads;
-        Ok(Attention { cpu: self, layer, step, q, options, out, group, scale })
+        attention.prefill(new)
     }
 }
 
@@ -110,13 +73,41 @@ impl Attention<'_> {
         self.step.sequence(index)
     }
 
-    fn zero_padding(&self) {
-        let zeros = [0f32; MAX_HEAD_DIM];
-        for (row, _) in self.step.positions().iter().enumerate().filter(|(_, position)| **position < 0) {
-            for head in 0..self.q.shape()[1] {
-                // SAFETY: no job has started; this thread alone writes.
-                unsafe { self.out.write_row(row, head, &zeros[..self.cpu.head_dim]) };
+    /// Writes the rows that see nothing: those of padding, and those of sequences without a history if that is asked for.
+    fn clear_unseen(&self) {
+        let padding = self.step.positions().iter().enumerate().filter(|(_, position)| **position < 0);
+        padding.for_each(|(row, _)| self.clear(row));
+        for index in 0..self.step.num_sequences() {
+            let sequence = self.sequence(index);
+            let (start, end) = self.visible(&sequence, sequence.context_len);
+            if start >= end {
+                sequence.token_rows.iter().for_each(|&row| self.clear(row as usize));
             }
+        }
+    }
+
+    fn clear(&self, row: usize) {
+        for head in 0..self.q.shape()[1] {
+            self.write(row, head, &[0f32; MAX_HEAD_DIM][..self.cpu.shape.head_dim], f32::NEG_INFINITY);
+        }
+    }
+
+    fn write(&self, row: usize, head: usize, values: &[f32], lse: f32) {
+        // SAFETY: each (row, head) belongs to padding or to one row of one job.
+        unsafe {
+            self.output.out.write_row(row, head, values);
+            if let Some(out) = &self.output.lse {
+                out.write_row(row, head, &[lse]);
+            }
+        }
+    }
+
+    /// The positions that a query sees and attends to.
+    fn visible(&self, sequence: &SequencePlan<'_>, position: usize) -> (usize, usize) {
+        let (start, end) = sequence.visible(position, self.options.window);
+        match self.options.over {
+            Over::All => (start, end),
+            Over::History => (start, end.min(sequence.context_len)),
         }
     }
 
@@ -136,17 +127,17 @@ impl Attention<'_> {
     ) {
         let sequence = self.sequence(rows.sequence);
         visible.clear();
-        for (r, q) in q.chunks_exact_mut(self.cpu.head_dim).enumerate() {
+        for (r, q) in q.chunks_exact_mut(self.cpu.shape.head_dim).enumerate() {
             let (row, head) = self.row_of(rows, r);
             self.q.read_row(row, head, q);
             q.iter_mut().for_each(|x| *x *= self.scale);
             let position = sequence.context_len + (rows.first + r) / self.group;
-            visible.push(sequence.visible(position, self.options.window));
+            visible.push(self.visible(&sequence, position));
         }
         q_rotated.clear();
         if self.cpu.rotates_v() {
             q_rotated.extend_from_slice(q);
-            q_rotated.chunks_exact_mut(self.cpu.head_dim).for_each(quant::hadamard::rotate);
+            q_rotated.chunks_exact_mut(self.cpu.shape.head_dim).for_each(quant::hadamard::rotate);
         }
     }
 
@@ -157,7 +148,13 @@ impl Attention<'_> {
             RecordLayout::Tile(layout) => tile::k_is_rotated(layout, ORDER, record),
             _ => false,
         };
-        RecordView { first: block * self.cpu.block_size, tokens: self.cpu.block_size, record, layout, k_rotated }
+        RecordView {
+            first: block * self.cpu.shape.block_size,
+            tokens: self.cpu.shape.block_size,
+            record,
+            layout,
+            k_rotated,
+        }
     }
 
     pub(super) fn attend_record(&self, view: &RecordView<'_>, rows: &mut Rows<'_>, scratch: &mut Scratch) {
@@ -170,18 +167,21 @@ impl Attention<'_> {
         let (row, head) = self.row_of(rows, r);
         let mut total = sum;
         let mut rescale = 1.0;
+        let mut top = max;
         if let Some(sinks) = self.options.sinks {
-            let top = max.max(sinks[head]);
+            top = max.max(sinks[head]);
             rescale = (max - top).exp();
             total = sum * rescale + (sinks[head] - top).exp();
+        }
+        if top == f32::NEG_INFINITY {
+            return self.write(row, head, acc, top);
         }
         let factor = rescale / total;
         acc.iter_mut().for_each(|x| *x *= factor);
         if self.cpu.rotates_v() {
             quant::hadamard::rotate(acc);
         }
-        // SAFETY: each (row, head) belongs to one row of one job.
-        unsafe { self.out.write_row(row, head, acc) };
+        self.write(row, head, acc, top + total.ln());
     }
 
     /// The splits of each sequence that decodes, without what the options' window hides.
@@ -189,24 +189,26 @@ impl Attention<'_> {
         let mut of_sequence: Vec<Vec<Split>> = vec![Vec::new(); self.step.num_sequences()];
         for split in self.step.splits() {
             let sequence = self.sequence(split.sequence);
-            let (start, _) = sequence.visible(sequence.context_len, self.options.window);
-            if start < split.end {
-                of_sequence[split.sequence].push(Split { start: start.max(split.start), ..split });
+            let (start, _) = self.visible(&sequence, sequence.context_len);
+            let (_, end) = self.visible(&sequence, sequence.seq_len() - 1);
+            let split = Split { start: start.max(split.start), end: end.min(split.end), ..split };
+            if split.start < split.end {
+                of_sequence[split.sequence].push(split);
             }
         }
         of_sequence
     }
 
     fn decode(&self) {
-        let head_dim = self.cpu.head_dim;
+        let head_dim = self.cpu.shape.head_dim;
         let part_len = |count: usize| count * (head_dim + 2);
         let mut plans: Vec<(RowRange, Vec<Split>)> = Vec::new();
         let (mut total, mut values) = (0, 0);
         for (index, cuts) in self.visible_splits().into_iter().enumerate().filter(|(_, cuts)| !cuts.is_empty()) {
             let count = self.sequence(index).num_new() * self.group;
             let num_tokens: usize = cuts.iter().map(|split| split.end - split.start).sum();
-            values += num_tokens * head_dim * self.cpu.num_kv_heads;
-            for head in 0..self.cpu.num_kv_heads {
+            values += num_tokens * head_dim * self.cpu.shape.num_kv_heads;
+            for head in 0..self.cpu.shape.num_kv_heads {
                 total += cuts.len() * part_len(count);
                 plans.push((RowRange { sequence: index, head, first: 0, count }, cuts.clone()));
             }
@@ -240,7 +242,7 @@ impl Attention<'_> {
         let Worker { scratch, q, q_rotated, visible } = worker;
         let Job { rows, split, part } = job;
         let sequence = self.sequence(rows.sequence);
-        q.resize(rows.count * self.cpu.head_dim, 0.0);
+        q.resize(rows.count * self.cpu.shape.head_dim, 0.0);
         self.gather(*rows, q, q_rotated, visible);
         for (start, end) in visible.iter_mut() {
             (*start, *end) = ((*start).max(split.start), (*end).min(split.end));
@@ -248,8 +250,8 @@ impl Attention<'_> {
         let (max, part) = part.split_at_mut(rows.count);
         let (sum, acc) = part.split_at_mut(rows.count);
         max.fill(f32::NEG_INFINITY);
-        let mut state = Rows { head_dim: self.cpu.head_dim, q, q_rotated, visible, max, sum, acc };
-        let block_size = self.cpu.block_size;
+        let mut state = Rows { head_dim: self.cpu.shape.head_dim, q, q_rotated, visible, max, sum, acc };
+        let block_size = self.cpu.shape.block_size;
         for block in split.start / block_size..split.end.div_ceil(block_size) {
             self.attend_record(&self.record(&sequence, block, rows.head), &mut state, scratch);
         }
@@ -257,11 +259,15 @@ impl Attention<'_> {
 
     /// Merges the splits of one (sequence, head), in order.
     fn combine(&self, rows: RowRange, parts: &mut [f32]) {
-        let (count, head_dim) = (rows.count, self.cpu.head_dim);
+        let (count, head_dim) = (rows.count, self.cpu.shape.head_dim);
         let (first, others) = parts.split_at_mut(count * (head_dim + 2));
         for r in 0..count {
             let own = others.chunks_exact(count * (head_dim + 2));
             let top = own.clone().map(|part| part[r]).fold(first[r], f32::max);
+            if top == f32::NEG_INFINITY {
+                self.finish(rows, r, top, 0.0, &mut first[2 * count + r * head_dim..][..head_dim]);
+                continue;
+            }
             let rescale = (first[r] - top).exp();
             let mut sum = first[count + r] * rescale;
             let acc = &mut first[2 * count + r * head_dim..][..head_dim];

@@ -8,7 +8,7 @@ use super::ORDER;
 use super::attend::{Attention, RowRange};
 use super::generic::{RecordView, Rows, Scratch};
 use super::record_kernel::BLOCK_TOKENS;
-use crate::backend::Fresh;
+use crate::backend::{Fresh, Over};
 use crate::error::{Error, Result};
 use crate::format::{Dtype, MAX_HEAD_DIM, RawPage, RecordLayout};
 use crate::quant;
@@ -37,17 +37,16 @@ struct Worker {
 }
 
 impl Attention<'_> {
-    pub(super) fn prefill(&self, fresh: Option<Fresh<'_>>) -> Result<()> {
-        // `raw` pages hold the fresh tokens as they are.
-        let fresh = if self.cpu.page.is_raw() && self.cpu.codec.is_none() { None } else { fresh };
+    pub(super) fn prefill(&self, new: Option<Fresh<'_>>) -> Result<()> {
+        let new = new.filter(|_| self.options.over == Over::All);
         let sequences = 0..self.step.num_sequences();
         for index in sequences.filter(|&index| self.sequence(index).is_prefill) {
-            let packed = fresh.map(|fresh| self.pack(index, fresh)).transpose()?;
+            let packed = new.map(|new| self.pack(index, new)).transpose()?;
             let num_rows = self.sequence(index).num_new() * self.group;
             let chunks = num_rows.div_ceil(CHUNK_ROWS);
             // The last chunks see the most: they go first.
-            (0..chunks * self.cpu.num_kv_heads).into_par_iter().for_each_init(Worker::default, |worker, job| {
-                let (chunk, head) = (chunks - 1 - job / self.cpu.num_kv_heads, job % self.cpu.num_kv_heads);
+            (0..chunks * self.cpu.shape.num_kv_heads).into_par_iter().for_each_init(Worker::default, |worker, job| {
+                let (chunk, head) = (chunks - 1 - job / self.cpu.shape.num_kv_heads, job % self.cpu.shape.num_kv_heads);
                 let first = chunk * CHUNK_ROWS;
                 let count = CHUNK_ROWS.min(num_rows - first);
                 self.chunk(RowRange { sequence: index, head, first, count }, packed.as_ref(), worker);
@@ -57,7 +56,7 @@ impl Attention<'_> {
     }
 
     fn chunk(&self, range: RowRange, fresh: Option<&FreshPages>, worker: &mut Worker) {
-        let (head_dim, block_size) = (self.cpu.head_dim, self.cpu.block_size);
+        let (head_dim, block_size) = (self.cpu.shape.head_dim, self.cpu.shape.block_size);
         let sequence = self.sequence(range.sequence);
         let Worker { scratch, q, q_rotated, visible, max, sum, acc, unpacked } = worker;
         q.resize(range.count * head_dim, 0.0);
@@ -102,10 +101,10 @@ impl Attention<'_> {
 
     fn pack(&self, index: usize, fresh: Fresh<'_>) -> Result<FreshPages> {
         let sequence = self.sequence(index);
-        let head_dim = self.cpu.head_dim;
+        let head_dim = self.cpu.shape.head_dim;
         let page = RawPage { head_dim, block_size: BLOCK_TOKENS, dtype: Dtype::F32 };
         let num_pages = sequence.num_new().div_ceil(BLOCK_TOKENS);
-        let len = self.cpu.num_kv_heads * num_pages * page.bytes() / 4;
+        let len = self.cpu.shape.num_kv_heads * num_pages * page.bytes() / 4;
         let mut values = Vec::new();
         if values.try_reserve_exact(len).is_err() {
             return Err(Error::OutOfMemory { bytes: 4 * len, what: "the unquantized tokens of a prefill" });

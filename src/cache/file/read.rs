@@ -3,11 +3,10 @@
 use super::super::build::own_level;
 use super::{KIND, PagedKvCache, name_of};
 use crate::archive::{Archive, Element, Source, Tensor};
-use crate::backend::Backend;
 use crate::config::CacheConfig;
 use crate::error::{Error, Result};
 use crate::format::{Dtype, FORMAT_VERSION, Format};
-use crate::paging::{BlockId, SequenceId, Table, Tables};
+use crate::paging::{BlockId, Place, SequenceId, Table, Tables};
 use std::collections::HashSet;
 
 /// The caches and the note of a file. Those that are not to `keep` their blocks have no memory for any: they are good for
@@ -168,24 +167,22 @@ impl<'a> File<'a> {
             other => other?,
         };
         if keep {
-            cache.backend.grow(num_blocks, num_open)?;
+            cache.layers.executor.grow(num_blocks, num_open)?;
         }
         for layer in 0..num_layers {
             for (what, open, blocks) in &kinds {
-                let record_bytes = cache.backend.record_bytes(*open);
+                let record_bytes = cache.layers.executor.layout(*open).bytes();
                 let shape = [blocks.len(), num_kv_heads, record_bytes];
                 let tensor = self.shaped(&format!("layers.{layer}.{what}"), Element::U8, &shape)?;
                 let mut bytes = vec![0; if blocks.is_empty() { 0 } else { num_kv_heads * record_bytes }];
                 for (index, &block) in blocks.iter().enumerate() {
                     tensor.read_at(index * bytes.len(), &mut bytes)?;
-                    let taken = if keep {
-                        let page = cache.paging.page_of(block);
-                        cache.backend.load(layer, block, page, &bytes)
-                    } else {
-                        cache.backend.check_saved(*open, &bytes)
-                    };
-                    if let Err(why) = taken {
+                    if let Err(why) = cache.layers.executor.check_saved(*open, &bytes) {
                         return self.archive.refuse(format!("{}: block {block}, {why}", tensor.name()));
+                    }
+                    if keep {
+                        let place = cache.paging.page_of(block).map_or(Place::tile(block), Place::page);
+                        cache.layers.executor.restore(layer, place, &bytes)?;
                     }
                 }
             }

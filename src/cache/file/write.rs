@@ -4,8 +4,8 @@ use super::{KIND, PagedKvCache, name_of};
 use crate::archive::{Contents, Element};
 use crate::error::{Error, Result};
 use crate::format::FORMAT_VERSION;
-use crate::paging::{PageId, Tables, UsedBlock};
-use std::io::{Result as IoResult, Write};
+use crate::paging::{PageId, Place, Tables, UsedBlock};
+use std::io::{Error as IoError, Result as IoResult, Write};
 
 /// A cache that can be saved.
 pub(super) struct Saved<'a> {
@@ -21,7 +21,7 @@ pub(super) fn all<'a>(caches: &[&'a PagedKvCache]) -> Result<Vec<Saved<'a>>> {
 
 impl<'a> Saved<'a> {
     fn new(cache: &'a PagedKvCache) -> Result<Self> {
-        if let Some(codec) = cache.backend.codec() {
+        if let Some(codec) = cache.codec {
             let name = codec.name();
             return Err(Error::Unsupported(format!("pages that codec {name} quantizes in place cannot be saved")));
         }
@@ -54,16 +54,15 @@ impl<'a> Saved<'a> {
     /// Shape of a layer's tiles or pages.
     fn records(&self, open: bool) -> [usize; 3] {
         let num_blocks = self.tables.open.iter().filter(|&&of_block| of_block == open).count();
-        [num_blocks, self.cache.config.num_kv_heads, self.cache.backend.record_bytes(open)]
+        [num_blocks, self.cache.config.num_kv_heads, self.cache.layers.executor.layout(open).bytes()]
     }
 
     /// Writes a layer's tiles or pages.
     fn write_records(&self, layer: usize, open: bool, out: &mut dyn Write) -> IoResult<()> {
-        let [_, heads, record_bytes] = self.records(open);
-        let mut bytes = vec![0; heads * record_bytes];
         for (block, page) in self.blocks.iter().filter(|(_, page)| page.is_some() == open) {
-            self.cache.backend.save(layer, block, *page, &mut bytes);
-            out.write_all(&bytes)?;
+            let place = page.map_or(Place::tile(block.id), Place::page);
+            let saved = self.cache.layers.executor.save(layer, place, block).map_err(IoError::other)?;
+            out.write_all(&saved)?;
         }
         Ok(())
     }

@@ -1,0 +1,106 @@
+//! Memory that a caller lends to a backend: where the records of each layer are.
+
+use crate::config::Shape;
+use crate::error::{Error, Result};
+use crate::format::{RECORD_ALIGNMENT, RecordLayout};
+
+/// Records of one kind in one layer: record `(i, head)` is at `base + i * stride + head * head_stride`.
+///
+/// Strides are free, so that records may be parts of larger blocks, layers may be interleaved in one tensor, and heads
+/// may lie before or within blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Records {
+    /// Address of the first record.
+    pub base: u64,
+    /// Pages, or blocks.
+    pub num: usize,
+    /// Bytes from one to the next.
+    pub stride: usize,
+    /// Bytes from one key/value head to the next.
+    pub head_stride: usize,
+}
+
+/// The records of one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerMemory {
+    /// By page.
+    pub pages: Records,
+    /// By block, in formats that seal.
+    pub tiles: Option<Records>,
+}
+
+impl Records {
+    /// Contiguous records.
+    #[must_use]
+    pub const fn packed(base: u64, num: usize, num_kv_heads: usize, layout: RecordLayout) -> Self {
+        let head_stride = layout.bytes();
+        Self { base, num, stride: num_kv_heads * head_stride, head_stride }
+    }
+
+    /// Bytes from the first byte to the last.
+    #[must_use]
+    pub fn extent(&self, num_kv_heads: usize, layout: RecordLayout) -> Option<usize> {
+        if self.num == 0 {
+            return Some(0);
+        }
+        let last = (self.num - 1).checked_mul(self.stride)?;
+        last.checked_add((num_kv_heads - 1).checked_mul(self.head_stride)?)?.checked_add(layout.bytes())
+    }
+
+    fn check(&self, name: &'static str, num_kv_heads: usize, layout: RecordLayout) -> Result<()> {
+        let &Self { base, num, stride, head_stride } = self;
+        let refuse = |why: String| Err(Error::Config(format!("{name}: {why}")));
+        if !base.is_multiple_of(RECORD_ALIGNMENT as u64)
+            || !stride.is_multiple_of(RECORD_ALIGNMENT)
+            || !head_stride.is_multiple_of(RECORD_ALIGNMENT)
+        {
+            return refuse(format!(
+                "address {base:#x}, strides {stride} and {head_stride}: records start on multiples of {RECORD_ALIGNMENT} \
+                 bytes"
+            ));
+        }
+        // The inner of two dimensions has to fit a stride of the outer.
+        let mut dimensions = [(num, stride), (num_kv_heads, head_stride)];
+        dimensions.sort_by_key(|dimension| dimension.1);
+        let mut inner = layout.bytes();
+        for (count, stride) in dimensions.into_iter().filter(|dimension| dimension.0 > 1) {
+            if stride < inner {
+                return refuse(format!(
+                    "{num} records of {num_kv_heads} heads and {} bytes overlap at strides {} and {head_stride}",
+                    layout.bytes(),
+                    self.stride
+                ));
+            }
+            inner = stride.saturating_mul(count - 1).saturating_add(inner);
+        }
+        match self.extent(num_kv_heads, layout) {
+            Some(bytes) if usize::try_from(base).is_ok_and(|base| base.checked_add(bytes).is_some()) => Ok(()),
+            _ => {
+                refuse(format!("{num} records at strides {stride} and {head_stride} are beyond what can be addressed"))
+            }
+        }
+    }
+}
+
+/// Can these be the layers of a shape?
+///
+/// # Errors
+/// [`Error::Config`] for another number of layers, tiles that are missing or too many, records that overlap within a
+/// layer or are not aligned.
+pub fn check(shape: &Shape, memory: &[LayerMemory]) -> Result<()> {
+    if memory.len() != shape.num_layers {
+        return Err(Error::Config(format!("memory of {} layers for a shape of {}", memory.len(), shape.num_layers)));
+    }
+    for layer in memory {
+        layer.pages.check("pages", shape.num_kv_heads, shape.page())?;
+        match (layer.tiles, shape.tile()) {
+            (Some(tiles), Some(layout)) => tiles.check("tiles", shape.num_kv_heads, layout)?,
+            (None, None) => {}
+            (tiles, _) => {
+                let (given, format) = (if tiles.is_some() { "given" } else { "missing" }, shape.format.name());
+                return Err(Error::Config(format!("memory for tiles is {given}, and {format} is the format")));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,76 @@
+//! The tables of a step, as a serving engine has them.
+
+use crate::error::{Error, Result};
+use crate::paging::BlockId;
+
+/// What a step does to which sequences: arrays of `i32` as vLLM has them.
+#[derive(Debug, Clone, Copy)]
+pub struct Tables<'a> {
+    /// `[num_sequences, stride]`: the blocks of each sequence by position. Entries beyond its tokens are not read, nor
+    /// those that a window hides.
+    pub block_tables: &'a [i32],
+    /// Entries of a row.
+    pub stride: usize,
+    /// `[num_sequences]`: tokens before the step.
+    pub context_lens: &'a [i32],
+    /// `[num_sequences + 1]`: first row of each sequence's new tokens, and the number of all rows last.
+    pub query_start_loc: &'a [i32],
+}
+
+impl Tables<'_> {
+    /// Sequences of the step.
+    #[must_use]
+    pub fn num_sequences(&self) -> usize {
+        self.context_lens.len()
+    }
+
+    /// Do the arrays fit each other?
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Config`], naming the array and its numbers.
+    pub fn check(&self) -> Result<()> {
+        let num_sequences = self.num_sequences();
+        if num_sequences.checked_mul(self.stride) != Some(self.block_tables.len()) {
+            let expected = format!("[{num_sequences}, {}]", self.stride);
+            return Err(Error::Shape { name: "block_tables", expected, got: vec![self.block_tables.len()] });
+        }
+        if self.query_start_loc.len() != num_sequences + 1 {
+            let (expected, got) = (format!("[{}]", num_sequences + 1), vec![self.query_start_loc.len()]);
+            return Err(Error::Shape { name: "query_start_loc", expected, got });
+        }
+        if let Some(sequence) = self.context_lens.iter().position(|&len| len < 0) {
+            let len = self.context_lens[sequence];
+            return Err(Error::Config(format!("context_lens: {len} tokens of sequence {sequence}")));
+        }
+        let falls = self.query_start_loc.windows(2).position(|pair| pair[0] > pair[1]);
+        if self.query_start_loc[0] != 0 || falls.is_some() {
+            let at = falls.unwrap_or_default();
+            let found = &self.query_start_loc[at..(at + 2).min(self.query_start_loc.len())];
+            return Err(Error::Config(format!("query_start_loc begins at 0 and does not fall, got {found:?} at {at}")));
+        }
+        Ok(())
+    }
+
+    pub(super) fn context_len(&self, sequence: usize) -> usize {
+        self.context_lens[sequence] as usize
+    }
+
+    pub(super) fn num_new(&self, sequence: usize) -> usize {
+        (self.query_start_loc[sequence + 1] - self.query_start_loc[sequence]) as usize
+    }
+
+    /// The blocks of a sequence from index `first` to `end`; those before are not looked at.
+    pub(super) fn blocks(&self, sequence: usize, first: usize, end: usize, num_blocks: usize) -> Result<Vec<BlockId>> {
+        if end > self.stride {
+            let stride = self.stride;
+            return Err(Error::Config(format!("sequence {sequence} needs {end} blocks, its table has {stride}")));
+        }
+        let row = &self.block_tables[sequence * self.stride..][..end];
+        let block = |(index, &id): (usize, &i32)| match usize::try_from(id) {
+            _ if index < first => Ok(BlockId::RELEASED),
+            Ok(id) if id < num_blocks => Ok(BlockId(id as u32)),
+            _ => Err(Error::UnknownBlock { id: id as u32, num_blocks }),
+        };
+        row.iter().enumerate().map(block).collect()
+    }
+}

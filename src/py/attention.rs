@@ -1,0 +1,101 @@
+//! The arguments of one call of attention.
+
+use super::numbers::Whole;
+use super::tensor::Tensor;
+use crate::backend::{AttendOptions, Fresh, Output, Over, TensorView};
+use crate::{Error, Result};
+use pyo3::prelude::*;
+
+/// Keyword arguments that every call of attention takes.
+pub(super) struct Keywords<'a, 'py> {
+    pub scale: Option<f32>,
+    pub window: Option<Whole>,
+    pub softcap: Option<f32>,
+    pub sinks: Option<&'a Bound<'py, PyAny>>,
+    pub lse: Option<&'a Bound<'py, PyAny>>,
+    pub history_only: bool,
+}
+
+/// Tensors and options, checked as far as Python's objects say.
+pub(super) struct Attention {
+    q: Tensor,
+    new: Option<(Tensor, Tensor)>,
+    out: Tensor,
+    lse: Option<Tensor>,
+    scale: Option<f32>,
+    window: Option<usize>,
+    softcap: Option<f32>,
+    sinks: Option<Vec<f32>>,
+    over: Over,
+}
+
+impl Attention {
+    /// The arguments, and the object that is written: `out`, or a new one like `q`.
+    pub(super) fn new<'py>(
+        py: Python<'py>,
+        q: &Bound<'py, PyAny>,
+        new: Option<(Tensor, Tensor)>,
+        out: Option<&Bound<'py, PyAny>>,
+        keywords: &Keywords<'_, 'py>,
+    ) -> PyResult<(Self, Bound<'py, PyAny>)> {
+        let tensor = Tensor::new("q", q)?;
+        let object = match out {
+            Some(out) => out.clone(),
+            None if q.hasattr("new_empty")? => q.call_method1("new_empty", (tensor.shape(),))?,
+            None => py.import("numpy")?.call_method1("empty", (tensor.shape(), q.getattr("dtype")?))?,
+        };
+        let out = Tensor::new("out", &object)?;
+        let lse = keywords.lse.map(|lse| Tensor::new("lse", lse)).transpose()?;
+        let read =
+            || [Some(&tensor), new.as_ref().map(|new| &new.0), new.as_ref().map(|new| &new.1)].into_iter().flatten();
+        for one in [Some(&out), lse.as_ref()].into_iter().flatten() {
+            read().try_for_each(|other| one.check_apart(other))?;
+        }
+        if let Some(lse) = &lse {
+            lse.check_apart(&out)?;
+        }
+        let sinks = match keywords.sinks {
+            // SAFETY: the caller's reference keeps the tensor alive during the call.
+            Some(sinks) => Some(unsafe { Tensor::new("sinks", sinks)?.to_vec()? }),
+            None => None,
+        };
+        let &Keywords { scale, softcap, history_only, .. } = keywords;
+        let window = keywords.window.map(Whole::count);
+        let over = if history_only { Over::History } else { Over::All };
+        Ok((Self { q: tensor, new, out, lse, scale, window, softcap, sinks, over }, object))
+    }
+
+    /// Calls `attend` with what the arguments come to.
+    ///
+    /// # Safety
+    /// The Python objects live, and are not used elsewhere, during the call.
+    pub(super) unsafe fn run(
+        &self,
+        attend: impl FnOnce(TensorView<'_>, Option<Fresh<'_>>, AttendOptions<'_>, Output<'_>) -> Result<()>,
+    ) -> Result<()> {
+        // SAFETY: the caller's word.
+        let (q, new, output) = unsafe {
+            let new = match &self.new {
+                Some((k, v)) => Some(Fresh { k: k.view()?, v: v.view()? }),
+                None => None,
+            };
+            let lse = self.lse.as_ref().map(|lse| lse.view_mut()).transpose()?;
+            (self.q.view()?, new, Output { out: self.out.view_mut()?, lse })
+        };
+        let &Self { scale, window, softcap, over, .. } = self;
+        let options = AttendOptions { scale, window, softcap, sinks: self.sinks.as_deref(), over };
+        attend(q, new, options, output)
+    }
+}
+
+/// Keys and values, both or neither.
+pub(super) fn new_tokens(
+    k: Option<&Bound<'_, PyAny>>,
+    v: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Option<(Tensor, Tensor)>> {
+    match (k, v) {
+        (None, None) => Ok(None),
+        (Some(k), Some(v)) => Ok(Some((Tensor::new("k", k)?, Tensor::new("v", v)?))),
+        _ => Err(Error::Config("attend takes both k and v, or neither".to_owned()).into()),
+    }
+}
