@@ -245,7 +245,8 @@ impl Pair {
         }
         let context_lens: Vec<i32> = counts.iter().map(|&(index, _)| self.requests[index].len as i32).collect();
         let tables = Tables {
-            block_tables: &block_tables,
+            block_tables: &block_tables[..block_tables.len() - 2],
+            width: stride - 2,
             stride,
             context_lens: &context_lens,
             query_start_loc: &query_start_loc,

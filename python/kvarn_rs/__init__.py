@@ -1,10 +1,11 @@
 """A quantized, paged key/value cache for LLM inference, with attention that reads the quantized data directly.
 
-`PagedKvCache` is the cache without a framework, for torch or numpy CPU tensors; `kvarn_rs.hf` connects it to Hugging
-Face `generate`. Importing this package imports neither torch nor numpy.
+`PagedKvCache` is the cache without a framework, for torch or numpy CPU tensors; `Engine` is its attention for a
+serving engine that has memory and block tables of its own; `kvarn_rs.hf` connects the cache to Hugging Face `generate`.
+Importing this package imports neither torch nor numpy.
 """
 
-from kvarn_rs._core import Calibration, PagedKvCache, Step, __version__, codecs, formats
+from kvarn_rs._core import Calibration, Engine, PagedKvCache, Step, __version__, codecs, formats
 from kvarn_rs.errors import (
     CacheFileError,
     CalibrationError,
@@ -41,6 +42,7 @@ __all__ = [
     "ConfigError",
     "DeviceError",
     "DtypeError",
+    "Engine",
     "KvarnError",
     "NonFiniteError",
     "OpenStepError",

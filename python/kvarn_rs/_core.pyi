@@ -15,6 +15,7 @@ __all__ = [
     "FIRST_TOKENS",
     "QUERY_TOKENS",
     "Calibration",
+    "Engine",
     "PagedKvCache",
     "Step",
     "__version__",
@@ -108,6 +109,20 @@ class CacheStats(TypedDict):
     or all within about 1e-4 of each other; K as large, in a tile). Counted when they are written to a page, and again
     when their block is sealed.
     """
+
+@type_check_only
+class EngineStats(TypedDict):
+    """Figures of an engine. Lists have one entry per layer."""
+
+    open_pages: int
+    """Pages that blocks have which are not sealed; 0 in formats that never seal."""
+    peak_open_pages: int
+    sealed: int
+    """Blocks sealed so far."""
+    calibrated: _State
+    saturation: list[float | None]
+    drift: list[float | None]
+    out_of_range_tokens: list[int]
 
 @type_check_only
 class CacheSummary(TypedDict):
@@ -460,6 +475,8 @@ class Step:
         window: int | None = None,
         softcap: float | None = None,
         sinks: object = None,
+        lse: object = None,
+        history_only: bool = False,
     ) -> _Tensor:
         """Causal attention of the step's queries to all tokens of their sequences, the step's tokens included.
 
@@ -474,10 +491,32 @@ class Step:
             window: tokens that a query sees, itself included; the smaller of this and the cache's window applies.
             softcap: scores become `softcap * tanh(scores / softcap)`.
             sinks: `[num_q_heads]`, one more logit per head in the softmax, without a value.
+            lse: `[B, num_q_heads, T]`, float32: receives the natural logarithm of the sum of the exponentials of each
+                row's scores, a sink's included; minus infinity where there are none.
+            history_only: attend to the tokens before the step alone, to merge with attention to the step's own by
+                `lse`. Rows of sequences without such tokens become zeros.
 
         Raises:
             OpenStepError: the layer was not appended in this step.
             ShapeError, DtypeError, StrideError, DeviceError, ConfigError, StaleStepError
+        """
+    def forward(
+        self,
+        layer: int,
+        q: _Tensor,
+        k: object,
+        v: object,
+        out: _Tensor | None = None,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: object = None,
+        lse: object = None,
+    ) -> _Tensor:
+        """`append` with the queries, then `attend` with the keys and values, in one call: what most layers need.
+
+        Raises: what both do; nothing was written.
         """
     def commit(self) -> None:
         """Adds the step's tokens to its sequences and ends the step.
@@ -499,6 +538,148 @@ class Step:
         _exc_value: BaseException | None,
         _traceback: TracebackType | None,
     ) -> Literal[False]: ...
+
+@final
+class Engine:
+    """Quantized attention for a serving engine that owns the memory, the block tables and the steps.
+
+    Records are in tensors of the caller, which lends them as long as the object lives: nobody else may write them, or
+    free them. A block of `raw` or `int8` is a page of its own number. In the other formats a block is a tile, and while
+    it is not full or not committed it has a page beside, which the engine assigns.
+
+    One step is open at a time: `begin`, for each layer `append` and `attend` or `forward`, then `commit` or `abort`.
+    Tensors of tokens are `[num_tokens, heads, head_dim]`, sequences laid end to end in the order of the tables.
+
+    Args:
+        num_kv_heads: of a layer.
+        head_dim: channels of a head.
+        pages: a tensor per layer, `[num_pages, num_kv_heads, width]`, uint8 or int8, of any outer strides that are
+            multiples of 16 bytes: `width` is at least the bytes of a page of one head. Its content does not matter.
+        tiles: in formats that seal, a tensor per layer, `[num_blocks, num_kv_heads, width]`; else `None`.
+        format: one of `FORMATS`.
+        block_size: tokens of a block: 16, 32, 64 or 128.
+        dtype: element type of `raw` pages.
+        window: tokens that a query sees, itself included; `None`: all.
+        calibration: the model's; it learns until it is frozen.
+        layers: the model's number of each layer; `None`: 0, 1, ...
+
+    Raises:
+        ConfigError: settings that contradict each other, records that overlap or are not aligned.
+        ShapeError, DtypeError, StrideError, DeviceError, UnknownFormatError, UnsupportedError, CalibrationError
+    """
+
+    def __new__(
+        cls,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        pages: Sequence[object],
+        tiles: Sequence[object] | None = None,
+        format: str = "int4",
+        block_size: int = 128,
+        dtype: str = "float32",
+        window: int | None = None,
+        calibration: Calibration | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> Self: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def is_open(self) -> bool:
+        """Whether a step is open."""
+    def begin(self, block_tables: object, context_lens: object, query_start_loc: object) -> None:
+        """Begins a step. Full blocks of committed tokens are sealed, also those of sequences without new tokens.
+
+        Args:
+            block_tables: `[num_sequences, width]`, int32: the blocks of each sequence by position.
+            context_lens: `[num_sequences]`, int32: tokens before the step.
+            query_start_loc: `[num_sequences + 1]`, int32: first row of each sequence, and the number of rows last.
+
+        Raises:
+            StaleStepError: a step is open.
+            OutOfOpenPagesError: there are too few pages; nothing was changed.
+            ConfigError, ShapeError, DtypeError, StrideError, DeviceError
+        """
+    def append(self, layer: int, k: object, v: object, q: object = None) -> None:
+        """Writes a layer's keys and values. See `Step.append`; tensors are `[num_tokens, heads, head_dim]`."""
+    def attend(
+        self,
+        layer: int,
+        q: _Tensor,
+        k: object,
+        v: object,
+        out: _Tensor | None = None,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: object = None,
+        lse: object = None,
+        history_only: bool = False,
+    ) -> _Tensor:
+        """Attends. See `Step.attend`; `q`, `k`, `v`, `out` are `[num_tokens, heads, head_dim]`, `lse` is without the last."""
+    def forward(
+        self,
+        layer: int,
+        q: _Tensor,
+        k: object,
+        v: object,
+        out: _Tensor | None = None,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: object = None,
+        lse: object = None,
+    ) -> _Tensor:
+        """`append` with the queries, then `attend` with the keys and values. See `Step.forward`."""
+    def commit(self, num_accepted: Sequence[int] | None = None) -> None:
+        """Ends the step: its tokens are committed, or of each sequence the first `num_accepted` of them.
+
+        Tokens that are not accepted (rejected drafts) are written again by a later step.
+
+        Raises:
+            OpenStepError: a layer has no keys and values; the step stays open.
+            ConfigError: counts that do not fit the step, which stays open.
+            StaleStepError: no step is open.
+        """
+    def abort(self) -> None:
+        """Drops the step. Raises `StaleStepError` if none is open."""
+    def release(self, blocks: Sequence[int]) -> None:
+        """Takes back the pages of blocks whose unsealed tokens nobody reads again. Sealed blocks stay as they are.
+
+        Raises:
+            StaleStepError: a step is open.
+            ConfigError: an unknown block; nothing was changed.
+        """
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copies a block that is not sealed into another, for a sequence that is forked within it.
+
+        Raises:
+            UnsupportedError: the block is sealed: share it.
+            OutOfOpenPagesError, ConfigError, StaleStepError
+        """
+    def records(self, layer: int, block: int, num_tokens: int, *, is_first: bool) -> bytes:
+        """The records of a block, head by head, as files have them.
+
+        Args:
+            layer: of the engine.
+            block: its id.
+            num_tokens: tokens in it; other rows are zero.
+            is_first: whether it is the first block of its sequence.
+
+        Raises:
+            ConfigError: an unknown layer or block, or more tokens than a block has.
+        """
+    def stats(self) -> EngineStats: ...
 
 def save_caches(path: str | PathLike[str], caches: Sequence[PagedKvCache], note: str = "") -> None:
     """Writes several caches and a note, a string of the caller, to one file. See `PagedKvCache.save`.

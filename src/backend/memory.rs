@@ -47,7 +47,7 @@ impl Records {
         last.checked_add((num_kv_heads - 1).checked_mul(self.head_stride)?)?.checked_add(layout.bytes())
     }
 
-    fn check(&self, name: &'static str, num_kv_heads: usize, layout: RecordLayout) -> Result<()> {
+    fn check(&self, name: &str, num_kv_heads: usize, layout: RecordLayout) -> Result<()> {
         let &Self { base, num, stride, head_stride } = self;
         let refuse = |why: String| Err(Error::Config(format!("{name}: {why}")));
         if !base.is_multiple_of(RECORD_ALIGNMENT as u64)
@@ -82,24 +82,70 @@ impl Records {
     }
 }
 
+/// Records of one layer that other records of the same strides may lie among.
+struct Group {
+    name: String,
+    records: Records,
+    layout: RecordLayout,
+}
+
+impl Group {
+    /// Do the records of two groups overlap? Those of different strides must not even reach each other.
+    fn overlaps(&self, other: &Self, num_kv_heads: usize) -> bool {
+        let reach = |group: &Self| {
+            let bytes = group.records.extent(num_kv_heads, group.layout).unwrap_or(usize::MAX);
+            (i128::from(group.records.base), i128::from(group.records.base) + bytes as i128)
+        };
+        let ((start, end), (other_start, other_end)) = (reach(self), reach(other));
+        if end <= other_start || other_end <= start {
+            return false;
+        }
+        let (a, b) = (self.records, other.records);
+        if (a.stride, a.head_stride) != (b.stride, b.head_stride) || a.stride == 0 {
+            return true;
+        }
+        let between = other_start - start;
+        let (bytes, other_bytes) = (self.layout.bytes() as i128, other.layout.bytes() as i128);
+        let heads = num_kv_heads as i128 - 1;
+        (-heads..=heads).any(|heads_apart| {
+            let from = between + heads_apart * a.head_stride as i128;
+            let nearest = -from.div_euclid(a.stride as i128);
+            // The record of `b` that is as many further on as makes it lie next to one of `a`, before or behind.
+            [nearest, nearest - 1].into_iter().any(|apart| {
+                let is_there = -(a.num as i128) < apart && apart < b.num as i128;
+                let offset = from + apart * a.stride as i128;
+                is_there && -other_bytes < offset && offset < bytes
+            })
+        })
+    }
+}
+
 /// Can these be the layers of a shape?
 ///
 /// # Errors
-/// [`Error::Config`] for another number of layers, tiles that are missing or too many, records that overlap within a
-/// layer or are not aligned.
+/// [`Error::Config`] for another number of layers, tiles that are missing or too many, records that are not aligned or
+/// overlap.
 pub fn check(shape: &Shape, memory: &[LayerMemory]) -> Result<()> {
     if memory.len() != shape.num_layers {
         return Err(Error::Config(format!("memory of {} layers for a shape of {}", memory.len(), shape.num_layers)));
     }
-    for layer in memory {
-        layer.pages.check("pages", shape.num_kv_heads, shape.page())?;
+    let mut groups: Vec<Group> = Vec::new();
+    for (index, layer) in memory.iter().enumerate() {
+        let name = |kind: &str| format!("{kind} of layer {index}");
+        groups.push(Group { name: name("pages"), records: layer.pages, layout: shape.page() });
         match (layer.tiles, shape.tile()) {
-            (Some(tiles), Some(layout)) => tiles.check("tiles", shape.num_kv_heads, layout)?,
+            (Some(records), Some(layout)) => groups.push(Group { name: name("tiles"), records, layout }),
             (None, None) => {}
             (tiles, _) => {
                 let (given, format) = (if tiles.is_some() { "given" } else { "missing" }, shape.format.name());
                 return Err(Error::Config(format!("memory for tiles is {given}, and {format} is the format")));
             }
+        }
+    }
+    for (index, group) in groups.iter().enumerate() {
+        group.records.check(&group.name, shape.num_kv_heads, group.layout)?;
+        if let Some(other) = groups[..index].iter().find(|other| group.overlaps(other, shape.num_kv_heads)) {
+            return Err(Error::Config(format!("the {} and the {} overlap", other.name, group.name)));
         }
     }
     Ok(())

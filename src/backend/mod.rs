@@ -84,7 +84,7 @@ pub struct Output<'a> {
     /// `[B, num_q_heads, T, head_dim]`; zeros in rows of padding and in rows that see no token.
     pub out: TensorViewMut<'a>,
     /// `[B, num_q_heads, T, 1]`, f32: natural logarithm of the sum of the exponentials of a row's scores, a sink's
-    /// included; minus infinity in rows that see nothing.
+    /// included; minus infinity in rows of padding, and in those that see no token and have no sink.
     pub lse: Option<TensorViewMut<'a>>,
 }
 

@@ -118,9 +118,10 @@ impl Engine {
         let sequences: Vec<Sequence> = sequences.collect::<Result<_>>()?;
         let written: Vec<BlockId> = sequences.iter().flat_map(Sequence::opened).collect();
         let allocated = self.pages.as_mut().map_or(Ok(Vec::new()), |pages| pages.allocate(&written))?;
-        match self.plan_step(&sequences, tables.stride) {
+        match self.plan_step(&sequences) {
             Ok(step) => {
                 self.step = Some(OpenStep { allocated, ..step });
+                self.pages.iter_mut().for_each(OpenPages::note_peak);
                 Ok(())
             }
             Err(error) => {
@@ -240,6 +241,7 @@ impl Engine {
         };
         if let Some(pages) = &mut self.pages {
             pages.allocate(&[destination])?;
+            pages.note_peak();
         }
         match place(self.pages.as_ref(), destination).as_page() {
             Some(to) => self.layers.executor.copy_pages(&[(from, to)], self.layers.stream),

@@ -53,8 +53,12 @@ impl OpenPages {
         for &block in &new {
             self.page_of[block.0 as usize] = self.free.pop();
         }
-        self.peak = self.peak.max(self.in_use());
         Ok(new)
+    }
+
+    /// Takes the pages in use now into the most that ever were.
+    pub(super) fn note_peak(&mut self) {
+        self.peak = self.peak.max(self.in_use());
     }
 
     /// Takes the pages of these blocks back.

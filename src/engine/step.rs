@@ -64,7 +64,8 @@ impl Engine {
         Ok(Sequence { blocks, context_len, num_new, first_held, at_once: new..sealed_to })
     }
 
-    pub(super) fn plan_step(&mut self, sequences: &[Sequence], stride: usize) -> Result<OpenStep> {
+    pub(super) fn plan_step(&mut self, sequences: &[Sequence]) -> Result<OpenStep> {
+        let stride = sequences.iter().map(|sequence| sequence.blocks.len()).max().unwrap_or(0);
         let mut places = vec![Place::page(PageId(0)); sequences.len() * stride];
         for (sequence, places) in sequences.iter().zip(places.chunks_exact_mut(stride.max(1))) {
             for (index, (&block, entry)) in sequence.blocks.iter().zip(places).enumerate() {

@@ -6,10 +6,12 @@ use crate::paging::BlockId;
 /// What a step does to which sequences: arrays of `i32` as vLLM has them.
 #[derive(Debug, Clone, Copy)]
 pub struct Tables<'a> {
-    /// `[num_sequences, stride]`: the blocks of each sequence by position. Entries beyond its tokens are not read, nor
-    /// those that a window hides.
+    /// `[num_sequences, width]`, rows `stride` entries apart: the blocks of each sequence by position. Entries beyond its
+    /// tokens are not read, nor those that a window hides.
     pub block_tables: &'a [i32],
-    /// Entries of a row.
+    /// Blocks that a row has room for.
+    pub width: usize,
+    /// Entries from one row to the next.
     pub stride: usize,
     /// `[num_sequences]`: tokens before the step.
     pub context_lens: &'a [i32],
@@ -30,8 +32,10 @@ impl Tables<'_> {
     /// [`Error::Shape`] or [`Error::Config`], naming the array and its numbers.
     pub fn check(&self) -> Result<()> {
         let num_sequences = self.num_sequences();
-        if num_sequences.checked_mul(self.stride) != Some(self.block_tables.len()) {
-            let expected = format!("[{num_sequences}, {}]", self.stride);
+        let before_last = num_sequences.saturating_sub(1).checked_mul(self.stride);
+        let len = before_last.and_then(|before| before.checked_add(if num_sequences > 0 { self.width } else { 0 }));
+        if self.width > self.stride || len.is_none_or(|len| len > self.block_tables.len()) {
+            let expected = format!("[{num_sequences}, {}] with rows {} apart", self.width, self.stride);
             return Err(Error::Shape { name: "block_tables", expected, got: vec![self.block_tables.len()] });
         }
         if self.query_start_loc.len() != num_sequences + 1 {
@@ -61,9 +65,9 @@ impl Tables<'_> {
 
     /// The blocks of a sequence from index `first` to `end`; those before are not looked at.
     pub(super) fn blocks(&self, sequence: usize, first: usize, end: usize, num_blocks: usize) -> Result<Vec<BlockId>> {
-        if end > self.stride {
-            let stride = self.stride;
-            return Err(Error::Config(format!("sequence {sequence} needs {end} blocks, its table has {stride}")));
+        if end > self.width {
+            let width = self.width;
+            return Err(Error::Config(format!("sequence {sequence} needs {end} blocks, its table has {width}")));
         }
         let row = &self.block_tables[sequence * self.stride..][..end];
         let block = |(index, &id): (usize, &i32)| match usize::try_from(id) {

@@ -6,6 +6,42 @@ use crate::backend::{AttendOptions, Fresh, Output, Over, TensorView};
 use crate::{Error, Result};
 use pyo3::prelude::*;
 
+/// The order of a tensor's dimensions.
+#[derive(Clone, Copy)]
+pub(super) enum Layout {
+    /// `[B, heads, T, head_dim]`.
+    Heads,
+    /// `[num_tokens, heads, head_dim]`.
+    Tokens,
+}
+
+impl Layout {
+    /// The tensor, as `[B, heads, T, head_dim]`.
+    pub(super) fn tensor(self, name: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<Tensor> {
+        Ok(self.order(Tensor::new(name, tensor)?)?)
+    }
+
+    fn order(self, tensor: Tensor) -> Result<Tensor> {
+        match self {
+            Self::Heads => Ok(tensor),
+            Self::Tokens => tensor.by_tokens(),
+        }
+    }
+
+    /// Keys and values, both or neither.
+    pub(super) fn new_tokens(
+        self,
+        k: Option<&Bound<'_, PyAny>>,
+        v: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Option<(Tensor, Tensor)>> {
+        match (k, v) {
+            (None, None) => Ok(None),
+            (Some(k), Some(v)) => Ok(Some((self.tensor("k", k)?, self.tensor("v", v)?))),
+            _ => Err(Error::Config("attend takes both k and v, or neither".to_owned()).into()),
+        }
+    }
+}
+
 /// Keyword arguments that every call of attention takes.
 pub(super) struct Keywords<'a, 'py> {
     pub scale: Option<f32>,
@@ -33,19 +69,24 @@ impl Attention {
     /// The arguments, and the object that is written: `out`, or a new one like `q`.
     pub(super) fn new<'py>(
         py: Python<'py>,
+        layout: Layout,
         q: &Bound<'py, PyAny>,
         new: Option<(Tensor, Tensor)>,
         out: Option<&Bound<'py, PyAny>>,
         keywords: &Keywords<'_, 'py>,
     ) -> PyResult<(Self, Bound<'py, PyAny>)> {
-        let tensor = Tensor::new("q", q)?;
+        let given = Tensor::new("q", q)?;
         let object = match out {
             Some(out) => out.clone(),
-            None if q.hasattr("new_empty")? => q.call_method1("new_empty", (tensor.shape(),))?,
-            None => py.import("numpy")?.call_method1("empty", (tensor.shape(), q.getattr("dtype")?))?,
+            None if q.hasattr("new_empty")? => q.call_method1("new_empty", (given.shape(),))?,
+            None => py.import("numpy")?.call_method1("empty", (given.shape(), q.getattr("dtype")?))?,
         };
-        let out = Tensor::new("out", &object)?;
-        let lse = keywords.lse.map(|lse| Tensor::new("lse", lse)).transpose()?;
+        let tensor = layout.order(given)?;
+        let out = layout.tensor("out", &object)?;
+        let lse = match keywords.lse {
+            Some(lse) => Some(layout.order(Tensor::new("lse", lse)?.with_last_dimension())?),
+            None => None,
+        };
         let read =
             || [Some(&tensor), new.as_ref().map(|new| &new.0), new.as_ref().map(|new| &new.1)].into_iter().flatten();
         for one in [Some(&out), lse.as_ref()].into_iter().flatten() {
@@ -85,17 +126,5 @@ impl Attention {
         let &Self { scale, window, softcap, over, .. } = self;
         let options = AttendOptions { scale, window, softcap, sinks: self.sinks.as_deref(), over };
         attend(q, new, options, output)
-    }
-}
-
-/// Keys and values, both or neither.
-pub(super) fn new_tokens(
-    k: Option<&Bound<'_, PyAny>>,
-    v: Option<&Bound<'_, PyAny>>,
-) -> PyResult<Option<(Tensor, Tensor)>> {
-    match (k, v) {
-        (None, None) => Ok(None),
-        (Some(k), Some(v)) => Ok(Some((Tensor::new("k", k)?, Tensor::new("v", v)?))),
-        _ => Err(Error::Config("attend takes both k and v, or neither".to_owned()).into()),
     }
 }

@@ -2,7 +2,8 @@
 
 use super::calibration::Calibration;
 use super::numbers::Whole;
-use super::step::{Step, check_process};
+use super::process::check_process;
+use super::step::Step;
 use super::tensor::Tensor;
 use super::{parse_codec, parse_dtype, parse_format};
 use crate::config::CacheConfig;

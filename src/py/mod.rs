@@ -3,9 +3,11 @@
 mod attention;
 mod cache;
 mod calibration;
+mod engine;
 mod errors;
 mod file;
 mod numbers;
+mod process;
 mod step;
 mod tensor;
 
@@ -24,6 +26,8 @@ mod _core {
     use super::cache::PagedKvCache;
     #[pymodule_export]
     use super::calibration::Calibration;
+    #[pymodule_export]
+    use super::engine::Engine;
     #[pymodule_export]
     use super::file::{caches_from_bytes, caches_to_bytes, file_kind, inspect_caches, load_caches, save_caches};
     #[pymodule_export]
@@ -107,7 +111,7 @@ fn simd_level() -> Result<&'static str> {
 /// Number of kernel threads: `RAYON_NUM_THREADS`, or one per core.
 #[pyfunction]
 fn num_threads() -> usize {
-    step::kernel_process(); // the next line starts the threads
+    process::kernel_process(); // the next line starts the threads
     rayon::current_num_threads()
 }
 

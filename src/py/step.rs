@@ -1,13 +1,13 @@
 //! The Python class `Step`: append and attend for the rows of one step.
 
-use super::attention::{Attention, Keywords, new_tokens};
+use super::attention::{Attention, Keywords, Layout};
 use super::cache::{Shared, lock};
 use super::numbers::Whole;
+use super::process::check_process;
 use super::tensor::Tensor;
 use crate::backend::Fresh;
-use crate::{Error, Result, cache};
+use crate::{Result, cache};
 use pyo3::prelude::*;
-use std::sync::OnceLock;
 
 /// A step that is open until it is committed or aborted.
 #[pyclass(frozen, module = "kvarn_rs._core")]
@@ -22,23 +22,6 @@ impl Step {
         let num_rows = open.plan().num_rows();
         Self { inner, open, num_rows }
     }
-}
-
-/// The id of the process whose kernel threads exist: the one that first called this, which every use of them does.
-pub(super) fn kernel_process() -> u32 {
-    static FIRST: OnceLock<u32> = OnceLock::new();
-    *FIRST.get_or_init(std::process::id)
-}
-
-/// Refuses a forked child: kernel threads do not survive `fork`, and a child that used them would block forever.
-pub(super) fn check_process() -> Result<()> {
-    let (parent, current) = (kernel_process(), std::process::id());
-    if parent == current {
-        return Ok(());
-    }
-    Err(Error::Unsupported(format!(
-        "process {current} was forked from {parent}, whose kernel threads it does not have: start processes by \"spawn\""
-    )))
 }
 
 #[pymethods]
@@ -93,7 +76,7 @@ impl Step {
     ) -> PyResult<Bound<'py, PyAny>> {
         check_process()?;
         let keywords = Keywords { scale, window, softcap, sinks, lse, history_only };
-        let (attention, out) = Attention::new(py, q, new_tokens(k, v)?, out, &keywords)?;
+        let (attention, out) = Attention::new(py, Layout::Heads, q, Layout::Heads.new_tokens(k, v)?, out, &keywords)?;
         let layer = layer.count();
         // SAFETY: the caller's references keep the tensors alive; it must not use what is written elsewhere.
         py.detach(|| unsafe {
@@ -121,7 +104,8 @@ impl Step {
     ) -> PyResult<Bound<'py, PyAny>> {
         check_process()?;
         let keywords = Keywords { scale, window, softcap, sinks, lse, history_only: false };
-        let (attention, out) = Attention::new(py, q, new_tokens(Some(k), Some(v))?, out, &keywords)?;
+        let (attention, out) =
+            Attention::new(py, Layout::Heads, q, Layout::Heads.new_tokens(Some(k), Some(v))?, out, &keywords)?;
         let layer = layer.count();
         // SAFETY: as above.
         py.detach(|| unsafe {

@@ -1,5 +1,6 @@
 //! Zero-copy views of torch tensors and numpy arrays.
 
+use crate::backend::memory::Records;
 use crate::backend::{Device, TensorView, TensorViewMut};
 use crate::format::Dtype;
 use crate::{Error, Result};
@@ -73,6 +74,9 @@ impl Tensor {
             "<f4" => ("float32", 4),
             "<f2" => ("float16", 2),
             "|b1" => ("bool", 1),
+            "<i4" => ("int32", 4),
+            "|u1" => ("uint8", 1),
+            "|i1" => ("int8", 1),
             other => (other, 0),
         };
         let shape: Vec<usize> = PyResult::<Bound<'_, PyAny>>::and_then(required("shape"), |shape| shape.extract())?;
@@ -113,13 +117,105 @@ impl Tensor {
 
     /// The first byte that shape and strides reach, and one past the last.
     fn extent(&self) -> (isize, isize) {
-        let bytes = Dtype::parse(&self.dtype).map_or(1, Dtype::bytes) as isize; // 1 for bool, and for dtypes refused later
+        let bytes = self.element_bytes() as isize;
         let (mut low, mut high) = (self.base as isize, self.base as isize);
         for (&n, &stride) in self.shape.iter().zip(&self.strides) {
             let reach = stride.saturating_mul(bytes).saturating_mul((n as isize - 1).max(0));
             (low, high) = (low.saturating_add(reach.min(0)), high.saturating_add(reach.max(0)));
         }
         if self.shape.contains(&0) { (low, low) } else { (low, high.saturating_add(bytes)) }
+    }
+
+    /// Bytes of an element; 1 for dtypes that are refused later.
+    fn element_bytes(&self) -> usize {
+        Dtype::parse(&self.dtype).map_or(if self.dtype == "int32" { 4 } else { 1 }, Dtype::bytes)
+    }
+
+    /// `[T, heads, head_dim]` as `[1, heads, T, head_dim]`.
+    pub fn by_tokens(mut self) -> Result<Self> {
+        let (&[tokens, heads, width], &[by_token, by_head, by_channel]) = (&self.shape[..], &self.strides[..]) else {
+            let expected = "[num_tokens, heads, head_dim]".to_owned();
+            return Err(Error::Shape { name: self.name, expected, got: self.shape });
+        };
+        self.shape = vec![1, heads, tokens, width];
+        self.strides = vec![0, by_head, by_token, by_channel];
+        Ok(self)
+    }
+
+    /// Its elements as rows of one.
+    pub fn with_last_dimension(mut self) -> Self {
+        self.shape.push(1);
+        self.strides.push(1);
+        self
+    }
+
+    /// Where records of so many heads and bytes are: `[num, num_kv_heads, width]`, bytes.
+    pub fn records(&self, num_kv_heads: usize, bytes: usize) -> Result<Records> {
+        self.check_host()?;
+        if self.dtype != "uint8" && self.dtype != "int8" {
+            let (expected, got) = ("uint8 or int8".to_owned(), self.dtype.clone());
+            return Err(Error::Dtype { name: self.name, expected, got });
+        }
+        let refused = || Error::Shape {
+            name: self.name,
+            expected: format!("[num, {num_kv_heads}, {bytes} or more]"),
+            got: self.shape.clone(),
+        };
+        let (&[num, heads, width], &[stride, head_stride, last]) = (&self.shape[..], &self.strides[..]) else {
+            return Err(refused());
+        };
+        if heads != num_kv_heads || width < bytes {
+            return Err(refused());
+        }
+        match (usize::try_from(stride), usize::try_from(head_stride), last) {
+            (Ok(stride), Ok(head_stride), 1) if self.writable => {
+                Ok(Records { base: self.base as u64, num, stride, head_stride })
+            }
+            (Ok(_), Ok(_), 1) => Err(Error::Config(format!("{}: the array is read-only", self.name))),
+            _ => Err(Error::Stride { name: self.name, strides: self.strides.clone() }),
+        }
+    }
+
+    /// The elements of an int32 tensor `[n]`.
+    ///
+    /// # Safety
+    /// The tensor must live, and must not be written, during `'a`.
+    pub unsafe fn ints<'a>(&self) -> Result<&'a [i32]> {
+        let &[len] = &self.shape[..] else {
+            return Err(Error::Shape { name: self.name, expected: "[n]".to_owned(), got: self.shape.clone() });
+        };
+        // SAFETY: the caller's word.
+        unsafe { self.int_slice(len, len < 2 || self.strides[0] == 1) }
+    }
+
+    /// The elements of an int32 tensor `[n, width]` from its first to its last, `width`, and the stride of a row.
+    ///
+    /// # Safety
+    /// As for [`ints`](Self::ints).
+    pub unsafe fn int_rows<'a>(&self) -> Result<(&'a [i32], usize, usize)> {
+        let &[rows, width] = &self.shape[..] else {
+            return Err(Error::Shape { name: self.name, expected: "[n, width]".to_owned(), got: self.shape.clone() });
+        };
+        let stride = if rows < 2 { width } else { usize::try_from(self.strides[0]).unwrap_or(0) };
+        let is_whole = (width < 2 || self.strides[1] == 1) && stride >= width;
+        let len = if rows == 0 || width == 0 { 0 } else { (rows - 1) * stride + width };
+        // SAFETY: the caller's word.
+        Ok((unsafe { self.int_slice(len, is_whole)? }, width, stride))
+    }
+
+    unsafe fn int_slice<'a>(&self, len: usize, is_contiguous: bool) -> Result<&'a [i32]> {
+        self.check_host()?;
+        if self.dtype != "int32" {
+            return Err(Error::Dtype { name: self.name, expected: "int32".to_owned(), got: self.dtype.clone() });
+        }
+        if !is_contiguous || !self.base.is_multiple_of(4) && len > 0 {
+            return Err(Error::Stride { name: self.name, strides: self.strides.clone() });
+        }
+        if len == 0 {
+            return Ok(&[]);
+        }
+        // SAFETY: torch and numpy vouch for every element that shape and strides reach.
+        Ok(unsafe { std::slice::from_raw_parts(self.base as *const i32, len) })
     }
 
     pub fn shape(&self) -> &[usize] {

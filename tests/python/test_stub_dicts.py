@@ -51,9 +51,21 @@ def given(tmp_path: Path) -> dict[str, list[Any]]:
     return {
         "LayerSummary": [*learning, *calibration.layers()],
         "CacheStats": [empty.stats(), filled.stats()],
+        "EngineStats": engine_stats(),
         "CacheSummary": _core.inspect_caches(tmp_path / "caches")[0],
         "Capacity": [_core.capacity("int4", [(2, 1, 16, None)], 16, 100, 10**6)],
     }
+
+
+def engine_stats() -> list[Any]:
+    """Of an engine that is empty, and of one that has sealed a block."""
+    page, tile = (np.zeros((8, 1, _core.block_bytes(format, 16, 16)), np.uint8) for format in ("int8", "int4"))
+    engine = kvarn_rs.Engine(num_kv_heads=1, head_dim=16, block_size=16, pages=[page], tiles=[tile])
+    stats: list[Any] = [engine.stats()]
+    engine.begin(*(np.array(values, np.int32) for values in ([[0, 1, 2]], [0], [0, 40])))
+    engine.append(0, *np.ones((2, 40, 1, 16), np.float32))
+    engine.commit()
+    return [*stats, engine.stats()]
 
 
 def accepts(type_: Any, value: object) -> bool:

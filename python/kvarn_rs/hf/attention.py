@@ -220,20 +220,20 @@ def _paged_attention(
         query = torch.nn.functional.pad(query, (0, 0, num_new - num_queries, 0))
     batch_size, num_heads, _, head_dim = query.shape
     out = torch.empty((batch_size, num_new, num_heads, head_dim), dtype=query.dtype)
+    options = {
+        "scale": _detached(scale),
+        "window": window,
+        "softcap": _detached(softcap),
+        "sinks": _detached(sinks),
+    }
     try:
-        if not new.appended:
-            forwards.append(new, query if num_queries == num_new else None)
-        new.group.open_step(num_new).core.attend(
-            new.index,
-            query,
-            new.k,
-            new.v,
-            out.transpose(1, 2),
-            scale=_detached(scale),
-            window=window,
-            softcap=_detached(softcap),
-            sinks=_detached(sinks),
-        )
+        if new.appended or num_queries != num_new:
+            if not new.appended:
+                forwards.append(new)
+            step = new.group.open_step(num_new).core
+            step.attend(new.index, query, new.k, new.v, out.transpose(1, 2), **options)
+        else:
+            forwards.append_and_attend(new, query, out.transpose(1, 2), options)
     except KvarnError:
         forwards.abort()
         raise

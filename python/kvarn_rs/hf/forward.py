@@ -15,6 +15,7 @@ Reading (lengths, `keys`, `stats`) does neither: it shows what each layer has, a
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 
@@ -197,9 +198,19 @@ class Forwards:
             group.adapt(k, v)
         return group
 
-    def append(self, new: NewTokens, query: torch.Tensor | None = None) -> None:
-        """Writes the K and V of a layer to the pages. query: see `LayerGroup.append`."""
-        new.group.append(new.index, new.forward.num_new, new.k, new.v, query)
+    def append(self, new: NewTokens) -> None:
+        """Writes the K and V of a layer to the pages."""
+        new.group.append(new.index, new.forward.num_new, new.k, new.v)
+        self._set_appended(new)
+
+    def append_and_attend(
+        self, new: NewTokens, query: torch.Tensor, out: torch.Tensor, options: dict[str, Any]
+    ) -> None:
+        """Writes the K and V of a layer to the pages, and attends. See `LayerGroup.append_and_attend`."""
+        new.group.append_and_attend(new.index, new.forward.num_new, query, new.k, new.v, out, options)
+        self._set_appended(new)
+
+    def _set_appended(self, new: NewTokens) -> None:
         new.forward.arrived[new.layer_idx] = None
         new.appended = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -243,17 +244,30 @@ class LayerGroup:
             self.step.core.abort()
             self.step = None
 
-    def append(
-        self, index: int, num_new: int, k: torch.Tensor, v: torch.Tensor, query: torch.Tensor | None = None
-    ) -> None:
-        """Writes the K and V of the group's layer `index` to the pages, with the mask that the step has (or none).
+    def append(self, index: int, num_new: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes the K and V of the group's layer `index` to the pages, with the mask that the step has (or none)."""
+        self.open_step(num_new).core.append(index, *self._as_stored(k, v))
 
-        query: the queries of the same positions, which the calibration learns from.
+    def append_and_attend(
+        self,
+        index: int,
+        num_new: int,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        options: dict[str, Any],
+    ) -> None:
+        """Writes the K and V of the group's layer `index` to the pages and attends into `out`, in one call of the core.
+
+        query: of the same positions; the calibration learns from them. options: those of `Step.forward`.
         """
-        step = self.begin(num_new, None) if self.step is None else self.step
+        self.open_step(num_new).core.forward(index, query, *self._as_stored(k, v), out, **options)
+
+    def _as_stored(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.plan.settings.format == "raw":  # wide enough for both
-            k, v = k.to(self.page_dtype), v.to(self.page_dtype)
-        step.core.append(index, k, v, query)
+            return k.to(self.page_dtype), v.to(self.page_dtype)
+        return k, v
 
     def append_missing(self, arrived: Container[int]) -> None:
         """Appends zeros to the open step, if there is one, for the layers that did not arrive.

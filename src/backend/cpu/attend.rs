@@ -76,19 +76,20 @@ impl Attention<'_> {
     /// Writes the rows that see nothing: those of padding, and those of sequences without a history if that is asked for.
     fn clear_unseen(&self) {
         let padding = self.step.positions().iter().enumerate().filter(|(_, position)| **position < 0);
-        padding.for_each(|(row, _)| self.clear(row));
+        padding.for_each(|(row, _)| self.clear(row, None));
         for index in 0..self.step.num_sequences() {
             let sequence = self.sequence(index);
             let (start, end) = self.visible(&sequence, sequence.context_len);
             if start >= end {
-                sequence.token_rows.iter().for_each(|&row| self.clear(row as usize));
+                sequence.token_rows.iter().for_each(|&row| self.clear(row as usize, self.options.sinks));
             }
         }
     }
 
-    fn clear(&self, row: usize) {
+    fn clear(&self, row: usize, sinks: Option<&[f32]>) {
         for head in 0..self.q.shape()[1] {
-            self.write(row, head, &[0f32; MAX_HEAD_DIM][..self.cpu.shape.head_dim], f32::NEG_INFINITY);
+            let lse = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
+            self.write(row, head, &[0f32; MAX_HEAD_DIM][..self.cpu.shape.head_dim], lse);
         }
     }
 
