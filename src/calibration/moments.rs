@@ -14,6 +14,9 @@ const LARGEST: f32 = 1e36;
 /// Multiplications (a few milliseconds) from which the heads of a layer are split among threads.
 const WORTH_THREADS: usize = 1 << 23;
 
+/// Query rows whose products are added in one pass over the sums.
+const AT_ONCE: usize = 4;
+
 /// Running sums of one key/value head.
 #[derive(Debug, Clone)]
 struct HeadMoments {
@@ -94,8 +97,6 @@ impl Moments {
 
 impl HeadMoments {
     fn add_queries<'a>(&mut self, mut rows: impl Iterator<Item = &'a [f32]>, head_dim: usize) {
-        /// Rows whose products are added in one pass over the sums.
-        const AT_ONCE: usize = 4;
         let mut wide = vec![0f64; AT_ONCE * head_dim];
         loop {
             let mut num_rows = 0;
@@ -103,14 +104,12 @@ impl HeadMoments {
                 into.iter_mut().zip(row).for_each(|(wide, &x)| *wide = f64::from(x));
                 num_rows += 1;
             }
-            self.num_queries += num_rows;
-            match num_rows {
-                AT_ONCE => add_products::<AT_ONCE>(&mut self.products, &wide, head_dim),
-                3 => return add_products::<3>(&mut self.products, &wide, head_dim),
-                2 => return add_products::<2>(&mut self.products, &wide, head_dim),
-                1 => return add_products::<1>(&mut self.products, &wide, head_dim),
-                _ => return,
+            if num_rows == 0 {
+                return;
             }
+            self.num_queries += num_rows;
+            wide[num_rows * head_dim..].fill(0.0); // adds nothing
+            add_products(&mut self.products, &wide, head_dim);
         }
     }
 
@@ -141,21 +140,33 @@ fn positive(x: f64) -> f32 {
     (x as f32).max(f32::MIN_POSITIVE)
 }
 
-/// Adds x x' of `N` rows `[N, head_dim]` to the upper triangle of `products`, row by row: the order of the additions to
-/// an element does not depend on `N`.
-fn add_products<const N: usize>(products: &mut [f64], rows: &[f64], head_dim: usize) {
-    let rows: [&[f64]; N] = std::array::from_fn(|r| &rows[r * head_dim..][..head_dim]);
+/// Adds x x' of rows `[AT_ONCE, head_dim]` to the upper triangle of `products`, row by row.
+fn add_products(products: &mut [f64], rows: &[f64], head_dim: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the machine has AVX2.
+        return unsafe { add_products_avx2(products, rows, head_dim) };
+    }
+    add_products_inline(products, rows, head_dim);
+}
+
+/// The same sums to the bit, in wider vectors: without FMA, each product is rounded.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn add_products_avx2(products: &mut [f64], rows: &[f64], head_dim: usize) {
+    add_products_inline(products, rows, head_dim);
+}
+
+#[inline(always)]
+fn add_products_inline(products: &mut [f64], rows: &[f64], head_dim: usize) {
+    let rows: [&[f64]; AT_ONCE] = std::array::from_fn(|r| &rows[r * head_dim..][..head_dim]);
     for i in 0..head_dim {
         let first = i & !7; // whole vectors; elements left of the diagonal are never read
-        let factors: [f64; N] = std::array::from_fn(|r| rows[r][i]);
-        let rows: [&[f64]; N] = std::array::from_fn(|r| &rows[r][first..]);
         let sums = &mut products[i * head_dim + first..(i + 1) * head_dim];
-        for j in 0..sums.len() {
-            let mut sum = sums[j];
-            for r in 0..N {
-                sum += factors[r] * rows[r][j];
-            }
-            sums[j] = sum;
+        let [a, b, c, d] = rows.map(|row| row[i]);
+        let [row_a, row_b, row_c, row_d] = rows.map(|row| &row[first..]);
+        for ((((sum, x), y), z), w) in sums.iter_mut().zip(row_a).zip(row_b).zip(row_c).zip(row_d) {
+            *sum = *sum + a * x + b * y + c * z + d * w;
         }
     }
 }

@@ -17,6 +17,22 @@ const fn block_of(head_dim: usize) -> usize {
     1 << head_dim.trailing_zeros()
 }
 
+/// One level of butterflies, between neighbours of `span` values.
+#[inline(always)]
+fn level<T>(m: &mut [T], span: usize)
+where
+    T: Copy + Add<Output = T> + Sub<Output = T>,
+{
+    for pair in m.chunks_exact_mut(2 * span) {
+        let (low, high) = pair.split_at_mut(span);
+        for (a, b) in low.iter_mut().zip(high) {
+            let (x, y) = (*a, *b);
+            *a = x + y;
+            *b = x - y;
+        }
+    }
+}
+
 /// `H M` for M `[channels, columns]`, row-major: butterflies on whole rows.
 #[inline(always)]
 fn butterflies<T>(m: &mut [T], columns: usize, block: usize, norm: T)
@@ -25,14 +41,12 @@ where
 {
     let mut half = 1;
     while half < block {
-        let span = half * columns;
-        for pair in m.chunks_exact_mut(2 * span) {
-            let (low, high) = pair.split_at_mut(span);
-            for (a, b) in low.iter_mut().zip(high) {
-                let (x, y) = (*a, *b);
-                *a = x + y;
-                *b = x - y;
-            }
+        // Of short spans, the compiler is told the length: the rows of V are rotated one by one.
+        match half * columns {
+            1 => level(m, 1),
+            2 => level(m, 2),
+            4 => level(m, 4),
+            span => level(m, span),
         }
         half *= 2;
     }

@@ -1,6 +1,6 @@
 //! One token of one head: encode and decode.
 
-use super::{ChannelStatistics, rint_even, to_f16_clamped};
+use super::{ChannelStatistics, lanes, rint_even, to_byte, to_f16_clamped};
 use half::f16;
 
 /// Largest K code.
@@ -16,11 +16,7 @@ pub const V_CODE_MAX: f32 = 255.0;
 #[inline(always)]
 pub fn encode_k(k: &[f32], statistics: &ChannelStatistics, codes: &mut [i8]) -> f16 {
     let (mean, scale) = (&statistics.mean[..k.len()], &statistics.scale[..k.len()]);
-    let mut largest = 0f32;
-    for d in 0..k.len() {
-        let z = ((k[d] - mean[d]) / scale[d]).abs();
-        largest = if z > largest { z } else { largest };
-    }
+    let largest = lanes::largest([k, mean, scale], |[k, mean, scale]| ((k - mean) / scale).abs());
     let stored = to_f16_clamped(largest / K_CODE_MAX);
     let token_scale = stored.to_f32();
     // A zero scale makes the quotient NaN or infinite: those codes are 0.
@@ -28,7 +24,7 @@ pub fn encode_k(k: &[f32], statistics: &ChannelStatistics, codes: &mut [i8]) -> 
     for d in 0..k.len() {
         let z = (k[d] - mean[d]) / scale[d];
         let code = rint_even(z / token_scale).clamp(-K_CODE_MAX, K_CODE_MAX);
-        codes[d] = if inverse_exists { code as i8 } else { 0 };
+        codes[d] = to_byte(if inverse_exists { code } else { 0.0 }).cast_signed();
     }
     stored
 }
@@ -63,18 +59,18 @@ pub fn decode_k(codes: &[i8], token_scale: f16, statistics: &ChannelStatistics, 
 /// Encodes one token's V; gives its `v_token_scale` and `v_token_zero_point`.
 #[inline(always)]
 pub fn encode_v(v: &[f32], codes: &mut [u8]) -> (f16, f16) {
-    let (mut lo, mut hi) = (f32::INFINITY, f32::NEG_INFINITY);
-    for &x in v {
-        lo = if x < lo { x } else { lo };
-        hi = if x > hi { x } else { hi };
-    }
+    // Of zeros of both signs, the first: its sign is stored.
+    let first =
+        |bound: f32| if bound == 0.0 { v.iter().copied().find(|&x| x == bound).unwrap_or(bound) } else { bound };
+    let (lo, hi) = lanes::bounds(v);
+    let (lo, hi) = (first(lo), first(hi));
     let stored_scale = to_f16_clamped((hi - lo) / V_CODE_MAX);
     let stored_zero_point = to_f16_clamped(lo);
     let (scale, zero_point) = (stored_scale.to_f32(), stored_zero_point.to_f32());
     let inverse_exists = scale > 0.0;
     for (code, &x) in codes.iter_mut().zip(v) {
         let rounded = rint_even((x - zero_point) / scale).clamp(0.0, V_CODE_MAX);
-        *code = if inverse_exists { rounded as u8 } else { 0 };
+        *code = to_byte(if inverse_exists { rounded } else { 0.0 });
     }
     (stored_scale, stored_zero_point)
 }
@@ -96,6 +92,22 @@ mod tests {
 
     /// f16 rounding of the scale (2^-11) moves a value of up to 127 or 255 codes by less than 1/8 code.
     const SCALE_ROUNDING_CODES: f32 = 0.125;
+
+    #[test]
+    fn a_bound_of_zeros_of_both_signs_is_the_first_of_them() {
+        for (first, second) in [(0.0f32, -0.0f32), (-0.0, 0.0)] {
+            for sign in [1.0, -1.0] {
+                let mut v = [sign; 32];
+                (v[9], v[4], v[20]) = (first, if sign > 0.0 { 2.0 } else { -2.0 }, second);
+                let (lo, hi) = if sign > 0.0 { (first, 2.0) } else { (-2.0, first) };
+                let (scale, zero_point) = encode_v(&v, &mut [0; 32]);
+                assert_eq!(zero_point.to_bits(), to_f16_clamped(lo).to_bits());
+                assert_eq!(scale.to_bits(), to_f16_clamped((hi - lo) / V_CODE_MAX).to_bits());
+            }
+            let (scale, zero_point) = encode_v(&[first, second], &mut [0; 2]);
+            assert_eq!((scale.to_bits(), zero_point.to_bits()), (0, to_f16_clamped(first).to_bits()));
+        }
+    }
 
     #[test]
     fn a_token_equal_to_the_mean_has_scale_and_codes_zero() {

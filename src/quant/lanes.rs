@@ -2,7 +2,7 @@
 //! the machine's registers; the sixteen are then added in order.
 
 /// Running sums of a row.
-const LANES: usize = 16;
+pub const LANES: usize = 16;
 
 /// The sum of `f(x)` over a row, in f32.
 #[inline(always)]
@@ -55,6 +55,21 @@ pub fn bounds(row: &[f32]) -> (f32, f32) {
     (lo.into_iter().fold(f32::INFINITY, f32::min), hi.into_iter().fold(f32::NEG_INFINITY, f32::max))
 }
 
+/// The largest of 0 and `f` of each place of `rows`, which are of one length.
+#[inline(always)]
+pub fn largest<const N: usize>(rows: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let end = rows[0].len();
+    for first in (0..end).step_by(LANES) {
+        let rows = rows.map(|row| &row[first..end.min(first + LANES)]);
+        for i in 0..rows[0].len() {
+            let x = f(rows.map(|row| row[i]));
+            lanes[i] = if x > lanes[i] { x } else { lanes[i] };
+        }
+    }
+    lanes.into_iter().fold(0.0, f32::max)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,6 +83,7 @@ mod tests {
             assert_eq!(sum_of_squares(&row, |x| x), f64::from(n * (n + 1.0) * (2.0 * n + 1.0) / 6.0));
             let expected = if n == 0.0 { (f32::INFINITY, f32::NEG_INFINITY) } else { (1.0, n) };
             assert_eq!(bounds(&row), expected);
+            assert_eq!(largest([&row, &row], |[a, b]| a.min(b)), n);
         }
     }
 

@@ -52,14 +52,22 @@ pub fn to_f16_clamped(x: f32) -> f16 {
     f16::from_f32(x.clamp(-65504.0, 65504.0))
 }
 
+/// 1.5 * 2^23: the last bit of a sum with it is the unit.
+const SHIFT: f32 = 12_582_912.0;
+
 /// The nearest integer, ties to even, for `|x| < 2^22`; larger values keep their sign and stay at least 2^22 - 1 large,
 /// which every caller clamps. The addition rounds, so that scalar and vector code agree to the bit on any machine.
 #[inline(always)]
 #[must_use]
 pub fn rint_even(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: the last bit of the sum is the unit
     let bounded = x.clamp(-4_194_303.0, 4_194_303.0);
     (bounded + SHIFT) - SHIFT
+}
+
+/// The low eight bits of a whole number from -128 to 255; unlike a cast this has no range to check, so it vectorizes.
+#[inline(always)]
+fn to_byte(code: f32) -> u8 {
+    (code + SHIFT).to_bits() as u8
 }
 
 #[cfg(test)]

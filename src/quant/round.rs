@@ -21,11 +21,15 @@
 
 use super::dual_scale::{DualScaleOptions, dual_scale};
 use super::feedback::Feedback;
-use super::{lanes, rint_even, to_f16_clamped};
+use super::lanes::{self, LANES};
+use super::{rint_even, to_byte, to_f16_clamped};
 use half::f16;
 
 /// Larger values are taken for this one: rotated or subtracted, they would be infinite.
 pub const LARGEST_VALUE: f32 = 1e30;
+
+/// Channels of K whose errors are fed back to later ones in one pass over those.
+const AT_ONCE: usize = 8;
 
 /// The factor a of the grid of a channel of K.
 const fn k_shrink(bits: u32) -> f32 {
@@ -57,13 +61,6 @@ const fn code_max(bits: u32) -> f32 {
     ((1u32 << bits) - 1) as f32
 }
 
-/// A whole number from 0 to 255 as a byte; unlike a cast it has no range to check, so it vectorizes.
-#[inline(always)]
-fn to_byte(code: f32) -> u8 {
-    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: the last bit of the sum is the unit
-    (code + SHIFT).to_bits() as u8
-}
-
 /// A K tile rounded in one frame.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RoundedK {
@@ -92,29 +89,69 @@ pub fn round_k(m: &[f32], tokens: usize, bits: u32, feedback: &Feedback) -> Roun
     for &channel in &feedback.order {
         w.extend_from_slice(&m[usize::from(channel) * tokens..][..tokens]);
     }
-    let mut error = vec![0f32; tokens];
-    for d in 0..channels {
-        let channel = usize::from(feedback.order[d]);
-        let (row, later) = w[d * tokens..].split_at_mut(tokens);
-        let grid = Grid {
-            scale: rounded.channel_scale[channel].to_f32(),
-            zero_point: rounded.channel_zero_point[channel].to_f32(),
-            code_max: code_max(bits),
-        };
-        let codes = &mut rounded.codes[channel * tokens..][..tokens];
-        rounded.num_clamped += grid.round(row, &token_scale, codes, &mut error);
-        let weight = f64::from(feedback.error_scale[d]);
-        rounded.loss += lanes::sum_of_squares(&error, |e| e) / (weight * weight);
-        for (later, &f) in later.chunks_exact_mut(tokens).zip(&feedback.matrix[d * channels + d + 1..]) {
-            if f != 0.0 {
-                for (w, &e) in later.iter_mut().zip(&error) {
-                    *w -= f * e;
-                }
+    let mut errors = vec![0f32; AT_ONCE * tokens];
+    for first in (0..channels).step_by(AT_ONCE) {
+        let end = channels.min(first + AT_ONCE);
+        let (rows, later) = w[first * tokens..].split_at_mut((end - first) * tokens);
+        for d in first..end {
+            let channel = usize::from(feedback.order[d]);
+            let (row, rest) = rows[(d - first) * tokens..].split_at_mut(tokens);
+            let grid = Grid {
+                scale: rounded.channel_scale[channel].to_f32(),
+                zero_point: rounded.channel_zero_point[channel].to_f32(),
+                code_max: code_max(bits),
+            };
+            let codes = &mut rounded.codes[channel * tokens..][..tokens];
+            let error = &mut errors[(d - first) * tokens..][..tokens];
+            rounded.num_clamped += grid.round(row, &token_scale, codes, error);
+            let weight = f64::from(feedback.error_scale[d]);
+            rounded.loss += lanes::sum_of_squares(error, |e| e) / (weight * weight);
+            for (j, row) in (d + 1..).zip(rest.chunks_exact_mut(tokens)) {
+                subtract(row, feedback.matrix[d * channels + j], error);
             }
+        }
+        for (j, row) in (end..).zip(later.chunks_exact_mut(tokens)) {
+            let factors = std::array::from_fn(|i| feedback.matrix[(first + i) * channels + j]);
+            subtract_all(row, factors, &errors);
         }
     }
     rounded.loss *= f64::from(feedback.loss_scale);
     rounded
+}
+
+/// `row -= f * error`.
+#[inline(always)]
+fn subtract(row: &mut [f32], f: f32, error: &[f32]) {
+    if f != 0.0 {
+        for (w, &e) in row.iter_mut().zip(error) {
+            *w -= f * e;
+        }
+    }
+}
+
+/// [`subtract`] for each factor and its row of `errors`, in this order, in one pass over `row`.
+#[inline(always)]
+fn subtract_all(row: &mut [f32], factors: [f32; AT_ONCE], errors: &[f32]) {
+    let tokens = row.len();
+    if factors.contains(&0.0) {
+        // What is not finite times 0 is not 0.
+        factors.into_iter().zip(errors.chunks_exact(tokens)).for_each(|(f, error)| subtract(row, f, error));
+        return;
+    }
+    let rows: [&[f32]; AT_ONCE] = std::array::from_fn(|i| &errors[i * tokens..][..tokens]);
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for (at, chunk) in chunks.iter_mut().enumerate() {
+        let mut w = *chunk;
+        for i in 0..AT_ONCE {
+            let error = &rows[i].as_chunks::<LANES>().0[at];
+            for t in 0..LANES {
+                w[t] -= factors[i] * error[t];
+            }
+        }
+        *chunk = w;
+    }
+    let end = tokens - rest.len();
+    factors.into_iter().zip(rows).for_each(|(f, error)| subtract(rest, f, &error[end..]));
 }
 
 /// The parameters of M, without its codes.

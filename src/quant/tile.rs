@@ -13,6 +13,7 @@
 use super::feedback::HeadFeedback;
 use super::hadamard::{rotate, rotate_channels};
 use super::int8_page::{decode_v, encode_v};
+use super::lanes::LANES;
 use super::round::{LARGEST_VALUE, round_k, round_v};
 use half::f16;
 
@@ -137,9 +138,12 @@ pub fn rotate_v(row: &mut [f32]) {
 pub(super) fn transposed(m: &[f32], columns: usize) -> Vec<f32> {
     let rows = m.len() / columns;
     let mut out = vec![0f32; m.len()];
-    for (r, row) in m.chunks_exact(columns).enumerate() {
-        for (c, &x) in row.iter().enumerate() {
-            out[c * rows + r] = x;
+    // A few rows of the result at a time: they stay in cache from one value to the next.
+    for first in (0..columns).step_by(LANES) {
+        for (r, row) in m.chunks_exact(columns).enumerate() {
+            for (c, &x) in (first..).zip(&row[first..columns.min(first + LANES)]) {
+                out[c * rows + r] = x;
+            }
         }
     }
     out
@@ -149,13 +153,15 @@ pub(super) fn transposed(m: &[f32], columns: usize) -> Vec<f32> {
 #[inline(always)]
 pub fn decode_tile_k(tile: &Tile, k: &mut [f32]) {
     let (head_dim, block_size) = (tile.head_dim, tile.block_size);
-    for d in 0..head_dim {
+    let token_scale: Vec<f32> = tile.k_token_scale.iter().map(|scale| scale.to_f32()).collect();
+    let mut m = vec![0f32; head_dim * block_size];
+    for (d, (row, codes)) in m.chunks_exact_mut(block_size).zip(tile.k_codes.chunks_exact(block_size)).enumerate() {
         let (scale, zero_point) = (tile.k_channel_scale[d].to_f32(), tile.k_channel_zero_point[d].to_f32());
-        for t in 0..block_size {
-            let code = f32::from(tile.k_codes[d * block_size + t]);
-            k[t * head_dim + d] = (code * scale + zero_point) * tile.k_token_scale[t].to_f32();
+        for ((x, &code), token_scale) in row.iter_mut().zip(codes).zip(&token_scale) {
+            *x = (f32::from(code) * scale + zero_point) * token_scale;
         }
     }
+    k.copy_from_slice(&transposed(&m, block_size));
     if tile.k_frame == Frame::Rotated {
         for row in k.chunks_exact_mut(head_dim) {
             rotate(row);

@@ -1,12 +1,14 @@
 //! The one door to the kernels: a table of entry points a level, chosen once.
 
+use super::ORDER;
 use super::generic::{RecordView, Rows, Scratch, attend_record};
 use super::scalar::Scalar;
 use super::unpack::unpack;
 use crate::error::{Error, Result};
-use crate::format::RecordLayout;
-use crate::quant::HeadFeedback;
+use crate::format::{Int8Page, RecordLayout};
+use crate::quant::record::int8::{self, WrittenK};
 use crate::quant::tile::{Tile, encode_tile};
+use crate::quant::{ChannelStatistics, HeadFeedback};
 
 /// An instruction set that the kernels are built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +69,9 @@ impl Level {
     }
 }
 
+/// The statistics that a token's page was opened with, its K and V, and whether K has low bytes.
+type Int8Token<'a> = (&'a ChannelStatistics, &'a [f32], &'a [f32], bool);
+type WriteToken = unsafe fn(Int8Page, &mut [u8], usize, Int8Token<'_>) -> (WrittenK, bool);
 type EncodeTile = unsafe fn(&[f32], &[f32], usize, u32, &HeadFeedback, Option<usize>) -> Tile;
 
 /// The entry points of a level. Calling one is sound on a machine that has the level.
@@ -76,19 +81,36 @@ pub struct Kernels {
     pub attend_record: unsafe fn(&RecordView<'_>, &mut Rows<'_>, Option<f32>, &mut Scratch),
     /// See [`unpack`].
     pub unpack: unsafe fn(RecordLayout, &[u8], &mut [f32]),
+    /// See [`write_token`]: the same bits at every level.
+    pub write_token: WriteToken,
     /// See [`encode_tile`]: the same bits at every level.
     pub encode_tile: EncodeTile,
+}
+
+/// Writes one token of an INT8 page; gives what [`int8::write_k`] and [`int8::write_v`] say of it.
+#[inline(always)]
+fn write_token(
+    page: Int8Page,
+    record: &mut [u8],
+    token: usize,
+    (statistics, k, v, low): Int8Token<'_>,
+) -> (WrittenK, bool) {
+    let of_k = int8::write_k(page, ORDER, record, token, statistics, k, low);
+    (of_k, int8::write_v(page, ORDER, record, token, v))
 }
 
 /// The kernels of an available level.
 pub fn kernels(level: Level) -> Kernels {
     assert!(level.is_available(), "the level was checked when it was chosen");
     match level {
-        Level::Scalar => Kernels { attend_record: attend_record::<Scalar>, unpack: unpack::<Scalar>, encode_tile },
+        Level::Scalar => {
+            Kernels { attend_record: attend_record::<Scalar>, unpack: unpack::<Scalar>, write_token, encode_tile }
+        }
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => Kernels {
             attend_record: x86::attend_record_avx2,
             unpack: x86::unpack_avx2,
+            write_token: x86::write_token_avx2,
             encode_tile: x86::encode_tile_avx2,
         },
         #[cfg(not(target_arch = "x86_64"))]
@@ -99,7 +121,10 @@ pub fn kernels(level: Level) -> Kernels {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::avx2::Avx2;
-    use super::{HeadFeedback, RecordLayout, RecordView, Rows, Scratch, Tile, attend_record, encode_tile, unpack};
+    use super::{
+        HeadFeedback, Int8Page, Int8Token, RecordLayout, RecordView, Rows, Scratch, Tile, WrittenK, attend_record,
+        encode_tile, unpack, write_token,
+    };
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub unsafe fn attend_record_avx2(
@@ -119,6 +144,17 @@ mod x86 {
     }
 
     // No FMA: every level rounds alike.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn write_token_avx2(
+        page: Int8Page,
+        record: &mut [u8],
+        token: usize,
+        of_token: Int8Token<'_>,
+    ) -> (WrittenK, bool) {
+        write_token(page, record, token, of_token)
+    }
+
+    // No FMA: as above.
     #[target_feature(enable = "avx2")]
     pub unsafe fn encode_tile_avx2(
         k: &[f32],

@@ -76,8 +76,9 @@ impl Cpu {
                         quant::rotate_v(v);
                     }
                     let low = block == 0 && page.has_low_bytes(token, end);
-                    let of_k = int8::write_k(page, ORDER, record, token, statistics, k, low);
-                    let v_is_out = int8::write_v(page, ORDER, record, token, v);
+                    // SAFETY: the kernels' level is available.
+                    let (of_k, v_is_out) =
+                        unsafe { (self.kernels.write_token)(page, record, token, (statistics, k, v, low)) };
                     written.squares += of_k.squares;
                     written.out_of_range |= TokenSet::from(of_k.out_of_range || v_is_out) << token;
                 }

@@ -11,6 +11,7 @@ pub(super) fn write_f16(record: &mut [u8], at: usize, value: f16) {
     record[at..at + 2].copy_from_slice(&value.to_le_bytes());
 }
 
+#[inline(always)]
 pub(super) fn read(record: &[u8], dtype: Dtype, at: usize) -> f32 {
     match dtype {
         Dtype::F32 => f32::from_le_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]]),
@@ -19,6 +20,7 @@ pub(super) fn read(record: &[u8], dtype: Dtype, at: usize) -> f32 {
     }
 }
 
+#[inline(always)]
 pub(super) fn write(record: &mut [u8], dtype: Dtype, at: usize, value: f32) {
     match dtype {
         Dtype::F32 => record[at..at + 4].copy_from_slice(&value.to_le_bytes()),

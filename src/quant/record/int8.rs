@@ -1,7 +1,7 @@
 //! INT8 pages: the statistics that a page is opened with, and its tokens.
 
 use super::element::{read_f16, write_f16};
-use crate::format::{Arrangement, Int8Page, Int8Parameter, LOW_BYTES, MAX_HEAD_DIM};
+use crate::format::{Arrangement, HEAD_DIM_MULTIPLE, Int8Page, Int8Parameter, LOW_BYTES, MAX_HEAD_DIM};
 use crate::quant::range::{k_is_out_of_range, v_is_out_of_range};
 use crate::quant::{self, ChannelStatistics, ModelChannels};
 use half::f16;
@@ -75,8 +75,10 @@ pub fn write_v(page: Int8Page, order: Arrangement, record: &mut [u8], token: usi
     let mut codes = [0u8; MAX_HEAD_DIM];
     let codes = &mut codes[..page.head_dim];
     let (scale, zero_point) = quant::encode_v(v, codes);
-    for (d, &code) in codes.iter().enumerate() {
-        record[order.v_code(page, token, d)] = code;
+    for (group, codes) in codes.as_chunks::<HEAD_DIM_MULTIPLE>().0.iter().enumerate() {
+        for d in 0..HEAD_DIM_MULTIPLE {
+            record[order.v_code(page, token, group * HEAD_DIM_MULTIPLE + d)] = codes[d];
+        }
     }
     write_f16(record, order.parameter(page, Int8Parameter::VTokenScale, token), scale);
     write_f16(record, order.parameter(page, Int8Parameter::VTokenZeroPoint, token), zero_point);
@@ -85,8 +87,10 @@ pub fn write_v(page: Int8Page, order: Arrangement, record: &mut [u8], token: usi
 
 #[inline(always)]
 fn write_k_row(page: Int8Page, order: Arrangement, record: &mut [u8], row: usize, codes: &[i8], scale: f16) {
-    for (d, code) in codes.iter().enumerate() {
-        record[order.k_code(page, row, d)] = code.cast_unsigned();
+    for (group, codes) in codes.as_chunks::<HEAD_DIM_MULTIPLE>().0.iter().enumerate() {
+        for d in 0..HEAD_DIM_MULTIPLE {
+            record[order.k_code(page, row, group * HEAD_DIM_MULTIPLE + d)] = codes[d].cast_unsigned();
+        }
     }
     write_f16(record, order.parameter(page, Int8Parameter::KTokenScale, row), scale);
 }
