@@ -625,7 +625,7 @@ class Engine:
         lse: object = None,
         history_only: bool = False,
     ) -> _Tensor:
-        """Attends. See `Step.attend`; `q`, `k`, `v`, `out` are `[num_tokens, heads, head_dim]`, `lse` is without the last."""
+        """Attends. See `Step.attend`; tensors are `[num_tokens, heads, head_dim]`, and `lse` of the first two."""
     def forward(
         self,
         layer: int,
