@@ -21,7 +21,8 @@
 //!
 //! Start reading at [`cache`], which runs these operations in order; then [`mod@format`] (the byte layout), [`quant`] (the
 //! specification of the arithmetic, in scalar f32), [`paging`] and [`plan`] (integers only), and [`backend`] (memory and
-//! kernels). A module imports only from its own row and those above:
+//! kernels). A serving engine that has memory and block tables of its own begins at [`engine`]. A module imports only from
+//! its own row and those above:
 //!
 //! | layer | modules |
 //! |---|---|

@@ -70,6 +70,7 @@ impl PagedKvCache {
             let new = Fresh { k: TensorView::from_slice("k", &k, shape)?, v: TensorView::from_slice("v", &v, shape)? };
             self.layers.append(&mut progress, self.paging.places(), layer, new, None)?;
         }
+        self.first_page_tokens = progress.plan().first_page_tokens().or(self.first_page_tokens);
         self.layers.end(&progress);
         self.paging.commit(&[sequence])?;
         self.unsealed += 1;

@@ -3,6 +3,7 @@
 use super::calibration::Calibration;
 use super::numbers::Whole;
 use super::process::check_process;
+use super::shared::{Shared, lock};
 use super::step::Step;
 use super::tensor::Tensor;
 use super::{parse_codec, parse_dtype, parse_format};
@@ -13,14 +14,7 @@ use crate::{Error, Result, cache};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-pub(super) type Shared = Arc<Mutex<cache::PagedKvCache>>;
-
-pub(super) fn lock(cache: &Shared) -> MutexGuard<'_, cache::PagedKvCache> {
-    // A panic under the lock is a bug that was already reported; the cache stays usable.
-    cache.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use std::sync::{Arc, Mutex};
 
 /// The cache of one group of layers of the same shape; `_core.pyi` documents shapes and errors.
 #[pyclass(frozen, module = "kvarn_rs._core")]

@@ -1,6 +1,7 @@
 //! Functions that save, load and inspect files of several caches.
 
-use super::cache::{PagedKvCache, Shared, lock};
+use super::cache::PagedKvCache;
+use super::shared::{Shared, lock};
 use crate::cache::file::{self, Summary};
 use crate::config::CacheConfig;
 use crate::{Error, Result, cache};

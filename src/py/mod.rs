@@ -8,6 +8,7 @@ mod errors;
 mod file;
 mod numbers;
 mod process;
+mod shared;
 mod step;
 mod tensor;
 

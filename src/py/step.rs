@@ -1,9 +1,9 @@
 //! The Python class `Step`: append and attend for the rows of one step.
 
 use super::attention::{Attention, Keywords, Layout};
-use super::cache::{Shared, lock};
 use super::numbers::Whole;
 use super::process::check_process;
+use super::shared::{Shared, lock};
 use super::tensor::Tensor;
 use crate::backend::Fresh;
 use crate::{Result, cache};
@@ -118,6 +118,7 @@ impl Step {
     }
 
     fn commit(&self) -> Result<()> {
+        check_process()?;
         lock(&self.inner).commit(&self.open)
     }
     fn abort(&self) -> Result<()> {

@@ -245,6 +245,9 @@ fn records_that_nothing_writes_are_refused() {
             let said = set(format, "layers.0.pages", at + 2 * 7, &infinite);
             assert_says(&said, &format!("{field}: element 7 is not finite"));
         }
+        let minus_one = half::f16::NEG_ONE.to_le_bytes();
+        let said = set(format, "layers.0.pages", page.k_token_scale() + 2, &minus_one);
+        assert_says(&said, "k_token_scale: -1 at token 1");
     }
     assert_says(&set(Format::Raw, "layers.0.pages", 2 * 9, &infinite), "k: element 9 is not finite");
     assert_says(&set(Format::Raw, "layers.0.pages", 2 * BLOCK * CHANNELS, &infinite), "v: element 0 is not finite");

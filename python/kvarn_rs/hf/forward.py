@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from kvarn_rs._core import first_seen
 from kvarn_rs.errors import KvarnError, OpenStepError, RollbackError, ShapeError, StaleStepError, UnsupportedError
 
 from . import calls
@@ -26,7 +27,6 @@ from .compat import is_in_backward
 from .fallback import Fallbacks
 from .gradients import REFUSAL, lost_source, needs_gradient, refuse_transforms, refusing
 from .group import GroupPlan, LayerGroup
-from .positions import first_visible
 
 
 class NewTokens:
@@ -371,7 +371,7 @@ class Forwards:
         forward = self._live
         new = None if forward is None else forward.arrived.get(layer_idx)
         end = self.lengths_of(group.plan)[layer_idx]
-        first = first_visible(end, group.window)
+        first = first_seen(end, group.window)
         fresh = None if new is None else (new.k, new.v)
         k, v = group.dequantize(index, first, end, group.dtypes, fresh, is_appended=False)
         asked = self.need_gradients if forward is None else self.need_gradients | forward.need_gradients

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from kvarn_rs import Calibration, PagedKvCache, Step
-from kvarn_rs._core import is_prefill
+from kvarn_rs._core import first_seen, is_prefill
 from kvarn_rs.errors import DtypeError, RollbackError, ShapeError
 
 from .admission import reason_against_mask
 from .masks import attended_columns
-from .positions import Positions, first_visible
+from .positions import Positions
 from .settings import PageSettings
 
 Shape = tuple[int | None, int | None]
@@ -179,7 +179,7 @@ class LayerGroup:
     @property
     def first_visible(self) -> int:
         """The first position that the next query, or the first one of the open step, sees."""
-        return first_visible(self.positions.length, self.window)
+        return first_seen(self.positions.length, self.window)
 
     @property
     def num_visible(self) -> int:
@@ -358,7 +358,7 @@ class LayerGroup:
             return
         num_tokens = [self.positions.num_tokens(row, length) for row in range(len(self.sequences))]
         for sequence, num_kept in zip(self.sequences, num_tokens, strict=True):
-            needed, first = first_visible(num_kept, self.window), self.core.first_held(sequence)
+            needed, first = first_seen(num_kept, self.window), self.core.first_held(sequence)
             if first > needed:
                 raise RollbackError(
                     f"cannot crop to {length} of {self.length} positions: a window of {self.window} needs tokens from "

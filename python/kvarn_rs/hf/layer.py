@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from kvarn_rs._core import first_seen
 from kvarn_rs.errors import CalibrationError, ConfigError, DeviceError, DtypeError, UnsupportedError
 
 from .compat import CacheLayerMixin, dense_layer
 from .forward import Forwards
 from .group import GroupPlan, LayerGroup
 from .handle import handles
-from .positions import first_visible
 
 
 class KvarnLayer(CacheLayerMixin):
@@ -101,7 +101,7 @@ class KvarnLayer(CacheLayerMixin):
         lengths = self.forwards.lengths_of(self.plan)
         # Asked for all layers of a kind through the first of them, which the model may leave out.
         length = lengths[self.layer_idx] if self.forwards.is_in_call else max(lengths.values())
-        first = first_visible(length, self.plan.window)
+        first = first_seen(length, self.plan.window)
         return length - first + query_length, first
 
     def get_max_length(self) -> int:

@@ -12,11 +12,6 @@ from dataclasses import dataclass
 import torch
 
 
-def first_visible(position: int, window: int | None) -> int:
-    """The first position that a query at `position` sees; window: positions that it sees, itself included."""
-    return 0 if window is None else max(position - window + 1, 0)
-
-
 @dataclass(frozen=True, eq=False)
 class Positions:
     """The positions of a batch, and which of them are padding. Every operation returns a new value.

@@ -2,7 +2,7 @@
 
 use super::element::read_f16;
 use crate::format::tile::{K_ROTATED, NO_FIRST_ROW, TILE_VERSION};
-use crate::format::{Dtype, Int8Page, Int8Parameter, RecordLayout, SealedTile, TileParameter};
+use crate::format::{Dtype, Int8Page, Int8Parameter, LOW_BYTES, RecordLayout, SealedTile, TileParameter};
 use half::bf16;
 
 /// Are these bytes, in canonical order, a record of this layout?
@@ -27,6 +27,11 @@ fn check_page(page: Int8Page, record: &[u8]) -> Result<(), String> {
     }
     for field in Int8Parameter::ALL {
         check_elements(record, Dtype::F16, field.name(), field.offset(page), field.count(page))?;
+    }
+    let half = |row: usize| read_f16(record, page.k_token_scale() + 2 * row);
+    let is_low = |row: usize| half(row) == LOW_BYTES && row >= page.block_size / 2;
+    if let Some(row) = (0..page.block_size).find(|&row| half(row).to_f32() < 0.0 && !is_low(row)) {
+        return Err(format!("k_token_scale: {} at token {row}", half(row)));
     }
     let scale = |d: usize| read_f16(record, page.k_channel_scale() + 2 * d).to_f32();
     match (0..page.head_dim).find(|&d| scale(d) <= 0.0) {

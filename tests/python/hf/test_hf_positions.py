@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvarn_rs.hf.positions import Positions, first_visible
+from kvarn_rs._core import first_seen
+from kvarn_rs.hf.positions import Positions
 
 RUNS = 300
 
@@ -103,4 +104,4 @@ def test_a_change_leaves_the_value_as_it_was(change: Callable[[Positions], Posit
     [(0, None, 0), (9, None, 0), (0, 4, 0), (3, 4, 0), (4, 4, 1), (9, 4, 6), (9, 2, 8)],
 )
 def test_a_window_counts_the_query_itself(position: int, window: int | None, expected: int) -> None:
-    assert first_visible(position, window) == expected
+    assert first_seen(position, window) == expected
