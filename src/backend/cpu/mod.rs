@@ -197,7 +197,8 @@ impl Backend for Cpu {
     }
 
     fn read_records(&self, layer: usize, place: Place) -> Result<Vec<u8>> {
-        Ok((0..self.shape.num_kv_heads).flat_map(|head| self.record(layer, place, head).1).copied().collect())
+        let records: Vec<&[u8]> = (0..self.shape.num_kv_heads).map(|head| self.record(layer, place, head).1).collect();
+        Ok(records.concat())
     }
 
     fn write_records(&mut self, layer: usize, place: Place, records: &[u8]) -> Result<()> {
