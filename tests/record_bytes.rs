@@ -1,5 +1,5 @@
 //! Record bytes: after each verb of random steps, the records of every backend are, in canonical order, those of an oracle
-//! that carries the plan out with `kvarn::quant` alone; decoded tokens are the oracle's to the bit.
+//! that carries the plan out with `kvarn::quant` alone, and decoded tokens are the oracle's to the bit.
 
 #[path = "record_bytes/backends.rs"]
 mod backends;
@@ -8,18 +8,20 @@ mod common;
 mod oracle;
 #[path = "record_bytes/tables.rs"]
 mod tables;
+#[path = "record_bytes/values.rs"]
+mod values;
 
-use backends::{Compared, Tensors};
+use backends::Compared;
 use common::Random;
 use kvarn::backend::{Model, Source, Stream};
-use kvarn::calibration::{Calibration, HeadShape};
 use kvarn::config::Shape;
 use kvarn::format::{Dtype, Format, first_page_tokens};
 use kvarn::paging::{PageId, Place, Places};
 use kvarn::plan::{Bounds, DECODE_TOKENS, Rows, Sealing, SequenceInput, StepPlan, StepView};
-use oracle::{Oracle, Values};
+use oracle::Oracle;
 use std::collections::BTreeMap;
 use tables::{Sequence, Tables};
+use values::{Tensors, Values, models};
 
 const LAYERS: usize = 2;
 const HEADS: usize = 2;
@@ -51,39 +53,12 @@ struct Run {
     tally: BTreeMap<&'static str, usize>,
 }
 
-fn models(head_dim: usize) -> Vec<Model> {
-    let shape = HeadShape { num_q_heads: HEADS, num_kv_heads: HEADS, head_dim };
-    let (calibration, mut random) = (Calibration::new(), Random(5));
-    for layer in 0..LAYERS {
-        let mut q = random.normals(200 * HEADS * head_dim);
-        q.iter_mut().enumerate().for_each(|(i, x)| *x *= if i % head_dim < 3 { 4.0 } else { 0.5 });
-        let k: Vec<f32> = (0..200 * HEADS).flat_map(|_| new_row(&mut random, head_dim)).collect();
-        calibration.observe(layer, shape, &q, &k).unwrap();
-    }
-    calibration.freeze().unwrap();
-    (0..LAYERS).map(|layer| calibration.layer(layer)).collect()
-}
-
-/// A row with a few loud channels, and now and then a loud token.
-fn new_row(random: &mut Random, head_dim: usize) -> Vec<f32> {
-    let loud = if random.below(50) == 0 { 20.0 } else { 1.0 };
-    let mut row = random.normals(head_dim);
-    row.iter_mut().enumerate().for_each(|(d, x)| *x = loud * (*x * [1.0, 0.3, 5.0][d % 3] + (d % 7) as f32 - 3.0));
-    row
-}
-
-fn round(dtype: Dtype, x: f32) -> f32 {
-    match dtype {
-        Dtype::F32 => x,
-        Dtype::F16 => half::f16::from_f32(x).to_f32(),
-        Dtype::Bf16 => half::bf16::from_f32(x).to_f32(),
-    }
-}
-
 impl Run {
-    fn new(shape: Shape, models: Vec<Model>, window: Option<usize>, mut random: Random) -> Self {
+    fn new(shape: Shape, models: Vec<Model>, seed: u64) -> Self {
+        let mut random = Random(seed);
+        let window = random.pick(&[None, None, Some(1), Some(shape.block_size + 5)]);
         let calibrated = if models[0].is_some() { "calibrated" } else { "not calibrated" };
-        let name = format!("{shape:?}, window {window:?}, {calibrated}, seed {}", random.0);
+        let name = format!("{shape:?}, window {window:?}, {calibrated}, seed {seed}");
         let seals = shape.tile().is_some();
         let num_blocks = (MAX_SEQUENCES + 1) * MAX_LEN.div_ceil(shape.block_size);
         let room = if seals {
@@ -162,21 +137,6 @@ impl Run {
         mask
     }
 
-    fn values(&mut self, token_rows: &[i32], num_rows: usize) -> Values {
-        let width = HEADS * self.shape.head_dim;
-        // No backend reads a row of padding.
-        let mut values = Values { num_rows, k: vec![f32::NAN; num_rows * width], v: vec![f32::NAN; num_rows * width] };
-        for &row in token_rows {
-            for of in [&mut values.k, &mut values.v] {
-                for head in of[row as usize * width..][..width].chunks_exact_mut(self.shape.head_dim) {
-                    let row = new_row(&mut self.random, self.shape.head_dim);
-                    head.iter_mut().zip(row).for_each(|(x, y)| *x = round(self.shape.dtype, y));
-                }
-            }
-        }
-        values
-    }
-
     fn step(&mut self, number: usize) {
         self.change_sequences();
         let mut of_step: Vec<usize> = (0..self.tables.sequences.len()).collect();
@@ -194,7 +154,7 @@ impl Run {
             let places = &self.tables.sequences[index].places;
             table[at * stride..][..places.len()].copy_from_slice(places);
         }
-        let values: Vec<Values> = (0..LAYERS).map(|_| self.values(plan.token_rows(), plan.num_rows())).collect();
+        let values: Vec<Values> = (0..LAYERS).map(|_| Values::of_step(&self.shape, &plan, &mut self.random)).collect();
         let view = plan.over(Places::new(&table, stride));
         self.backends.iter_mut().for_each(|one| one.load(view));
         self.carry_out(Verb::Seal, None, view, &values, number);
@@ -334,15 +294,13 @@ fn drive(format: Format, kinds: usize) {
     let mut total = BTreeMap::<&'static str, usize>::new();
     let mut seed = 100 * format as u64;
     for head_dim in [16, 64, 96, 128] {
-        let calibrated = models(head_dim);
+        let calibrated = models(LAYERS, HEADS, head_dim);
         for block_size in [16, 32, 128] {
             for models in [vec![None; LAYERS], calibrated.clone()] {
                 seed += 1;
                 let dtype = Dtype::ALL[seed as usize % 3];
                 let shape = Shape { format, dtype, num_layers: LAYERS, num_kv_heads: HEADS, head_dim, block_size };
-                let mut random = Random(seed);
-                let window = random.pick(&[None, None, Some(1), Some(block_size + 5)]);
-                let mut run = Run::new(shape, models, window, random);
+                let mut run = Run::new(shape, models, seed);
                 (0..NUM_STEPS).for_each(|number| run.step(number));
                 run.backends.iter().for_each(|one| one.assert_nothing_else_changed(&run.name));
                 run.tally.iter().for_each(|(what, times)| *total.entry(what).or_default() += times);

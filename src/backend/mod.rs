@@ -179,26 +179,35 @@ pub trait Backend: Debug + Send + Sync {
     /// Gives the memory of a loaded plan back.
     fn unload(&mut self, plan: DevicePlan);
 
-    /// Seals the plan's blocks whose tokens are in `from`.
+    /// Seals the plan's blocks whose tokens are in `from`: the tile is what [`crate::quant::encode_tile`] makes of K and
+    /// the rotated V, as they are decoded from the page or as the step brings them, with the feedback of the layer's model
+    /// or [`crate::quant::HeadFeedback::none`].
     ///
     /// # Errors
     /// Those of the device.
     fn seal(&mut self, launch: Launch<'_>, layers: Range<usize>, from: Source<'_>, models: &[Model]) -> Result<()>;
 
-    /// Opens the plan's pages whose statistics are taken over tokens in `from`: rows are cleared, statistics stored, and
-    /// the committed K of a first page that is opened again is encoded under them.
+    /// Opens the plan's pages whose statistics are taken over tokens in `from`, and stores the statistics. All statistics
+    /// are taken before any page changes: over the step's K as given, and K from before the step as
+    /// [`crate::quant::record::read_k`] decodes it, without low bytes.
+    ///
+    /// A page that the step does not write whole is zeroed first. A first page that is opened again keeps its rows instead:
+    /// its committed K is decoded with low bytes, also for its own statistics, and encoded under them for the tokens that
+    /// the page has after the step ([`crate::quant::record::int8::rewrite_first_k`]).
     ///
     /// # Errors
     /// Those of the device.
     fn open(&mut self, launch: Launch<'_>, layers: Range<usize>, from: Source<'_>, models: &[Model]) -> Result<()>;
 
-    /// Writes the step's tokens into their pages.
+    /// Writes the step's tokens into their pages, V rotated in formats that seal. In a first page K has low bytes where a
+    /// page of as many tokens as after the step has room for them ([`crate::format::Int8Page::has_low_bytes`]).
     ///
     /// # Errors
     /// Those of the device.
     fn write(&mut self, launch: Launch<'_>, layer: usize, new: Fresh<'_>) -> Result<()>;
 
-    /// Takes the statistics of the pages that the plan's [`crate::plan::PageRefit`]s name anew, and encodes their K.
+    /// Takes the statistics of the pages that the plan's [`crate::plan::PageRefit`]s name anew, and encodes their K:
+    /// [`crate::quant::record::int8::refit_k`].
     ///
     /// # Errors
     /// Those of the device.

@@ -1,11 +1,11 @@
 //! Every backend that is compared, and the memory that it works on.
 
-use crate::oracle::{Oracle, Values, Written};
+use crate::oracle::{Oracle, Written};
 use kvarn::backend::cpu::{Cpu, Level};
 use kvarn::backend::memory::{LayerMemory, Records};
-use kvarn::backend::{Backend, Device, DevicePlan, Fresh, Launch, Plan, Stream, TensorView, TensorViewMut};
+use kvarn::backend::{Backend, DevicePlan, Launch, Plan, Stream, TensorViewMut};
 use kvarn::config::Shape;
-use kvarn::format::{Arrangement, Dtype, RecordLayout};
+use kvarn::format::{Arrangement, RecordLayout};
 use kvarn::paging::{BlockId, PageId, Place};
 use kvarn::plan::{Bounds, StepView};
 use kvarn::quant::record::{clear_rows, reorder};
@@ -173,41 +173,5 @@ impl Compared {
                 || format!("element {at} of {name} of tokens {tokens:?}, layer {layer}, {after}, by {}", self.name);
             assert!(differs.is_none(), "{found:?}, not {expected:?}: {}", of());
         }
-    }
-}
-
-/// K and V of a step as tensors of a device, `[num_rows, num_kv_heads, head_dim]` in memory.
-pub struct Tensors {
-    bytes: [Vec<u128>; 2],
-    dtype: Dtype,
-    shape: [usize; 4],
-}
-
-impl Tensors {
-    /// `values` are values of `dtype`. With two rows or more of an even number, the batch is two.
-    pub fn new(device: Device, dtype: Dtype, shape: &Shape, values: &Values) -> Self {
-        assert_eq!(device, Device::Cpu, "a place for the copy to another device's memory");
-        let batch = if values.num_rows.is_multiple_of(2) { 2 } else { 1 };
-        let bytes = [&values.k, &values.v].map(|values| {
-            let bytes: Vec<u8> = match dtype {
-                Dtype::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-                Dtype::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
-                Dtype::Bf16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
-            };
-            bytes.chunks_exact(16).map(|word| u128::from_ne_bytes(word.try_into().unwrap())).collect()
-        });
-        let shape = [batch, shape.num_kv_heads, values.num_rows / batch, shape.head_dim];
-        Self { bytes, dtype, shape }
-    }
-
-    pub fn fresh(&self) -> Fresh<'_> {
-        let [_, heads, rows, head_dim] = self.shape.map(|n| n as isize);
-        let strides = [rows * heads * head_dim, head_dim, heads * head_dim, 1];
-        let [k, v] = [0, 1].map(|which| {
-            let base = self.bytes[which].as_ptr().cast();
-            // SAFETY: the memory holds that many elements of the type, and outlives the view.
-            unsafe { TensorView::from_raw("new", Device::Cpu, base, self.dtype, self.shape, strides) }.unwrap()
-        });
-        Fresh { k, v }
     }
 }

@@ -1,5 +1,6 @@
 //! The records that a plan must leave, in canonical order: its verbs carried out with `kvarn::quant`, one value at a time.
 
+use crate::values::Values;
 use kvarn::backend::Model;
 use kvarn::config::Shape;
 use kvarn::format::{Arrangement, PlanArray, RecordLayout};
@@ -13,13 +14,6 @@ use std::ops::Range;
 const ORDER: Arrangement = Arrangement::Canonical;
 /// What a record holds that nothing was written to.
 const GARBAGE: u8 = 0x5a;
-
-/// The keys and values of a step in one layer, `[num_rows, num_kv_heads, head_dim]` each.
-pub struct Values {
-    pub num_rows: usize,
-    pub k: Vec<f32>,
-    pub v: Vec<f32>,
-}
 
 /// A place that a verb wrote to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
