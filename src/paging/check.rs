@@ -42,6 +42,9 @@ impl Paging {
             }
             if let Some(block) = sequence.partial_block(self.block_size) {
                 ends[block.0 as usize] += 1;
+                if sequence.is_alone && (self.pool.refcount(block) != 1 || self.prefix.contains(block)) {
+                    return Err(format!("sequence {id}: block {block} is shared or published, and not known to be"));
+                }
                 if self.pages.page_of(block).is_none() {
                     return Err(format!("sequence {id}: block {block} is partly filled and sealed"));
                 }

@@ -174,7 +174,7 @@ impl Paging {
             demand.needed = demand.needed.saturating_add(num_blocks - sequence.blocks.len());
             let first_open = request.sealed_to.max(sequence.blocks.len());
             demand.needed_pages = demand.needed_pages.saturating_add(num_blocks.saturating_sub(first_open));
-            let Some(block) = written_block(sequence, request, self.block_size) else { continue };
+            let Some(block) = unsure_block(sequence, request, self.block_size) else { continue };
             let holders = self.pool.refcount(block);
             if holders == 1 {
                 continue;
@@ -213,7 +213,7 @@ impl Paging {
     fn reserve(&mut self, row: usize, request: &StepRequest, copies: &mut Vec<(PageId, PageId)>) {
         let (block_size, num_rows) = (self.block_size, self.sequences.rows().len());
         let sequence = self.sequences.at(row);
-        if let Some(shared) = written_block(sequence, request, block_size) {
+        if let Some(shared) = unsure_block(sequence, request, block_size) {
             if self.pool.refcount(shared) > 1 {
                 let index = sequence.len / block_size;
                 let copy = self.take();
@@ -241,7 +241,9 @@ impl Paging {
             self.places.set(row, index, self.pages.place_of(block));
             self.sequences.at_mut(row).blocks.push(block);
         }
-        self.sequences.at_mut(row).pending = Some(request.num_new);
+        let sequence = self.sequences.at_mut(row);
+        sequence.pending = Some(request.num_new);
+        sequence.is_alone |= request.num_new > 0;
     }
 
     /// A block to be written: its old content is no longer found.
@@ -256,7 +258,7 @@ impl Paging {
     }
 }
 
-/// The partial block, if the request writes into it.
-fn written_block(sequence: &Sequence, request: &StepRequest, block_size: usize) -> Option<BlockId> {
-    if request.num_new == 0 { None } else { sequence.partial_block(block_size) }
+/// The partial block, if the request writes into it and others may hold it, or find it.
+fn unsure_block(sequence: &Sequence, request: &StepRequest, block_size: usize) -> Option<BlockId> {
+    if request.num_new == 0 || sequence.is_alone { None } else { sequence.partial_block(block_size) }
 }
