@@ -15,7 +15,7 @@ fn begin(paging: &mut Paging, rows: &[(SequenceId, Rows<'_>)]) -> StepPlan {
     let asked = StepPlan::requests(paging, None, rows, false).expect("known sequences");
     let room = paging.room(&asked).expect("a pool that grows");
     let bounds = bounds_of(&room);
-    room.begin();
+    let _ = room.begin(); // nothing is forked: no copies
     StepPlan::begin(paging, None, rows, bounds)
 }
 

@@ -7,7 +7,7 @@
 //!             |                                                        |
 //!   append -> INT8 page (open) --seal--> tile (packed, immutable) --> attend --> out
 //!             ^                    ^                                   ^
-//!    opens, token_rows, slots    seals              rows, context_lens, positions, splits
+//!    opens, token_rows, slots    seals         rows, context_lens, positions, split_start_loc
 //!             +--------------------+-----------------------------------+
 //!                              StepPlan   integers only, made on the host, in one buffer
 //!                                  ^

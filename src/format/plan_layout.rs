@@ -33,8 +33,10 @@ pub enum PlanArray {
     Refits,
     /// Blocks that are sealed: sequence, block, the page or -1 for the step's own rows, the first row or -1.
     Seals,
-    /// Pieces of the history of sequences that decode: sequence, positions `start..end`.
-    Splits,
+    /// First split of each sequence's history, and the number of all splits last; a prefill has none. Split `j` of a
+    /// sequence is what the step sees of positions `(first + j) * SPLIT_TOKENS ..`, where `first` is that of the first
+    /// position seen.
+    SplitStartLoc,
     /// Entries of the table of places that have changed: row, block, place.
     Changes,
 }
@@ -54,7 +56,7 @@ impl PlanArray {
         Self::Opens,
         Self::Refits,
         Self::Seals,
-        Self::Splits,
+        Self::SplitStartLoc,
         Self::Changes,
     ];
 
@@ -74,7 +76,7 @@ impl PlanArray {
             Self::Opens => "opens",
             Self::Refits => "refits",
             Self::Seals => "seals",
-            Self::Splits => "splits",
+            Self::SplitStartLoc => "split_start_loc",
             Self::Changes => "changes",
         }
     }
@@ -84,7 +86,7 @@ impl PlanArray {
     pub const fn width(self) -> usize {
         match self {
             Self::Opens | Self::Seals => 4,
-            Self::Splits | Self::Changes => 3,
+            Self::Changes => 3,
             Self::Refits => 2,
             _ => 1,
         }

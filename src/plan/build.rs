@@ -3,7 +3,7 @@
 use super::check::{check, check_written};
 use super::open::{plan_opens, plan_refit};
 use super::seal::{SealedByStep, plan_seals};
-use super::{Bounds, Sealing, SequenceInput, Split, StepPlan, first_seen, is_prefill, num_rows, splits};
+use super::{Bounds, Sealing, SequenceInput, StepPlan, first_seen, is_prefill, num_rows, splits};
 use crate::error::{Error, Result};
 use crate::format::{PlanArray, PlanLayout};
 use crate::paging::{PlaceChange, PlaceChanges};
@@ -12,6 +12,7 @@ pub(super) struct Builder {
     block_size: usize,
     window: Option<usize>,
     num_rows: usize,
+    num_splits: usize,
     arrays: [Vec<i32>; PlanArray::ALL.len()],
     pub(super) sealed: SealedByStep,
 }
@@ -59,7 +60,8 @@ impl Builder {
         let mut arrays: [Vec<i32>; PlanArray::ALL.len()] = Default::default();
         arrays[PlanArray::QueryStartLoc as usize].push(0);
         arrays[PlanArray::TokenStartLoc as usize].push(0);
-        Self { block_size, window, num_rows: 0, arrays, sealed: SealedByStep::default() }
+        arrays[PlanArray::SplitStartLoc as usize].push(0);
+        Self { block_size, window, num_rows: 0, num_splits: 0, arrays, sealed: SealedByStep::default() }
     }
 
     fn word(&mut self, array: PlanArray, word: usize) {
@@ -109,12 +111,13 @@ impl Builder {
         if let Some(refit) = plan_refit(self.block_size, index, input, num_new) {
             self.record(PlanArray::Refits, refit.words());
         }
-        if !is_prefill && num_new > 0 {
-            let start = first_seen(context_len, self.window).max(first_held);
-            for (start, end) in splits(start, position) {
-                self.record(PlanArray::Splits, Split { sequence: index, start, end }.words());
-            }
-        }
+        let num_splits = if is_prefill || num_new == 0 {
+            0
+        } else {
+            splits(first_seen(context_len, self.window).max(first_held), position).len()
+        };
+        self.num_splits += num_splits;
+        self.word(PlanArray::SplitStartLoc, self.num_splits);
     }
 
     pub(super) fn finish(mut self, bounds: Bounds, changes: &PlaceChanges) -> StepPlan {

@@ -175,8 +175,15 @@ impl StepPlan {
     }
 
     /// The pieces that the history of each sequence that decodes is attended to in, by sequence and position.
-    pub fn splits(&self) -> impl ExactSizeIterator<Item = Split> + '_ {
-        self.records(PlanArray::Splits).map(Split::from_words)
+    pub fn splits(&self) -> impl Iterator<Item = Split> + '_ {
+        let (starts, first_held) = (self.array(PlanArray::SplitStartLoc), self.array(PlanArray::FirstHeld));
+        let decoding = (0..self.num_sequences()).filter(move |&index| starts[index] < starts[index + 1]);
+        decoding.flat_map(move |sequence| {
+            let context_len = self.context_len(sequence);
+            let start = first_seen(context_len, self.window).max(first_held[sequence] as usize);
+            let cuts = splits(start, context_len + self.num_new(sequence));
+            cuts.map(move |(start, end)| Split { sequence, start, end })
+        })
     }
 
     /// What a copy of the table of places must be told before the step, in order; see

@@ -16,18 +16,8 @@ pub struct Split {
     pub end: usize,
 }
 
-impl Split {
-    pub(super) fn from_words([sequence, start, end]: [i32; 3]) -> Self {
-        Self { sequence: sequence as usize, start: start as usize, end: end as usize }
-    }
-
-    pub(super) fn words(self) -> [i32; 3] {
-        [self.sequence, self.start, self.end].map(|word| word as i32)
-    }
-}
-
 /// Cuts positions `start..end` at the multiples of [`SPLIT_TOKENS`], into pieces `(start, end)`.
-pub fn splits(start: usize, end: usize) -> impl Iterator<Item = (usize, usize)> {
+pub fn splits(start: usize, end: usize) -> impl ExactSizeIterator<Item = (usize, usize)> {
     let first = start / SPLIT_TOKENS;
     let last = if start < end { end.div_ceil(SPLIT_TOKENS) } else { first };
     (first..last).map(move |index| (start.max(index * SPLIT_TOKENS), end.min((index + 1) * SPLIT_TOKENS)))
