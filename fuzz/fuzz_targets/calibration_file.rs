@@ -31,9 +31,9 @@ fn read(bytes: &[u8]) {
 
     for summary in calibration.layers() {
         let layer = calibration.for_seal(summary.layer).expect("loaded").expect("loaded");
-        assert_eq!(layer.heads.len(), summary.num_kv_heads);
+        assert_eq!(layer.heads().len(), summary.num_kv_heads);
         let k: Vec<f32> = (0..TOKENS * summary.head_dim).map(|i| (i as f32 * 0.7).sin() + (i % 3) as f32).collect();
-        let head = &layer.heads[0];
+        let head = &layer.heads()[0];
         for bits in [4, 3, 2] {
             let tile = encode_tile(&k, &k, summary.head_dim, bits, &head.feedback, Some(0));
             let mut decoded = vec![f32::NAN; k.len()];
