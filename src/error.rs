@@ -13,9 +13,19 @@ pub enum Error {
         /// The known names, comma-separated.
         known: String,
     },
-    /// An invalid setting, or two settings that contradict each other.
+    /// Arguments that do not fit each other, or the object that they are given to.
     #[error("{0}")]
     Config(String),
+    /// A setting out of its range.
+    #[error("{name} must be {expected}, got {got}")]
+    InvalidSetting {
+        /// The setting's name in the signature.
+        name: &'static str,
+        /// The valid values, as text.
+        expected: String,
+        /// The value given, as text.
+        got: String,
+    },
     /// A calibration file that cannot be written or used: not a calibration, damaged, or of another version or model.
     #[error("{0}")]
     Calibration(String),
@@ -162,6 +172,13 @@ pub enum Error {
         /// The non-finite value.
         value: f32,
     },
+}
+
+impl Error {
+    /// An [`InvalidSetting`](Self::InvalidSetting) of these.
+    pub(crate) fn setting(name: &'static str, expected: impl Into<String>, got: &impl ToString) -> Self {
+        Self::InvalidSetting { name, expected: expected.into(), got: got.to_string() }
+    }
 }
 
 /// `std::result::Result` with this crate's [`Error`].

@@ -158,9 +158,18 @@ fn tensors_of_the_wrong_shape_or_type_are_refused() {
     let sinks = [0.0; 3];
     let wrong = AttendOptions { sinks: Some(&sinks), ..plain };
     assert!(matches!(attend(4, 2, wrong), Err(Error::Shape { name: "sinks", .. })));
-    assert!(matches!(attend(4, 2, AttendOptions { softcap: Some(0.0), ..plain }), Err(Error::Config(_))));
-    assert!(matches!(attend(4, 2, AttendOptions { scale: Some(f32::NAN), ..plain }), Err(Error::Config(_))));
-    assert!(matches!(attend(4, 2, AttendOptions { window: Some(0), ..plain }), Err(Error::Config(_))));
+    assert!(matches!(
+        attend(4, 2, AttendOptions { softcap: Some(0.0), ..plain }),
+        Err(Error::InvalidSetting { name: "softcap", .. })
+    ));
+    assert!(matches!(
+        attend(4, 2, AttendOptions { scale: Some(f32::NAN), ..plain }),
+        Err(Error::InvalidSetting { name: "scale", .. })
+    ));
+    assert!(matches!(
+        attend(4, 2, AttendOptions { window: Some(0), ..plain }),
+        Err(Error::InvalidSetting { name: "window", .. })
+    ));
     attend(4, 2, plain).unwrap();
 }
 

@@ -123,7 +123,7 @@ fn assert_same(a: &PagedKvCache, b: &PagedKvCache) {
     }
     let (a, b) = (a.stats().unwrap(), b.stats().unwrap());
     let counts = |stats: &kvarn::cache::CacheStats| {
-        (stats.blocks_in_use, stats.open_blocks, stats.open_pages, stats.bytes_in_use, stats.free_blocks)
+        (stats.blocks_in_use, stats.partial_blocks, stats.open_pages, stats.bytes_in_use, stats.free_blocks)
     };
     assert_eq!(counts(&a), counts(&b));
 }

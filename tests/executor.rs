@@ -67,8 +67,8 @@ fn a_foreign_block_table_beyond_the_memory_is_refused() {
 fn a_backend_is_built_for_records_that_exist_and_used_with_plans_of_its_blocks() {
     let refused = |shape| Cpu::new(shape, Level::best()).unwrap_err();
     assert!(matches!(refused(Shape { head_dim: 24, ..SHAPE }), Error::Unsupported(_)));
-    assert!(matches!(refused(Shape { block_size: 20, ..SHAPE }), Error::Config(_)));
-    assert!(matches!(refused(Shape { num_kv_heads: 0, ..SHAPE }), Error::Config(_)));
+    assert!(matches!(refused(Shape { block_size: 20, ..SHAPE }), Error::InvalidSetting { name: "block_size", .. }));
+    assert!(matches!(refused(Shape { num_kv_heads: 0, ..SHAPE }), Error::InvalidSetting { name: "num_kv_heads", .. }));
     let mut executor = executor(SHAPE);
     for (block_size, layer) in [(32, 0), (16, 1)] {
         assert!(matches!(append(&mut executor, block_size, 0, layer), Err(Error::Config(_))));

@@ -57,7 +57,7 @@ fuzz_target!(|input: Input| {
             assert!(fits.open_bytes <= fits.sequence_bytes && fits.open_page_bytes <= fits.open_bytes, "{fits:?}");
             assert!(input.max_sequences.is_none_or(|most| u128::from(most) >= u128::from(fits.sequences)), "{fits:?}");
         }
-        Err(error) => assert!(matches!(error, Error::Config(_) | Error::Unsupported(_)), "{error:?}"),
+        Err(error) => assert!(matches!(error, Error::Config(_) | Error::InvalidSetting { .. } | Error::Unsupported(_)), "{error:?}"),
     }
     for group in groups {
         let config = CacheConfig {
@@ -71,7 +71,7 @@ fuzz_target!(|input: Input| {
             let config = CacheConfig { format, ..config.clone() };
             match config.validate() {
                 Ok(()) => assert!(config.block_bytes() <= config.open_page_bytes(), "{config:?}"),
-                Err(error) => assert!(matches!(error, Error::Config(_) | Error::Unsupported(_)), "{error:?}"),
+                Err(error) => assert!(matches!(error, Error::Config(_) | Error::InvalidSetting { .. } | Error::Unsupported(_)), "{error:?}"),
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Shapes, options and bounds of a call, checked once for every device.
 
 use super::{AttendOptions, Backend, Fresh, Launch, Model, Output, Plan, TensorView};
+use crate::config::check_window;
 use crate::error::{Error, Result};
 use crate::format::{Dtype, Format, PlanArray};
 use crate::plan::Bounds;
@@ -109,24 +110,20 @@ pub(super) fn attention(
     if let Some(new) = new {
         new_tokens(backend, plan, new)?;
     }
-    if options.scale.is_some_and(|scale| !scale.is_finite()) {
-        let given = options.scale.unwrap_or_default();
-        return Err(Error::Config(format!("scale must be finite, got {given}")));
+    if let Some(scale) = options.scale.filter(|scale| !scale.is_finite()) {
+        return Err(Error::setting("scale", "finite", &scale));
     }
-    if options.softcap.is_some_and(|cap| !cap.is_finite() || cap <= 0.0) {
-        let given = options.softcap.unwrap_or_default();
-        return Err(Error::Config(format!("softcap must be positive, got {given}")));
+    if let Some(cap) = options.softcap.filter(|cap| !cap.is_finite() || *cap <= 0.0) {
+        return Err(Error::setting("softcap", "positive and finite", &cap));
     }
-    if options.window == Some(0) {
-        return Err(Error::Config("window must be at least 1 token".to_owned()));
-    }
+    check_window(options.window)?;
     if let Some(sinks) = options.sinks {
         if sinks.len() != num_q_heads {
             let expected = format!("[{num_q_heads}]");
             return Err(Error::Shape { name: "sinks", expected, got: vec![sinks.len()] });
         }
         if let Some(sink) = sinks.iter().find(|sink| sink.is_nan() || **sink == f32::INFINITY) {
-            return Err(Error::Config(format!("sinks must be logits below infinity, got {sink}")));
+            return Err(Error::setting("sinks", "logits below infinity", sink));
         }
     }
     Ok(())

@@ -144,7 +144,7 @@ impl Executor {
     /// Attends in a layer to which the step's tokens were [appended](Self::append); see [`Backend::attend`].
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`], [`Error::Config`] for options that cannot be,
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`], [`Error::InvalidSetting`] for options that cannot be,
     /// [`Error::UnknownBlock`], [`Error::OutOfMemory`].
     pub fn attend(
         &self,

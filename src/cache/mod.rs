@@ -281,7 +281,7 @@ impl PagedKvCache {
             blocks_in_use: self.paging.blocks_in_use(),
             peak_blocks: self.paging.peak_blocks(),
             free_blocks: self.paging.num_free(),
-            open_blocks: self.paging.open_blocks(),
+            partial_blocks: self.paging.partial_blocks(),
             open_pages,
             peak_open_pages,
             bytes_in_use: self.paging.blocks_in_use() * block_bytes + open_pages * bytes_per_open_page,

@@ -50,9 +50,9 @@ impl PagedKvCache {
         let shape = [1, num_kv_heads, count, head_dim];
         let zeros = || vec![0f32; num_kv_heads * count * head_dim];
         let rollback = self.to(sequence, len);
-        // From here on nothing can fail: what is written was decoded, and the layers' heads have sealed it.
         let (num_blocks, num_pages) = self.paging.check_rollbacks(&[rollback])?;
         self.layers.executor.grow(num_blocks, num_pages)?;
+        // From here on nothing can fail: there is room, and what is written was decoded.
         self.paging.reopen(rollback)?;
         let request = StepRequest { sequence, num_new: count, keep_from: 0, sealed_to: 0 };
         let room = self.paging.room(&[request])?;

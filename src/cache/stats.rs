@@ -12,8 +12,8 @@ pub struct CacheStats {
     pub peak_blocks: usize,
     /// Blocks left; `None` when the pool grows.
     pub free_blocks: Option<usize>,
-    /// Blocks in use that still have room.
-    pub open_blocks: usize,
+    /// Blocks that some sequence ends within.
+    pub partial_blocks: usize,
     /// Pages in use: those of blocks that are not sealed, in formats that seal, else 0.
     pub open_pages: usize,
     /// Most such pages ever in use.

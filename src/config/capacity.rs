@@ -14,10 +14,9 @@
 //! tokens          = whole blocks of the memory that the open pages of the running sequences leave
 //! ```
 
+use super::check_block_size;
 use crate::error::{Error, Result};
-use crate::format::{
-    Dtype, Format, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, page_bytes, record_bytes, supports_block_size, supports_head_dim,
-};
+use crate::format::{Dtype, Format, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, page_bytes, record_bytes, supports_head_dim};
 
 /// Pages of a running sequence in every layer and kv head, in formats that seal. Two: a page that has just filled is
 /// sealed by the next step, which already writes to the page after it. Short sequences, which have one, are counted with
@@ -187,11 +186,9 @@ fn open_pages(groups: &[LayerGroup], block_size: usize) -> Result<u128> {
 }
 
 fn check(groups: &[LayerGroup], block_size: usize, context: usize) -> Result<()> {
-    if !supports_block_size(block_size) {
-        return Err(Error::Config(format!("block_size {block_size}: expected 16, 32, 64 or 128")));
-    }
+    check_block_size(block_size)?;
     if context == 0 {
-        return Err(Error::Config("context 0: expected at least one token".into()));
+        return Err(Error::setting("context", "at least 1 token", &context));
     }
     if groups.is_empty() {
         return Err(Error::Config("no layer stores keys and values: nothing to plan".into()));
@@ -341,8 +338,8 @@ mod tests {
     #[test]
     fn invalid_settings_are_typed_errors() {
         let good = llama_3_8b(INT8);
-        assert!(matches!(sequence_bytes(&[good], 100, 1), Err(Error::Config(_))));
-        assert!(matches!(sequence_bytes(&[good], 128, 0), Err(Error::Config(_))));
+        assert!(matches!(sequence_bytes(&[good], 100, 1), Err(Error::InvalidSetting { name: "block_size", .. })));
+        assert!(matches!(sequence_bytes(&[good], 128, 0), Err(Error::InvalidSetting { name: "context", .. })));
         assert!(matches!(sequence_bytes(&[], 128, 1), Err(Error::Config(_))));
         assert!(matches!(sequence_bytes(&[LayerGroup { window: Some(0), ..good }], 128, 1), Err(Error::Config(_))));
         assert!(matches!(sequence_bytes(&[good], 128, usize::MAX), Err(Error::Config(_))));

@@ -7,7 +7,7 @@ mod shape;
 use crate::error::{Error, Result};
 use crate::format::{Dtype, Format};
 
-pub use shape::Shape;
+pub use shape::{Shape, check_block_size, check_head_dim};
 
 /// The settings of one cache, which stores a group of layers of the same shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,21 +53,15 @@ impl CacheConfig {
     /// Checks every setting.
     ///
     /// # Errors
-    /// [`Error::Config`] or [`Error::Unsupported`], naming the setting and its valid values.
+    /// [`Error::InvalidSetting`], naming the setting and its valid values, and those of [`Shape::validate`].
     pub fn validate(&self) -> Result<()> {
         self.shape().validate()?;
-        if self.num_blocks == Some(0) || self.num_blocks.is_some_and(|n| n >= u32::MAX as usize) {
-            let given = self.num_blocks.unwrap_or_default();
-            return Err(Error::Config(format!("num_blocks must be in 1..{}, got {given}", u32::MAX)));
+        for (name, number) in [("num_blocks", self.num_blocks), ("num_open_pages", self.num_open_pages)] {
+            if let Some(given) = number.filter(|&given| given == 0 || given >= u32::MAX as usize) {
+                return Err(Error::setting(name, format!("in 1..{}", u32::MAX), &given));
+            }
         }
-        if self.num_open_pages == Some(0) || self.num_open_pages.is_some_and(|n| n >= u32::MAX as usize) {
-            let given = self.num_open_pages.unwrap_or_default();
-            return Err(Error::Config(format!("num_open_pages must be in 1..{}, got {given}", u32::MAX)));
-        }
-        if self.window == Some(0) {
-            return Err(Error::Config("window must be at least 1 token".to_owned()));
-        }
-        Ok(())
+        check_window(self.window)
     }
 
     /// What the cache's records look like.
@@ -88,6 +82,14 @@ impl CacheConfig {
     pub const fn block_bytes(&self) -> usize {
         self.shape().num_records() * self.shape().at_rest().bytes()
     }
+}
+
+/// Checks the tokens that a query sees at most.
+///
+/// # Errors
+/// [`Error::InvalidSetting`] for none.
+pub fn check_window(window: Option<usize>) -> Result<()> {
+    if window == Some(0) { Err(Error::setting("window", "at least 1 token", &0)) } else { Ok(()) }
 }
 
 #[cfg(test)]

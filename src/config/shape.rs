@@ -24,22 +24,17 @@ impl Shape {
     /// Checks every number.
     ///
     /// # Errors
-    /// [`Error::Config`] or [`Error::Unsupported`], naming the number and its valid values.
+    /// [`Error::InvalidSetting`] or [`Error::Unsupported`], naming the number and its valid values; [`Error::Config`] for
+    /// blocks of more bytes than can be counted.
     pub fn validate(&self) -> Result<()> {
         let &Self { num_layers, num_kv_heads, head_dim, block_size, .. } = self;
-        if num_layers == 0 || num_kv_heads == 0 {
-            return Err(Error::Config(format!(
-                "num_layers and num_kv_heads must be at least 1, got {num_layers} and {num_kv_heads}"
-            )));
+        for (name, number) in [("num_layers", num_layers), ("num_kv_heads", num_kv_heads)] {
+            if number == 0 {
+                return Err(Error::setting(name, "at least 1", &number));
+            }
         }
-        if !format::supports_head_dim(head_dim) {
-            return Err(Error::Unsupported(format!(
-                "head_dim {head_dim}: pages hold multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"
-            )));
-        }
-        if !format::supports_block_size(block_size) {
-            return Err(Error::Config(format!("block_size must be one of {BLOCK_SIZES:?}, got {block_size}")));
-        }
+        check_head_dim(head_dim)?;
+        check_block_size(block_size)?;
         // A page is never smaller than the tile that it becomes.
         let records = num_layers.checked_mul(num_kv_heads);
         let bytes = records.and_then(|records| records.checked_mul(self.page().bytes()));
@@ -77,4 +72,27 @@ impl Shape {
     pub const fn num_records(&self) -> usize {
         self.num_layers * self.num_kv_heads
     }
+}
+
+/// Checks the channels of a head.
+///
+/// # Errors
+/// [`Error::Unsupported`].
+pub fn check_head_dim(head_dim: usize) -> Result<()> {
+    if format::supports_head_dim(head_dim) {
+        return Ok(());
+    }
+    let what = format!("head_dim {head_dim}: pages hold multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}");
+    Err(Error::Unsupported(what))
+}
+
+/// Checks the tokens of a block.
+///
+/// # Errors
+/// [`Error::InvalidSetting`].
+pub fn check_block_size(block_size: usize) -> Result<()> {
+    if format::supports_block_size(block_size) {
+        return Ok(());
+    }
+    Err(Error::setting("block_size", format!("one of {BLOCK_SIZES:?}"), &block_size))
 }

@@ -27,7 +27,7 @@ pub use tables::Tables;
 
 use crate::backend::{AttendOptions, Executor, Fresh, LayerHealth, Output, Stream, TensorView};
 use crate::calibration::{Calibration, State};
-use crate::config::Shape;
+use crate::config::{Shape, check_window};
 use crate::error::{Error, Result};
 use crate::paging::{BlockId, Places, UsedBlock};
 use crate::plan::StepPlan;
@@ -66,11 +66,9 @@ impl Engine {
     /// An engine over all the records that the executor has. Queries see `window` tokens at most.
     ///
     /// # Errors
-    /// [`Error::Config`] for a window of no token.
+    /// [`Error::InvalidSetting`] for a window of no token.
     pub fn new(executor: Executor, window: Option<usize>) -> Result<Self> {
-        if window == Some(0) {
-            return Err(Error::Config("window must be at least 1 token".to_owned()));
-        }
+        check_window(window)?;
         let capacity = executor.backend().capacity();
         let seals = executor.backend().seals();
         let pages = seals.then(|| OpenPages::new(capacity.num_tiles, capacity.num_pages));

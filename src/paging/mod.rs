@@ -74,14 +74,14 @@ impl Paging {
     /// Prefixes are found only by a pool with the same `salt`.
     ///
     /// # Errors
-    /// [`Error::Config`] when `block_size` is 0 or `num_blocks` is more than ids can name.
+    /// [`Error::InvalidSetting`] when `block_size` is 0 or `num_blocks` is more than ids can name.
     pub fn new(block_size: usize, num_blocks: Option<usize>, salt: &[u8]) -> Result<Self> {
         if block_size == 0 {
-            return Err(Error::Config("block_size must be at least 1, got 0".into()));
+            return Err(Error::setting("block_size", "at least 1", &block_size));
         }
         let most = max_blocks(block_size);
         if let Some(num_blocks) = num_blocks.filter(|&num_blocks| num_blocks > most) {
-            return Err(Error::Config(format!("num_blocks must be at most {most}, got {num_blocks}")));
+            return Err(Error::setting("num_blocks", format!("at most {most}"), &num_blocks));
         }
         Ok(Self {
             block_size,
@@ -109,7 +109,7 @@ impl Paging {
         let paging = Self::new(block_size, num_blocks, salt)?;
         let most = max_blocks(block_size);
         if let Some(given) = num_open_pages.filter(|&pages| pages == 0 || pages > most) {
-            return Err(Error::Config(format!("num_open_pages must be in 1..={most}, got {given}")));
+            return Err(Error::setting("num_open_pages", format!("in 1..={most}"), &given));
         }
         Ok(Self { pages: OpenPages::Pool(PagePool::new(num_open_pages, most)), ..paging })
     }
@@ -325,7 +325,7 @@ impl Paging {
 
     /// Blocks that some sequence ends within.
     #[must_use]
-    pub fn open_blocks(&self) -> usize {
+    pub fn partial_blocks(&self) -> usize {
         self.partial.len()
     }
 

@@ -16,8 +16,8 @@ fn to(sequence: SequenceId, len: usize, window: Option<usize>) -> Rollback {
 
 #[test]
 fn a_pool_that_cannot_be_is_refused() {
-    assert!(matches!(Paging::new(0, None, b""), Err(Error::Config(_))));
-    assert!(matches!(Paging::new(1, Some(usize::MAX), b""), Err(Error::Config(_))));
+    assert!(matches!(Paging::new(0, None, b""), Err(Error::InvalidSetting { name: "block_size", .. })));
+    assert!(matches!(Paging::new(1, Some(usize::MAX), b""), Err(Error::InvalidSetting { name: "num_blocks", .. })));
     assert_eq!(Paging::new(16, Some((1 << 27) - 1), b"").unwrap().num_blocks(), (1 << 27) - 1);
 }
 
@@ -114,13 +114,13 @@ fn a_rollback_needs_the_tokens_that_the_next_query_sees() {
 }
 
 #[test]
-fn open_blocks_counts_each_open_page_once() {
+fn a_partial_block_of_two_sequences_counts_once() {
     let mut paging = Paging::new(2, None, b"").unwrap();
     let (a, b) = (paging.new_sequence(), paging.new_sequence());
     append(&mut paging, a, 3, 0);
     append(&mut paging, b, 2, 0);
     paging.fork(a).unwrap();
-    assert_eq!((paging.open_blocks(), paging.num_sequences()), (1, 3));
+    assert_eq!((paging.partial_blocks(), paging.num_sequences()), (1, 3));
 }
 
 #[test]

@@ -21,9 +21,9 @@ impl StepPlan {
     /// Plans a step over `inputs`, tables that the caller owns. Queries see `window` tokens at most.
     ///
     /// # Errors
-    /// [`Error::Config`] when the tables of a sequence are too short for its tokens, when `first_held` is no block
-    /// boundary before the step, when a page is missing or too many, or when two sequences would write the same block
-    /// or page.
+    /// [`Error::InvalidSetting`] for blocks of no token; [`Error::Config`] when the tables of a sequence are too short for
+    /// its tokens, when `first_held` is no block boundary before the step, when a page is missing or too many, or when
+    /// two sequences would write the same block or page.
     pub fn new(
         block_size: usize,
         window: Option<usize>,
@@ -31,7 +31,7 @@ impl StepPlan {
         sealing: Sealing<'_>,
     ) -> Result<Self> {
         if block_size == 0 {
-            return Err(Error::Config("a block holds at least one token, got block_size 0".to_owned()));
+            return Err(Error::setting("block_size", "at least 1", &block_size));
         }
         num_rows(inputs.iter().map(|input| input.rows))?;
         let mut bounds = Bounds::default();

@@ -234,7 +234,7 @@ impl PagedKvCache {
         out.set_item("blocks_in_use", stats.blocks_in_use)?;
         out.set_item("peak_blocks", stats.peak_blocks)?;
         out.set_item("free_blocks", stats.free_blocks)?;
-        out.set_item("partial_blocks", stats.open_blocks)?;
+        out.set_item("partial_blocks", stats.partial_blocks)?;
         out.set_item("open_pages", stats.open_pages)?;
         out.set_item("peak_open_pages", stats.peak_open_pages)?;
         out.set_item("bytes_in_use", stats.bytes_in_use)?;

@@ -9,7 +9,7 @@ impl From<Error> for PyErr {
             let message = error.to_string();
             let class = match &error {
                 Error::UnknownFormat { .. } => "UnknownFormatError",
-                Error::Config(_) | Error::UnknownBlock { .. } => "ConfigError",
+                Error::Config(_) | Error::InvalidSetting { .. } | Error::UnknownBlock { .. } => "ConfigError",
                 Error::Calibration(_) => "CalibrationError",
                 Error::CacheFile(_) => "CacheFileError",
                 Error::Unsupported(_) => "UnsupportedError",

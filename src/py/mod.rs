@@ -13,8 +13,8 @@ mod step;
 mod tensor;
 
 use crate::backend::cpu::Level;
-use crate::config::{capacity as planner, env};
-use crate::format::{Dtype, Format, record_bytes, supports_block_size, supports_head_dim};
+use crate::config::{capacity as planner, check_block_size, check_head_dim, env};
+use crate::format::{Dtype, Format, record_bytes};
 use crate::quant::Codec;
 use crate::{Error, Result};
 use pyo3::prelude::*;
@@ -126,13 +126,8 @@ fn block_bytes(format: &str, head_dim: usize, block_size: usize, dtype: &str) ->
 }
 
 fn check_shape(head_dim: usize, block_size: usize) -> Result<()> {
-    if !supports_head_dim(head_dim) {
-        return Err(Error::Unsupported(format!("head_dim {head_dim}: pages hold multiples of 16 up to 256")));
-    }
-    if !supports_block_size(block_size) {
-        return Err(Error::Config(format!("block_size {block_size} is not one of 16, 32, 64, 128")));
-    }
-    Ok(())
+    check_head_dim(head_dim)?;
+    check_block_size(block_size)
 }
 
 /// Computes what fits in `memory_bytes` if every sequence is `context` tokens long. `storage` is a cache format, or `bf16`

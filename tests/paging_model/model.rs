@@ -385,7 +385,7 @@ impl Model {
         assert_eq!(paging.num_blocks(), self.setup.num_blocks.unwrap_or(self.peak), "grows only when it must");
         assert_eq!(paging.peak_blocks(), self.peak);
         assert_eq!(paging.num_sequences(), self.sequences.len());
-        assert_eq!(paging.open_blocks(), open_pages.len());
+        assert_eq!(paging.partial_blocks(), open_pages.len());
         assert_eq!(paging.cow_copies(), self.num_copies);
         let open_pages = self.setup.pages.seals().then_some(self.open.len());
         assert_eq!(paging.open_pages().map(|pages| pages.0), open_pages);
