@@ -81,7 +81,7 @@ miri *NAMES="archive:: format:: paging:: plan:: quant::":
     PROPTEST_CASES=8 MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --lib -- {{ NAMES }}
 
 # Run the tests that Miri cannot, of kernels and files, under the address sanitizer (needs nightly)
-asan *OPTIONS="--lib --test backend_parity --test sealing --test sealing_model --test cache_file --test cache_errors":
+asan *OPTIONS="--lib --test backend_parity --test sealing --test sealing_model --test lent_memory --test cache_file --test cache_errors":
     RUSTFLAGS="-Zsanitizer=address" cargo +nightly test --target x86_64-unknown-linux-gnu --target-dir target/asan {{ OPTIONS }}
 
 # Build the release wheel and smoke-test it in an empty environment, without torch or numpy
