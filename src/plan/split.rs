@@ -17,6 +17,7 @@ pub struct Split {
 }
 
 /// Cuts positions `start..end` at the multiples of [`SPLIT_TOKENS`], into pieces `(start, end)`.
+#[must_use]
 pub fn splits(start: usize, end: usize) -> impl ExactSizeIterator<Item = (usize, usize)> {
     let first = start / SPLIT_TOKENS;
     let last = if start < end { end.div_ceil(SPLIT_TOKENS) } else { first };
