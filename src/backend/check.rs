@@ -10,8 +10,8 @@ use std::ops::Range;
 /// Is this a plan, and are these layers, of the backend's shape and within its memory?
 pub(super) fn launch(backend: &dyn Backend, launch: Launch<'_>, layers: &Range<usize>) -> Result<()> {
     let shape = backend.shape();
-    if layers.end > shape.num_layers {
-        let last = layers.end - 1;
+    if layers.start > layers.end || layers.end > shape.num_layers {
+        let last = layers.end.saturating_sub(1);
         return Err(Error::Config(format!("layer {last}: the backend has {} layers", shape.num_layers)));
     }
     let plan = launch.plan;

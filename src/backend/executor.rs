@@ -104,6 +104,7 @@ impl Executor {
     /// # Errors
     /// Those of [`append`](Self::append).
     pub fn check_append(&self, launch: Launch<'_>, layer: usize, new: Fresh<'_>) -> Result<()> {
+        self.check_layer(layer)?;
         check::launch(&*self.backend, launch, &(layer..layer + 1))?;
         check::new_tokens(&*self.backend, &launch.plan, new)?;
         self.backend.check_finite(launch, new)
@@ -116,8 +117,8 @@ impl Executor {
     /// [`Error::Shape`], [`Error::Device`], [`Error::NonFinite`] for a NaN or infinity at a row that is a token, and those
     /// of [`begin`](Self::begin). Nothing is written then.
     pub fn append(&mut self, launch: Launch<'_>, layer: usize, new: Fresh<'_>, model: &Model) -> Result<()> {
-        let (layers, models) = (layer..layer + 1, std::slice::from_ref(model));
         self.check_append(launch, layer, new)?;
+        let (layers, models) = (layer..layer + 1, std::slice::from_ref(model));
         check::models(&*self.backend, &layers, models)?;
         self.backend.open(launch, layers.clone(), Source::New(new), models)?;
         self.backend.write(launch, layer, new)?;
@@ -137,6 +138,7 @@ impl Executor {
         options: AttendOptions<'_>,
         output: &Output<'_>,
     ) -> Result<()> {
+        self.check_layer(layer)?;
         check::launch(&*self.backend, launch, &(layer..layer + 1))?;
         check::attention(&*self.backend, &launch.plan, q, new, options, output)
     }

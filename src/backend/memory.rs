@@ -47,9 +47,17 @@ impl Records {
         last.checked_add((num_kv_heads - 1).checked_mul(self.head_stride)?)?.checked_add(layout.bytes())
     }
 
+    /// The strides, of a dimension of one record that it is as far to the next as the records reach.
+    fn strides(&self, num_kv_heads: usize, layout: RecordLayout) -> (usize, usize) {
+        let head_stride = if num_kv_heads > 1 { self.head_stride } else { layout.bytes() };
+        let reach = (num_kv_heads - 1).saturating_mul(head_stride).saturating_add(layout.bytes());
+        (if self.num > 1 { self.stride } else { reach }, head_stride)
+    }
+
     fn check(&self, name: &str, num_kv_heads: usize, layout: RecordLayout) -> Result<()> {
-        let &Self { base, num, stride, head_stride } = self;
+        let &Self { base, num, .. } = self;
         let refuse = |why: String| Err(Error::Config(format!("{name}: {why}")));
+        let (stride, head_stride) = self.strides(num_kv_heads, layout);
         if !base.is_multiple_of(RECORD_ALIGNMENT as u64)
             || !stride.is_multiple_of(RECORD_ALIGNMENT)
             || !head_stride.is_multiple_of(RECORD_ALIGNMENT)
@@ -90,7 +98,7 @@ struct Group {
 }
 
 impl Group {
-    /// Do the records of two groups overlap? Those of different strides must not even reach each other.
+    /// May the records of two groups overlap? Those of different strides must not even reach each other.
     fn overlaps(&self, other: &Self, num_kv_heads: usize) -> bool {
         let reach = |group: &Self| {
             let bytes = group.records.extent(num_kv_heads, group.layout).unwrap_or(usize::MAX);
@@ -101,19 +109,20 @@ impl Group {
             return false;
         }
         let (a, b) = (self.records, other.records);
-        if (a.stride, a.head_stride) != (b.stride, b.head_stride) || a.stride == 0 {
+        let (stride, head_stride) = a.strides(num_kv_heads, self.layout);
+        if (stride, head_stride) != b.strides(num_kv_heads, other.layout) || stride == 0 {
             return true;
         }
         let between = other_start - start;
         let (bytes, other_bytes) = (self.layout.bytes() as i128, other.layout.bytes() as i128);
         let heads = num_kv_heads as i128 - 1;
         (-heads..=heads).any(|heads_apart| {
-            let from = between + heads_apart * a.head_stride as i128;
-            let nearest = -from.div_euclid(a.stride as i128);
+            let from = between + heads_apart * head_stride as i128;
+            let nearest = -from.div_euclid(stride as i128);
             // The record of `b` that is as many further on as makes it lie next to one of `a`, before or behind.
             [nearest, nearest - 1].into_iter().any(|apart| {
                 let is_there = -(a.num as i128) < apart && apart < b.num as i128;
-                let offset = from + apart * a.stride as i128;
+                let offset = from + apart * stride as i128;
                 is_there && -other_bytes < offset && offset < bytes
             })
         })
@@ -142,10 +151,18 @@ pub fn check(shape: &Shape, memory: &[LayerMemory]) -> Result<()> {
             }
         }
     }
+    let nums = |layer: &LayerMemory| (layer.pages.num, layer.tiles.map(|tiles| tiles.num));
+    if let Some(layer) = (1..memory.len()).find(|&layer| nums(&memory[layer]) != nums(&memory[0])) {
+        let (first, other) = (nums(&memory[0]), nums(&memory[layer]));
+        return Err(Error::Config(format!("pages and tiles of layer 0: {first:?}, of layer {layer}: {other:?}")));
+    }
     for (index, group) in groups.iter().enumerate() {
         group.records.check(&group.name, shape.num_kv_heads, group.layout)?;
         if let Some(other) = groups[..index].iter().find(|other| group.overlaps(other, shape.num_kv_heads)) {
-            return Err(Error::Config(format!("the {} and the {} overlap", other.name, group.name)));
+            return Err(Error::Config(format!(
+                "the {} and the {} overlap, or lie among each other at other strides",
+                other.name, group.name
+            )));
         }
     }
     Ok(())

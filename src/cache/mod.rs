@@ -179,7 +179,8 @@ impl PagedKvCache {
     /// [`Self::attend`] with the keys and values.
     ///
     /// # Errors
-    /// Those of both; nothing is written then.
+    /// Those of both; nothing is written then, but by [`Error::OutOfMemory`] of attention, before which the layer was
+    /// appended.
     pub fn forward<'a>(
         &mut self,
         step: &Step,

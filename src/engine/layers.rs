@@ -150,7 +150,7 @@ impl Layers {
             self.executor.check_append(launch, layer, new)?;
             let mut before = progress.before.iter().filter(|page| page.layer == layer);
             before.try_for_each(|page| page.put_back(&mut self.executor))?;
-        } else {
+        } else if progress.before.iter().all(|page| page.layer != layer) {
             progress.before.extend(Before::of_step(&self.executor, progress.plan.over(places), layer)?);
         }
         self.executor.append(progress.launch(places, self.stream), layer, new, &model)?;

@@ -12,7 +12,9 @@
 //!
 //! A block of `raw` or `int8` is its own page: there is nothing to seal and nothing to release. In formats that seal, a
 //! block that is full and committed is sealed by the next step in which one of its sequences takes part, be it without
-//! new tokens. A block that others may read, by a prefix cache say, is sealed first.
+//! new tokens; with a window, while the window still shows it. A block that others may read, by a prefix cache say, is
+//! sealed first. [`Engine::release`] is called for blocks whose tokens are gone: of requests that are finished or
+//! preempted, and those that have left the window.
 
 mod layers;
 mod model;
@@ -70,6 +72,13 @@ impl Engine {
     pub fn new(executor: Executor, window: Option<usize>) -> Result<Self> {
         check_window(window)?;
         let capacity = executor.backend().capacity();
+        let (most, block_size) = (capacity.num_pages.max(capacity.num_tiles), executor.shape().block_size);
+        if most.checked_mul(block_size).is_none_or(|tokens| i32::try_from(tokens).is_err()) {
+            return Err(Error::Config(format!(
+                "{most} blocks or pages of {block_size} tokens: slots and places count to {}",
+                i32::MAX
+            )));
+        }
         let seals = executor.backend().seals();
         let pages = seals.then(|| OpenPages::new(capacity.num_tiles, capacity.num_pages));
         let num_blocks = pages.as_ref().map_or(capacity.num_pages, OpenPages::num_blocks);
@@ -162,7 +171,8 @@ impl Engine {
     /// [`append`](Self::append) with the queries, then [`attend`](Self::attend) with the keys and values.
     ///
     /// # Errors
-    /// Those of both; nothing is written then.
+    /// Those of both; nothing is written then, but by [`Error::OutOfMemory`] of attention, before which the layer was
+    /// appended.
     pub fn forward<'a>(
         &mut self,
         layer: usize,
@@ -181,7 +191,7 @@ impl Engine {
     }
 
     /// Ends the step: its tokens are committed, or of each sequence the first `num_accepted` of them, and those after are
-    /// to be written again.
+    /// to be written again. A first page that the step opened anew keeps the statistics of all of them.
     ///
     /// # Errors
     /// [`Error::StaleStep`] without an open step, [`Error::IncompleteStep`] when a layer has no keys and values,
@@ -237,23 +247,26 @@ impl Engine {
         let Some(from) = place(self.pages.as_ref(), source).as_page() else {
             return Err(Error::Unsupported(format!("block {source} is sealed: share it")));
         };
-        if let Some(pages) = &mut self.pages {
-            pages.allocate(&[destination])?;
-            pages.note_peak();
+        let allocated = self.pages.as_mut().map_or(Ok(Vec::new()), |pages| pages.allocate(&[destination]))?;
+        let Some(to) = place(self.pages.as_ref(), destination).as_page() else {
+            unreachable!("it has just got a page")
+        };
+        let copied = self.layers.executor.copy_pages(&[(from, to)], self.layers.stream);
+        if copied.is_err() {
+            self.pages.iter_mut().for_each(|pages| pages.release(allocated.iter().copied()));
         }
-        match place(self.pages.as_ref(), destination).as_page() {
-            Some(to) => self.layers.executor.copy_pages(&[(from, to)], self.layers.stream),
-            None => unreachable!("it has just got a page"),
-        }
+        self.pages.iter_mut().for_each(OpenPages::note_peak);
+        copied
     }
 
     /// The records of a block in a layer, head by head, as files have them: of `used` tokens, those of a sequence's first
     /// block if `is_first`.
     ///
     /// # Errors
-    /// [`Error::UnknownBlock`], [`Error::Config`] for a layer that does not exist.
+    /// [`Error::StaleStep`] while a step is open, [`Error::UnknownBlock`], [`Error::Config`] for a layer that does not
+    /// exist.
     pub fn records(&self, layer: usize, block: BlockId, used: usize, is_first: bool) -> Result<Vec<u8>> {
-        self.check_block(block)?;
+        self.check_idle(&[block])?;
         let block_size = self.shape().block_size;
         if used > block_size {
             return Err(Error::Config(format!("{used} tokens of a block of {block_size}")));

@@ -73,7 +73,8 @@ impl Tables<'_> {
         let block = |(index, &id): (usize, &i32)| match usize::try_from(id) {
             _ if index < first => Ok(BlockId::RELEASED),
             Ok(id) if id < num_blocks => Ok(BlockId(id as u32)),
-            _ => Err(Error::UnknownBlock { id: id as u32, num_blocks }),
+            Ok(_) => Err(Error::UnknownBlock { id: id as u32, num_blocks }),
+            Err(_) => Err(Error::Config(format!("block_tables: {id} for block {index} of sequence {sequence}"))),
         };
         row.iter().enumerate().map(block).collect()
     }

@@ -51,7 +51,7 @@ impl StepPlan {
         let mut builder = Builder::new(block_size, window);
         inputs.iter().for_each(|input| builder.push(input, sealing));
         let entries = std::mem::take(&mut builder.sealed.tiles);
-        Ok(builder.finish(bounds, &PlaceChanges { is_whole: false, entries }))
+        Ok(builder.finish(bounds, &PlaceChanges { is_whole: true, entries }))
     }
 }
 

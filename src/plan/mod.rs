@@ -197,7 +197,8 @@ impl StepPlan {
         })
     }
 
-    /// Has the table of places moved or grown, so that a copy of it is taken whole?
+    /// Has the table of places moved or grown, so that a copy of it is taken whole? So is the table of a plan by
+    /// [`new`](Self::new), which is not known from before.
     #[must_use]
     pub fn is_whole_table(&self) -> bool {
         self.is_whole_table

@@ -106,6 +106,13 @@ impl Attention {
         Ok((Self { q: tensor, new, out, lse, scale, window, softcap, sinks, over }, object))
     }
 
+    /// Checks that nothing is written to this memory.
+    pub(super) fn check_apart(&self, memory: &[Tensor]) -> Result<()> {
+        let written = [Some(&self.out), self.lse.as_ref()].into_iter().flatten();
+        let mut pairs = written.flat_map(|one| memory.iter().map(move |other| (one, other)));
+        pairs.try_for_each(|(one, other)| one.check_apart(other))
+    }
+
     /// Calls `attend` with what the arguments come to.
     ///
     /// # Safety

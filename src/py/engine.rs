@@ -23,8 +23,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub struct Engine {
     inner: Mutex<engine::Engine>,
     shape: Shape,
-    /// What the records are in.
-    _memory: Vec<Py<PyAny>>,
+    /// What the records are in, and the objects that keep it.
+    memory: Vec<Tensor>,
+    _objects: Vec<Py<PyAny>>,
 }
 
 impl Engine {
@@ -88,8 +89,10 @@ impl Engine {
             );
             inner.set_calibration(calibration.shared(), layers)?;
         }
-        let kept = pages.into_iter().chain(tiles.into_iter().flatten()).map(Bound::unbind).collect();
-        Ok(Self { inner: Mutex::new(inner), shape, _memory: kept })
+        let objects: Vec<Bound<'_, PyAny>> = pages.into_iter().chain(tiles.into_iter().flatten()).collect();
+        let memory = objects.iter().map(|object| Tensor::new("pages and tiles", object)).collect::<PyResult<_>>()?;
+        let objects = objects.into_iter().map(Bound::unbind).collect();
+        Ok(Self { inner: Mutex::new(inner), shape, memory, _objects: objects })
     }
 
     #[getter]
@@ -179,6 +182,7 @@ impl Engine {
         let keywords = Keywords { scale, window, softcap, sinks, lse, history_only };
         let new = Layout::Tokens.new_tokens(k, v)?;
         let (attention, out) = Attention::new(py, Layout::Tokens, q, new, out, &keywords)?;
+        attention.check_apart(&self.memory)?;
         let layer = layer.count();
         // SAFETY: the caller's references keep the tensors alive; it must not use what is written elsewhere.
         py.detach(|| unsafe {
@@ -207,6 +211,7 @@ impl Engine {
         let keywords = Keywords { scale, window, softcap, sinks, lse, history_only: false };
         let new = Layout::Tokens.new_tokens(Some(k), Some(v))?;
         let (attention, out) = Attention::new(py, Layout::Tokens, q, new, out, &keywords)?;
+        attention.check_apart(&self.memory)?;
         let layer = layer.count();
         // SAFETY: as above.
         py.detach(|| unsafe {
@@ -226,13 +231,16 @@ impl Engine {
         py.detach(|| self.lock().commit(counts.as_deref()))
     }
     fn abort(&self) -> Result<()> {
+        check_process()?;
         self.lock().abort()
     }
     #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn release(&self, blocks: Vec<Whole>) -> Result<()> {
+        check_process()?;
         self.lock().release(&blocks.iter().map(|&block| id(block)).collect::<Result<Vec<_>>>()?)
     }
     fn copy_block(&self, source: Whole, destination: Whole) -> Result<()> {
+        check_process()?;
         self.lock().copy_block(id(source)?, id(destination)?)
     }
 

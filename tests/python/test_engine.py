@@ -173,7 +173,7 @@ def test_a_refused_step_changes_nothing() -> None:
     before = engine.stats()
     cases: list[tuple[tuple[Any, Any, Any], type[KvarnError], str]] = [
         ((ints([7, 99]), ints(20), ints(0, 1)), ConfigError, "unknown block or page 99"),
-        ((ints([7, -1]), ints(20), ints(0, 1)), ConfigError, "unknown block or page"),
+        ((ints([7, -1]), ints(20), ints(0, 1)), ConfigError, "-1 for block 1 of sequence 0"),
         ((ints([7]), ints(20), ints(0, 1)), ConfigError, "needs 2 blocks, its table has 1"),
         ((ints(7, 3), ints(20), ints(0, 1)), ShapeError, "block_tables"),
         ((tables, ints(20, 20), ints(0, 1, 2)), ShapeError, "block_tables"),
@@ -233,8 +233,9 @@ def test_lent_memory_that_does_not_fit_is_refused() -> None:
         ({"pages": pages[:1]}, ConfigError, "tiles of 2 layers, pages of 1"),
         ({"tiles": None}, ConfigError, "tiles is missing"),
         ({"format": "int8"}, ConfigError, "tiles is given"),
+        ({"pages": [pages[0], pages[1][1:]]}, ConfigError, "of layer 1"),
         ({"pages": [pages[0], pages[0]]}, ConfigError, "pages of layer 0 and the pages of layer 1 overlap"),
-        ({"pages": [pages[0], pages[0][1:]]}, ConfigError, "overlap"),
+        ({"pages": [pages[0][1:], pages[0][:-1]]}, ConfigError, "overlap"),
         ({"pages": [page[:, :1] for page in pages]}, ShapeError, "pages"),
         ({"pages": [page[:, :, 16:] for page in pages]}, ShapeError, "pages"),
         ({"pages": [page.flatten(1) for page in pages]}, ShapeError, "pages"),
@@ -247,6 +248,17 @@ def test_lent_memory_that_does_not_fit_is_refused() -> None:
     for options, error, words in cases:
         with pytest.raises(error, match=words):
             make_engine("int4", **{**good, **options})
+
+
+def test_nothing_is_written_into_the_memory_of_the_records_but_records() -> None:
+    memory = torch.zeros(4, KV_HEADS, INT8_PAGE_BYTES, dtype=torch.uint8)
+    engine = Engine(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, block_size=BLOCK, format="int8", pages=[memory])
+    engine.begin(ints([0]), ints(0), ints(0, 1))
+    q, k = tokens(1, Q_HEADS, 1), tokens(1, KV_HEADS, 2)
+    out = memory[3].view(torch.float32).flatten()[: q.numel()].view_as(q)
+    with pytest.raises(StrideError, match="overlaps"):
+        engine.forward(0, q, k, k, out)
+    assert not memory.any()
 
 
 def test_numpy_arrays_are_lent_like_tensors() -> None:
