@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -43,7 +43,6 @@ __all__ = [
     "packed_spec",
     "record_layouts",
     "step_limits",
-    "watch_requests",
 ]
 
 _CUSTOMIZES_SPECS = hasattr(AttentionBackend, "customize_spec")
@@ -108,6 +107,7 @@ def _select_backend() -> None:
             return original(backend, attn_selector_config, *args, **kwargs)
         from .backend import backend_of
 
+        _watch_runner()
         settings.check_backend(None if backend is None else backend.name, cache_dtype)
         ours = backend_of(cache_dtype, attn_selector_config.dtype)
         reasons = ours.validate_configuration(**attn_selector_config._asdict(), device_capability=None)
@@ -236,25 +236,38 @@ def kvarn_options(config: Any) -> Mapping[str, Any]:
     return options.get("kvarn", {}) if isinstance(options, Mapping) else {}
 
 
-def watch_requests() -> None:
-    """Tells the groups of a model, before each step, what became of the last one and which requests are gone."""
+def _watch_runner() -> None:
+    """Starts the groups of a model once it has blocks; tells them, before each step, what became of the last one."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    _wrap(GPUModelRunner, "initialize_kv_cache", _start)
     _wrap(GPUModelRunner, "_update_states", _settle)
 
 
-def _settle(original: Any, runner: Any, scheduled: Any) -> Any:
+def _builders(runner: Any) -> Iterator[tuple[int, Any]]:
+    """Our builders, with the number of the KV cache group that each is of."""
     from .metadata import KVarnMetadataBuilder
 
+    for index, groups in enumerate(runner.attn_groups):
+        for builder in (builder for group in groups for builder in group.metadata_builders):
+            if isinstance(builder, KVarnMetadataBuilder):
+                yield index, builder
+
+
+def _start(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(runner, *args, **kwargs)
+    for _, builder in _builders(runner):
+        builder.start()
+    return result
+
+
+def _settle(original: Any, runner: Any, scheduled: Any) -> Any:
     known = [(request, _kept(runner.requests[request])) for request in runner.input_batch.req_ids]
     gone = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
     gone |= scheduled.scheduled_cached_reqs.resumed_req_ids
     states = {request: runner.requests[request] for request in gone if request in runner.requests}
-    for index, groups in enumerate(getattr(runner, "attn_groups", ())):
-        blocks = {request: state.block_ids[index] for request, state in states.items()}
-        for builder in (builder for group in groups for builder in group.metadata_builders):
-            if isinstance(builder, KVarnMetadataBuilder) and builder.group is not None:
-                builder.group.settle(known, blocks)
+    for index, builder in _builders(runner):
+        builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
     return original(runner, scheduled)
 
 

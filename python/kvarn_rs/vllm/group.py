@@ -48,6 +48,7 @@ class Group:
             layers=[compat.layer_number(name) for name in layers],
         )
         self._seals = seals
+        self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
         self._context = self._ends = torch.empty(0, dtype=torch.int32)
         self._lengths: dict[str, int] = {}
         _log(self._engine, blocks, impl, config)
@@ -56,6 +57,16 @@ class Group:
     def engine(self) -> Engine:
         """The engine of the layers."""
         return self._engine
+
+    @property
+    def num_open_pages(self) -> int:
+        """Pages for blocks that are not sealed; 0 in formats that never seal."""
+        return self._num_open_pages
+
+    @property
+    def num_requests(self) -> int:
+        """Requests whose open pages are followed; 0 in formats that never seal."""
+        return len(self._lengths)
 
     def layer(self, name: str) -> tuple[Engine, int]:
         """The engine and a layer's index in it."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvarn_rs.errors import UnsupportedError
+from kvarn_rs.errors import StaleStepError, UnsupportedError
 
 from . import compat
 from .group import Group
@@ -31,12 +31,15 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._group: Group | None = None
-        compat.watch_requests()
 
     @property
     def group(self) -> Group | None:
-        """The layers' engine and requests; None before the first step."""
+        """The layers' engine and requests; None before vLLM has allocated blocks."""
         return self._group
+
+    def start(self) -> None:
+        """Lends the layers' blocks to an engine."""
+        self._group = Group(compat.layers(self.vllm_config, self.layer_names), self.vllm_config)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> KVarnMetadata:
         """Begins the step.
@@ -49,8 +52,8 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
         step = common_attn_metadata
         if step.causal is not True:
             raise UnsupportedError("kvarn-rs has causal attention alone")
-        if self._group is None:  # vLLM allocates blocks after it makes builders
-            self._group = Group(compat.layers(self.vllm_config, self.layer_names), self.vllm_config)
+        if self._group is None:
+            raise StaleStepError("kvarn-rs: a step before the model has blocks")
         starts = step.query_start_loc_cpu[: step.num_reqs + 1].to(torch.int32)
         lens = step.seq_lens[: step.num_reqs].to("cpu", torch.int32)
         self._group.begin(step.block_table_tensor[: step.num_reqs], lens - starts.diff(), starts)
