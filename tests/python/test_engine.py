@@ -30,8 +30,8 @@ PADDING = 64
 INT8_PAGE_BYTES = block_bytes("int8", HEAD_DIM, BLOCK)
 # Sums of a few products of unit normals, in another order than the reference.
 FLOAT32_TOLERANCE = 1e-5
-# Means of some tens of unit normals, from a page while it is written and from what it is once it is committed: twice the
-# largest difference seen.
+# Means of some tens of unit normals, from a page while it is written and from what it is once it is committed: twice
+# the largest difference seen.
 PAGE_TOLERANCE = {"raw": 0, "int8": 0.003, "int4": 0.4, "int3": 0.6, "int2": 0.8}
 
 

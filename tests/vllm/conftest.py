@@ -10,7 +10,6 @@ import pytest
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"
 )
-pytest.importorskip("vllm", reason="vLLM is not installed: `just vllm-env`, then `just test-vllm`")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams  # pyright: ignore
 
 VOCABULARY = 512
 BLOCK = 128
@@ -68,9 +68,7 @@ def greedy(llm: LLM, num_tokens: int = 20) -> list[tuple[list[int], list[Any]]]:
     return [(list(output.outputs[0].token_ids), output.outputs[0].logprobs or []) for output in outputs]
 
 
-def largest_divergence(
-    expected: list[tuple[list[int], list[Any]]], found: list[tuple[list[int], list[Any]]]
-) -> float:
+def largest_divergence(expected: list[tuple[list[int], list[Any]]], found: list[tuple[list[int], list[Any]]]) -> float:
     """Of the positions with the same tokens before them, the largest KL divergence."""
     divergences = []
     for (tokens, expected_logprobs), (other_tokens, found_logprobs) in zip(expected, found, strict=True):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
+
 from kvarn_rs import FORMATS
 
 # Rounding of float32 sums in another order than stock vLLM's.
@@ -55,14 +57,18 @@ def test_raw_gives_the_tokens_of_stock_vllm(measured: Callable[[str, str], dict[
 
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("format", FORMATS_BY_COST)
-def test_distributions_are_close_to_stock_vllm_s(measured: Callable[[str, str], dict[str, Any]], format: str, feature: str) -> None:
+def test_distributions_are_close_to_stock_vllm_s(
+    measured: Callable[[str, str], dict[str, Any]], format: str, feature: str
+) -> None:
     for found in measured(feature, format)["passes"]:
         assert found["divergence"] < MOST_DIVERGENCE[format]
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("format", FORMATS_BY_COST)
-def test_no_block_and_no_page_is_left_in_use(measured: Callable[[str, str], dict[str, Any]], format: str, feature: str) -> None:
+def test_no_block_and_no_page_is_left_in_use(
+    measured: Callable[[str, str], dict[str, Any]], format: str, feature: str
+) -> None:
     found = measured(feature, format)
     assert found["blocks_in_use"] == 0
     assert found["open_pages"] == 0
@@ -79,6 +85,8 @@ def test_preemption_happened(measured: Callable[[str, str], dict[str, Any]]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "factor"), [("int8", 1.85), ("int4", 3.4), ("int3", 4.3), ("int2", 5.5)])
-def test_more_tokens_fit_than_in_bfloat16(measured: Callable[[str, str], dict[str, Any]], format: str, factor: float) -> None:
+def test_more_tokens_fit_than_in_bfloat16(
+    measured: Callable[[str, str], dict[str, Any]], format: str, factor: float
+) -> None:
     in_bfloat16 = 2 * measured("plain", "raw")["num_blocks"]
     assert measured("plain", format)["num_blocks"] >= factor * in_bfloat16

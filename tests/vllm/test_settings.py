@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 from runs import KV_CACHE_BYTES, groups, make_llm, num_blocks
 
 import kvarn_rs.vllm
@@ -64,6 +66,6 @@ def test_other_releases_are_left_alone(version: str, tested: bool) -> None:
 
 
 def _has_prefix_match_unit() -> bool:
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
 
     return hasattr(EngineArgs, "prefix_match_unit")

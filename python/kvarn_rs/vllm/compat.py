@@ -1,8 +1,8 @@
 """Everything of vLLM that moves between its releases, and the only file that imports it.
 
-What each release lacks decides, not its number: `AttentionBackend.customize_spec` (0.28 on) lets a backend size its
-blocks, before that the specs of layers are replaced by `_PackedSpec`s; `register_kv_cache_dtype` (0.33 on) adds names of
-cache dtypes, before that a closed `Literal` is extended.
+What a release has decides, not its number: with `AttentionBackend.customize_spec` (0.28 on) a backend sizes its blocks,
+before that the specs of layers are replaced by `_PackedSpec`s. The names of cache dtypes are a closed `Literal`, which
+is extended.
 """
 # pyright: reportMissingImports=false
 
@@ -86,7 +86,7 @@ def _add_cache_dtypes(names: Iterable[str]) -> None:
     torch_utils.STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(names, torch.uint8))
     config = cache_module.CacheConfig
     for module in (cache_module, arguments, selector):
-        module.CacheDType = extended
+        vars(module)["CacheDType"] = extended
     config.__annotations__["cache_dtype"] = extended
     next(field for field in dataclasses.fields(config) if field.name == "cache_dtype").type = extended
     config.__pydantic_fields__["cache_dtype"].annotation = extended

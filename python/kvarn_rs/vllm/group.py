@@ -51,7 +51,7 @@ class Group:
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
         self._context = self._ends = torch.empty(0, dtype=torch.int32)
         self._lengths: dict[str, int] = {}
-        _log(self._engine, blocks, impl, config)
+        _log(self._engine, blocks, impl)
 
     @property
     def engine(self) -> Engine:
@@ -99,9 +99,7 @@ class Group:
 
     def _commit(self, known: list[tuple[str, int]]) -> None:
         accepted = []
-        for (request, num_tokens), context, end in zip(
-            known, self._context.tolist(), self._ends.tolist(), strict=True
-        ):
+        for (request, num_tokens), context, end in zip(known, self._context.tolist(), self._ends.tolist(), strict=True):
             length = max(context, min(end, num_tokens))
             accepted.append(length - context)
             if self._seals:
@@ -131,16 +129,22 @@ def _records(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.view(torch.uint8).flatten(2)
 
 
-def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any, config: Any) -> None:
+def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any) -> None:
     bytes_per_token = engine.num_layers * engine.num_kv_heads * blocks[0].shape[2] / formats.BLOCK_SIZE
+    num_tokens = (len(blocks[0]) - 1) * formats.BLOCK_SIZE  # vLLM keeps block 0 for padding
+    open_pages = ""
+    if impl.open_pages is not None:
+        mebibytes = engine.num_layers * impl.open_pages.nbytes / 2**20
+        calibrated = engine.stats()["calibrated"]
+        open_pages = (
+            f"; {len(impl.open_pages)} open pages a layer, {mebibytes:.1f} MiB beside vLLM's blocks; "
+            f"calibrated: {calibrated}"
+        )
     _logger.info(
         "kvarn-rs: %s, %d layers, %.0f bytes a token, %d tokens fit%s",
         engine.format,
         engine.num_layers,
         bytes_per_token,
-        (len(blocks[0]) - 1) * formats.BLOCK_SIZE,  # vLLM keeps block 0 for padding
-        ""
-        if impl.open_pages is None
-        else f"; {len(impl.open_pages)} open pages a layer, {engine.num_layers * impl.open_pages.nbytes / 2**20:.1f} MiB "
-        f"apart from vLLM's blocks; calibrated: {engine.stats()['calibrated']}",
+        num_tokens,
+        open_pages,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kvarn_rs.errors import ConfigError, UnsupportedError
@@ -51,9 +52,22 @@ def check_config(config: Any, cache_dtype: str) -> None:
         )
     if getattr(parallel, "decode_context_parallel_size", 1) > 1:
         raise UnsupportedError("kvarn-rs does not support decode context parallelism")
+    if getattr(config, "use_v2_model_runner", False):
+        raise UnsupportedError(
+            "kvarn-rs does not follow the requests of vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    options = config.additional_config
+    if (
+        parallel.tensor_parallel_size > 1
+        and isinstance(options, Mapping)
+        and options.get("kvarn", {}).get("calibration")
+    ):
+        raise UnsupportedError(
+            "a calibration file has the heads of the whole model: leave it out with tensor parallelism"
+        )
     speculative = config.speculative_config
     if speculative is not None and speculative.method not in ("ngram", "suffix"):
         raise UnsupportedError(
-            f"speculation by {speculative.method!r} does not work with {cache_dtype} yet: its draft layers take steps of "
-            "their own; use ngram"
+            f"speculation by {speculative.method!r} does not work with {cache_dtype} yet: its draft layers take "
+            "steps of their own; use ngram"
         )
