@@ -77,3 +77,19 @@ def test_a_model_in_bfloat16_has_the_tokens_of_stock_vllm_in_raw(model: Path) ->
         for name in ("auto", "kvarn_raw")
     )
     assert stock.token_ids == ours.token_ids
+
+
+def test_a_block_that_the_window_has_passed_is_sealed_and_keeps_no_page(sliding_model: Path) -> None:
+    llm = make_llm(sliding_model, SEALED, enable_prefix_caching=True)
+    engine: Any = llm.llm_engine
+    (group,) = groups(llm)
+    # The second block is full, and not sealed by the step that fills it; the third begins beyond what is seen.
+    engine.add_request("one", {"prompt_token_ids": [5] * (3 * BLOCK - 1)}, greedy(5))
+    for _ in range(2):
+        engine.step()
+    assert group.engine.stats()["sealed"] == 2
+    assert group.engine.stats()["open_pages"] <= 2
+    while engine.has_unfinished_requests():
+        engine.step()
+    finish(llm)
+    assert group.engine.stats()["open_pages"] == 0

@@ -262,11 +262,12 @@ def _start(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _settle(original: Any, runner: Any, scheduled: Any) -> Any:
-    known = [(request, _kept(runner.requests[request])) for request in runner.input_batch.req_ids]
+    last = [(request, runner.requests[request]) for request in runner.input_batch.req_ids]
     gone = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
     gone |= scheduled.scheduled_cached_reqs.resumed_req_ids
     states = {request: runner.requests[request] for request in gone if request in runner.requests}
     for index, builder in _builders(runner):
+        known = [(request, _kept(state), state.block_ids[index]) for request, state in last]
         builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
     return original(runner, scheduled)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvarn_rs import Engine
+from kvarn_rs._core import first_seen
 from kvarn_rs.errors import OpenStepError
 
 from . import compat, formats
@@ -48,6 +49,7 @@ class Group:
             layers=[compat.layer_number(name) for name in layers],
         )
         self._seals = seals
+        self._window = impl.window
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
         self._context = self._ends = torch.empty(0, dtype=torch.int32)
         self._lengths: dict[str, int] = {}
@@ -79,13 +81,14 @@ class Group:
         self._context, self._ends = context_lens, context_lens + starts.diff()
         self._engine.begin(block_tables, context_lens, starts)
 
-    def settle(self, known: Iterable[tuple[str, int]], gone: Mapping[str, list[int]]) -> None:
+    def settle(self, known: Iterable[tuple[str, int, list[int]]], gone: Mapping[str, list[int]]) -> None:
         """Commits the last step, and lets go of the blocks of requests that finished or were preempted.
 
         Their full blocks are sealed, since others may find them by their prefix.
 
         Args:
-            known: of each sequence of the last step, its request and how many of its tokens are not rejected drafts.
+            known: of each sequence of the last step, its request, how many of its tokens are not rejected drafts, and
+                its blocks.
             gone: blocks of each request.
         """
         if self._engine.is_open:
@@ -94,20 +97,35 @@ class Group:
             return
         left = {request: blocks for request, blocks in gone.items() if request in self._lengths}
         if left:
-            self._seal([(blocks, self._lengths.pop(request)) for request, blocks in left.items()])
-            self._engine.release(sorted({block for blocks in left.values() for block in blocks}))
+            held = [(blocks, self._lengths.pop(request)) for request, blocks in left.items()]
+            self._let_go(held, [block for blocks, length in held for block in blocks[self._first_held(length) :]])
 
-    def _commit(self, known: list[tuple[str, int]]) -> None:
-        accepted = []
-        for (request, num_tokens), context, end in zip(known, self._context.tolist(), self._ends.tolist(), strict=True):
+    def _commit(self, known: list[tuple[str, int, list[int]]]) -> None:
+        accepted, passed = [], []
+        ranges = zip(known, self._context.tolist(), self._ends.tolist(), strict=True)
+        for (request, num_tokens, blocks), context, end in ranges:
             length = max(context, min(end, num_tokens))
             accepted.append(length - context)
             if self._seals:
                 self._lengths[request] = length
+                of_window = range(self._first_held(context), self._first_held(length))
+                passed += [(blocks, (index + 1) * formats.BLOCK_SIZE) for index in of_window]
         try:
             self._engine.commit(accepted)
         except OpenStepError:  # a run without requests, which vLLM does to warm up
             self._engine.abort()
+            return
+        if passed:  # vLLM may give them to others from now on
+            self._let_go(passed, [blocks[length // formats.BLOCK_SIZE - 1] for blocks, length in passed])
+
+    def _first_held(self, length: int) -> int:
+        """Index of the first block that the window of a sequence does not hide."""
+        return first_seen(length, self._window) // formats.BLOCK_SIZE
+
+    def _let_go(self, sequences: list[tuple[list[int], int]], blocks: list[int]) -> None:
+        """Seals the full blocks of sequences, given by their blocks and lengths, and frees the pages of blocks."""
+        self._seal(sequences)
+        self._engine.release(sorted(set(blocks)))
 
     def _seal(self, sequences: list[tuple[list[int], int]]) -> None:
         """A step without tokens: it seals the full blocks of its sequences."""
@@ -131,7 +149,6 @@ def _records(blocks: torch.Tensor) -> torch.Tensor:
 
 def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any) -> None:
     bytes_per_token = engine.num_layers * engine.num_kv_heads * blocks[0].shape[2] / formats.BLOCK_SIZE
-    num_tokens = (len(blocks[0]) - 1) * formats.BLOCK_SIZE  # vLLM keeps block 0 for padding
     open_pages = ""
     if impl.open_pages is not None:
         mebibytes = engine.num_layers * impl.open_pages.nbytes / 2**20
@@ -141,10 +158,11 @@ def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any) -> None:
             f"calibrated: {calibrated}"
         )
     _logger.info(
-        "kvarn-rs: %s, %d layers, %.0f bytes a token, %d tokens fit%s",
+        "kvarn-rs: %s, %d layers, %.0f bytes a token, %d blocks of %d tokens%s",
         engine.format,
         engine.num_layers,
         bytes_per_token,
-        num_tokens,
+        len(blocks[0]),
+        formats.BLOCK_SIZE,
         open_pages,
     )
