@@ -28,9 +28,9 @@ def register() -> None:
             tested = ", ".join(f"{known}.x" for known in TESTED_VERSIONS)
             _logger.warning("kvarn-rs is disabled: vLLM %s is not one of the tested releases (%s)", version, tested)
             return
-        from . import compat
+        from . import backend, compat, metadata
 
-        compat.install()
+        compat.install(backend.backend_of, metadata.KVarnMetadataBuilder)
     except Exception:  # it would end every run of vLLM
         _logger.exception("kvarn-rs is disabled: it cannot be added to this vLLM")
 

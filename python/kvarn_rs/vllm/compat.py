@@ -48,10 +48,15 @@ __all__ = [
 _CUSTOMIZES_SPECS = hasattr(AttentionBackend, "customize_spec")
 
 
-def install() -> None:
-    """Adds the formats to vLLM's cache dtypes, and the backend to its selection."""
+def install(backend_of: Callable[[str, torch.dtype], Any], builder_class: type) -> None:
+    """Adds the formats to vLLM's cache dtypes, and the backend to its selection.
+
+    Args:
+        backend_of: the backend for a cache dtype and a model's dtype.
+        builder_class: what makes its metadata.
+    """
     _add_cache_dtypes(formats.CACHE_DTYPES)
-    _select_backend()
+    _select_backend(backend_of, builder_class)
     _check_engine_configs()
     if not _CUSTOMIZES_SPECS:
         _replace_specs()
@@ -98,16 +103,14 @@ def _add_cache_dtypes(names: Iterable[str]) -> None:
 # One flag.
 
 
-def _select_backend() -> None:
+def _select_backend(backend_of: Callable[[str, torch.dtype], Any], builder_class: type) -> None:
     """Selects the backend by the cache dtype of a layer, on every platform."""
 
     def select(original: Any, backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
         cache_dtype = attn_selector_config.kv_cache_dtype
         if not formats.is_ours(cache_dtype):
             return original(backend, attn_selector_config, *args, **kwargs)
-        from .backend import backend_of
-
-        _watch_runner()
+        _watch_runner(builder_class)
         settings.check_backend(None if backend is None else backend.name, cache_dtype)
         ours = backend_of(cache_dtype, attn_selector_config.dtype)
         reasons = ours.validate_configuration(**attn_selector_config._asdict(), device_capability=None)
@@ -236,40 +239,35 @@ def kvarn_options(config: Any) -> Mapping[str, Any]:
     return options.get("kvarn", {}) if isinstance(options, Mapping) else {}
 
 
-def _watch_runner() -> None:
+def _watch_runner(builder_class: type) -> None:
     """Starts the groups of a model once it has blocks; tells them, before each step, what became of the last one."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    _wrap(GPUModelRunner, "initialize_kv_cache", _start)
-    _wrap(GPUModelRunner, "_update_states", _settle)
+    def builders(runner: Any) -> Iterator[tuple[int, Any]]:
+        """Ours, with the number of the KV cache group that each is of."""
+        for index, groups in enumerate(runner.attn_groups):
+            for builder in (builder for group in groups for builder in group.metadata_builders):
+                if isinstance(builder, builder_class):
+                    yield index, builder
 
+    def start(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(runner, *args, **kwargs)
+        for _, builder in builders(runner):
+            builder.start()
+        return result
 
-def _builders(runner: Any) -> Iterator[tuple[int, Any]]:
-    """Our builders, with the number of the KV cache group that each is of."""
-    from .metadata import KVarnMetadataBuilder
+    def settle(original: Any, runner: Any, scheduled: Any) -> Any:
+        last = [(request, runner.requests[request]) for request in runner.input_batch.req_ids]
+        gone = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
+        gone |= scheduled.scheduled_cached_reqs.resumed_req_ids
+        states = {request: runner.requests[request] for request in gone if request in runner.requests}
+        for index, builder in builders(runner):
+            known = [(request, _kept(state), state.block_ids[index]) for request, state in last]
+            builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
+        return original(runner, scheduled)
 
-    for index, groups in enumerate(runner.attn_groups):
-        for builder in (builder for group in groups for builder in group.metadata_builders):
-            if isinstance(builder, KVarnMetadataBuilder):
-                yield index, builder
-
-
-def _start(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(runner, *args, **kwargs)
-    for _, builder in _builders(runner):
-        builder.start()
-    return result
-
-
-def _settle(original: Any, runner: Any, scheduled: Any) -> Any:
-    last = [(request, runner.requests[request]) for request in runner.input_batch.req_ids]
-    gone = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
-    gone |= scheduled.scheduled_cached_reqs.resumed_req_ids
-    states = {request: runner.requests[request] for request in gone if request in runner.requests}
-    for index, builder in _builders(runner):
-        known = [(request, _kept(state), state.block_ids[index]) for request, state in last]
-        builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
-    return original(runner, scheduled)
+    _wrap(GPUModelRunner, "initialize_kv_cache", start)
+    _wrap(GPUModelRunner, "_update_states", settle)
 
 
 def _kept(state: Any) -> int:
