@@ -17,7 +17,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "prefix caching": {"enable_prefix_caching": True},
     "chunked prefill": {"enable_chunked_prefill": True, "max_num_batched_tokens": 64},
-    "preemption": {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 256},
+    "preemption": {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 256},
     "ngram speculation": {"speculative_config": NGRAM},
     "all at once": {
         "enable_prefix_caching": True,
