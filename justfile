@@ -63,6 +63,22 @@ gen:
 models *OPTIONS="": dev
     PYTHONPATH=tests/python python -m model_classes {{ OPTIONS }}
 
+# Install stock vLLM for the CPU into target/vllm-VERSION, with this tree on its path
+vllm-env VERSION="0.32.0": dev
+    bash tests/vllm/environment.sh {{ VERSION }} target/vllm-{{ VERSION }}
+
+# Run the tests of the vLLM plugin on one version, but for the slow ones (OPTIONS are pytest's)
+test-vllm VERSION="0.32.0" *OPTIONS="": (vllm-env VERSION)
+    env -u VIRTUAL_ENV PYTHONPATH=tests/vllm target/vllm-{{ VERSION }}/bin/python -m pytest tests/vllm -m "not slow" \
+        -o filterwarnings=default -o timeout=1800 {{ OPTIONS }}
+
+# Run all tests of the vLLM plugin on both versions
+test-vllm-full: (vllm-env "0.26.0") (vllm-env "0.32.0")
+    for version in 0.26.0 0.32.0; do \
+        env -u VIRTUAL_ENV PYTHONPATH=tests/vllm target/vllm-$version/bin/python -m pytest tests/vllm \
+            -o filterwarnings=default -o timeout=1800; \
+    done
+
 # Measure decode attention against torch (OPTIONS are those of `kvarn bench attend`)
 bench *OPTIONS="": dev
     kvarn bench attend {{ OPTIONS }}

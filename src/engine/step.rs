@@ -5,6 +5,7 @@ use super::{Engine, Progress, Tables};
 use crate::error::{Error, Result};
 use crate::paging::{BlockId, PageId, Place, Places};
 use crate::plan::{Rows, Sealing, SequenceInput, StepPlan, first_seen, sealed_to};
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -31,6 +32,8 @@ pub(super) struct Sequence {
     context_len: usize,
     num_new: usize,
     first_held: usize,
+    /// Index of the block that the first new token is in.
+    within: usize,
     /// Indices of the blocks that the step seals from its rows: they never have a page.
     at_once: Range<usize>,
 }
@@ -39,6 +42,12 @@ impl Sequence {
     /// Blocks that the step begins and writes to pages.
     pub(super) fn opened(&self) -> impl Iterator<Item = BlockId> + '_ {
         self.blocks[self.at_once.end..].iter().copied()
+    }
+
+    /// Blocks that the step writes to pages: new ones, and the one that the sequence is within.
+    fn written(&self) -> impl Iterator<Item = BlockId> + '_ {
+        let is_within = self.num_new > 0 && self.within < self.at_once.start;
+        self.opened().chain(is_within.then(|| self.blocks[self.within]))
     }
 
     fn input<'a>(&'a self, row: usize, places: &'a [Place]) -> SequenceInput<'a> {
@@ -59,9 +68,9 @@ impl Engine {
         let end = (context_len + num_new).div_ceil(block_size);
         let first_held = first_seen(context_len, self.window) / block_size * block_size;
         let blocks = tables.blocks(index, first_held / block_size, end, self.num_blocks)?;
-        let new = context_len.div_ceil(block_size);
+        let (within, new) = (context_len / block_size, context_len.div_ceil(block_size));
         let sealed_to = if self.pages.is_some() { sealed_to(block_size, context_len, num_new) } else { new };
-        Ok(Sequence { blocks, context_len, num_new, first_held, at_once: new..sealed_to })
+        Ok(Sequence { blocks, context_len, num_new, first_held, within, at_once: new..sealed_to })
     }
 
     pub(super) fn plan_step(&mut self, sequences: &[Sequence]) -> Result<OpenStep> {
@@ -78,8 +87,9 @@ impl Engine {
         }
         let of_row = |row: usize| &places[row * stride..][..stride];
         let inputs: Vec<_> = sequences.iter().enumerate().map(|(row, one)| one.input(row, of_row(row))).collect();
-        // Partial blocks are a sequence's own: a fork copies them.
-        let is_partial = |_| false;
+        // One sequence may read, as its prefix, blocks that another fills in this very step.
+        let written: HashSet<BlockId> = sequences.iter().flat_map(Sequence::written).collect();
+        let is_partial = |block| written.contains(&block);
         let sealing =
             if self.pages.is_some() { Sealing::FullBlocks { is_partial: &is_partial } } else { Sealing::Never };
         let plan = Arc::new(StepPlan::new(self.shape().block_size, self.window, &inputs, sealing)?);

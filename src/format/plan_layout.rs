@@ -27,7 +27,7 @@ pub enum PlanArray {
     Slots,
     /// Row of each new token.
     TokenRows,
-    /// Pages that are opened: sequence, block, and the positions `start..end` of the statistics.
+    /// Pages that are opened: sequence, block, the positions `start..end` of the statistics, and the sequence of those.
     Opens,
     /// First pages whose statistics are taken anew at commit: sequence, tokens of the page.
     Refits,
@@ -85,7 +85,8 @@ impl PlanArray {
     #[must_use]
     pub const fn width(self) -> usize {
         match self {
-            Self::Opens | Self::Seals => 4,
+            Self::Opens => 5,
+            Self::Seals => 4,
             Self::Changes => 3,
             Self::Refits => 2,
             _ => 1,

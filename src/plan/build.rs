@@ -1,7 +1,7 @@
 //! Building a plan, sequence by sequence.
 
 use super::check::{check, check_written};
-use super::open::{plan_opens, plan_refit};
+use super::open::{Writers, plan_opens, plan_refit};
 use super::seal::{SealedByStep, plan_seals};
 use super::{Bounds, Sealing, SequenceInput, StepPlan, first_seen, is_prefill, num_rows, splits};
 use crate::error::{Error, Result};
@@ -49,7 +49,8 @@ impl StepPlan {
         }
         check_written(block_size, inputs)?;
         let mut builder = Builder::new(block_size, window);
-        inputs.iter().for_each(|input| builder.push(input, sealing));
+        let writers = Writers::new(block_size, inputs);
+        inputs.iter().for_each(|input| builder.push(input, sealing, &writers));
         let entries = std::mem::take(&mut builder.sealed.tiles);
         Ok(builder.finish(bounds, &PlaceChanges { is_whole: true, entries }))
     }
@@ -73,7 +74,7 @@ impl Builder {
         self.arrays[array as usize].extend(words);
     }
 
-    pub(super) fn push(&mut self, input: &SequenceInput<'_>, sealing: Sealing<'_>) {
+    pub(super) fn push(&mut self, input: &SequenceInput<'_>, sealing: Sealing<'_>, writers: &Writers<'_>) {
         let &SequenceInput { context_len, first_held, .. } = input;
         let index = self.arrays[PlanArray::Rows as usize].len();
         let mut position = context_len;
@@ -106,7 +107,7 @@ impl Builder {
             }
         }
         for open in plan_opens(self.block_size, index, input, num_new) {
-            self.record(PlanArray::Opens, open.words());
+            self.record(PlanArray::Opens, writers.redirect(self.block_size, open).words());
         }
         if let Some(refit) = plan_refit(self.block_size, index, input, num_new) {
             self.record(PlanArray::Refits, refit.words());

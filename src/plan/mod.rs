@@ -171,7 +171,7 @@ impl StepPlan {
     #[must_use]
     pub fn has_stored_work(&self) -> bool {
         self.seals().any(|seal| seal.page.is_some())
-            || self.opens().any(|open| open.is_of_stored(self.context_len(open.sequence)))
+            || self.opens().any(|open| open.is_of_stored(self.context_len(open.of)))
     }
 
     /// The pieces that the history of each sequence that decodes is attended to in, by sequence and position.

@@ -5,12 +5,16 @@
 //! the step brings. Positions older than the step are read back from their pages; those of the step itself are taken
 //! as given, so that no page waits for another one to be written.
 //!
+//! Of a prefix that the step itself writes, for another sequence, the statistics are that sequence's.
+//!
 //! The statistics stay, but in a sequence's first page until half of it is written. A step that ends within the first
 //! half has the page refitted at commit, from the low bytes of K's codes. One that ends beyond, and would write over low
 //! bytes, opens the page anew. Both depend on the lengths before and after the step only.
 
 use super::{SequenceInput, StepPlan};
 use crate::format::{STATISTICS_TOKENS, first_page_tokens};
+use crate::paging::BlockId;
+use std::collections::HashMap;
 
 /// A page opened by a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +27,9 @@ pub struct PageOpen {
     pub start: usize,
     /// One past the last of them; there is at least one.
     pub end: usize,
+    /// The sequence whose tokens these are: another one, if the step writes them for it and this one reads them as its
+    /// prefix.
+    pub of: usize,
 }
 
 impl PageOpen {
@@ -54,12 +61,13 @@ const REFIT_EACH: usize = 8;
 const REFIT_STRIDE: usize = 4;
 
 impl PageOpen {
-    pub(super) fn from_words([sequence, block, start, end]: [i32; 4]) -> Self {
-        Self { sequence: sequence as usize, block: block as usize, start: start as usize, end: end as usize }
+    pub(super) fn from_words(words: [i32; 5]) -> Self {
+        let [sequence, block, start, end, of] = words.map(|word| word as usize);
+        Self { sequence, block, start, end, of }
     }
 
-    pub(super) fn words(self) -> [i32; 4] {
-        [self.sequence, self.block, self.start, self.end].map(|word| word as i32)
+    pub(super) fn words(self) -> [i32; 5] {
+        [self.sequence, self.block, self.start, self.end, self.of].map(|word| word as i32)
     }
 }
 
@@ -106,7 +114,8 @@ pub(super) fn plan_opens<'a>(
     let (context_len, seq_len) = (input.context_len, input.context_len + num_new);
     let new = context_len.div_ceil(block_size)..seq_len.div_ceil(block_size);
     let crosses = seq_len > first_page_tokens(block_size) && is_short(block_size, input);
-    let again = crosses.then_some(PageOpen { sequence: index, block: 0, start: 0, end: seq_len.min(block_size) });
+    let again =
+        crosses.then_some(PageOpen { sequence: index, block: 0, start: 0, end: seq_len.min(block_size), of: index });
     let new = new.filter(|&block| input.places[block].as_page().is_some()).map(move |block| {
         let first = block * block_size;
         let own_end = seq_len.min(first + block_size);
@@ -114,9 +123,46 @@ pub(super) fn plan_opens<'a>(
         let is_written_whole = own_end - first == block_size;
         let (start, end) =
             if is_written_whole || window_start == first { (first, own_end) } else { (window_start, first) };
-        PageOpen { sequence: index, block, start, end }
+        PageOpen { sequence: index, block, start, end, of: index }
     });
     again.into_iter().chain(new)
+}
+
+/// The blocks that a step writes, and for which of its sequences.
+#[derive(Default)]
+pub(super) struct Writers<'a> {
+    inputs: &'a [SequenceInput<'a>],
+    of_block: HashMap<BlockId, usize>,
+}
+
+impl<'a> Writers<'a> {
+    pub(super) fn new(block_size: usize, inputs: &'a [SequenceInput<'a>]) -> Self {
+        let written = |(index, input): (usize, &'a SequenceInput<'a>)| {
+            let (context_len, seq_len) = (input.context_len, input.context_len + input.rows.num_tokens());
+            let blocks =
+                if seq_len > context_len { context_len / block_size..seq_len.div_ceil(block_size) } else { 0..0 };
+            input.blocks[blocks].iter().map(move |&block| (block, index))
+        };
+        Self { inputs, of_block: inputs.iter().enumerate().flat_map(written).collect() }
+    }
+
+    /// The same page, with the statistics of tokens that another sequence of the step writes, where they are.
+    pub(super) fn redirect(&self, block_size: usize, open: PageOpen) -> PageOpen {
+        let Some(reader) = self.inputs.get(open.sequence).filter(|reader| open.end <= reader.context_len) else {
+            return open;
+        };
+        let last = (open.end - 1) / block_size;
+        let Some(&of) = self.of_block.get(&reader.blocks[last]) else { return open };
+        let writer = &self.inputs[of];
+        if writer.context_len + writer.rows.num_tokens() < open.end || writer.blocks[last] != reader.blocks[last] {
+            return open;
+        }
+        // What that one reads as its prefix may be written in this step, too.
+        let before = &writer.blocks[open.start / block_size..writer.context_len.div_ceil(block_size).min(last + 1)];
+        let is_stored = before.iter().all(|block| self.of_block.get(block).is_none_or(|&writer| writer == of));
+        let start = if is_stored { open.start } else { open.start.max(writer.context_len) };
+        PageOpen { start, of, ..open }
+    }
 }
 
 impl StepPlan {

@@ -1,6 +1,7 @@
 //! Plans of steps over the sequences of a pool: what each step asks of the pool, and the plan once it has begun.
 
 use super::build::Builder;
+use super::open::Writers;
 use super::{Bounds, Rows, Sealing, SequenceInput, StepPlan, first_seen, sealed_to};
 use crate::error::Result;
 use crate::paging::{Paging, Room, SequenceId, StepRequest};
@@ -76,7 +77,8 @@ fn push_all(paging: &Paging, window: Option<usize>, rows: &[(SequenceId, Rows<'_
         };
         let seals = matches!(sealing, Sealing::FullBlocks { .. });
         debug_assert_eq!(super::check::check(paging.block_size(), &input, seals), Ok(()));
-        builder.push(&input, sealing);
+        // Sequences of a pool share blocks that are committed.
+        builder.push(&input, sealing, &Writers::default());
     }
     builder
 }

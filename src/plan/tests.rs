@@ -108,8 +108,8 @@ fn a_plan_is_one_buffer_that_its_layout_describes() {
     let plan = plan(16, &blocks, 20, 0, Rows::All(20), None).unwrap();
     assert_eq!(plan.words().len(), plan.layout().words());
     let opens = plan.array(PlanArray::Opens);
-    assert_eq!(opens, [0, 2, 0, 32]);
-    assert_eq!(plan.opens().collect::<Vec<_>>(), [PageOpen { sequence: 0, block: 2, start: 0, end: 32 }]);
+    assert_eq!(opens, [0, 2, 0, 32, 0]);
+    assert_eq!(plan.opens().collect::<Vec<_>>(), [PageOpen { sequence: 0, block: 2, start: 0, end: 32, of: 0 }]);
     assert_eq!((plan.array(PlanArray::QueryStartLoc), plan.array(PlanArray::IsPrefill)), (&[0, 20][..], &[1][..]));
     assert_eq!(plan.bounds(), Bounds { num_pages: 8, num_tiles: 0 });
 }

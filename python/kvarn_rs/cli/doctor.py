@@ -2,7 +2,8 @@
 
 JSON: ``{"version", "simd_level", "threads", "formats": [str], "cuda": {"found", "driver_version", "devices": [{"name",
 "compute_capability", "memory_bytes"}], "reason"}, "packages": {NAME: {"version", "supported", "in_range"}},
-"demo": {"found", "reason"}, "self_test": {"status": "passed" | "failed" | "skipped", "detail"}, "ok"}``
+"vllm_plugin": {"found", "entry_point", "reason"}, "demo": {"found", "reason"},
+"self_test": {"status": "passed" | "failed" | "skipped", "detail"}, "ok"}``
 
 `version` and `in_range` are null for packages that are not installed, `supported` and `in_range` for packages that this
 release has no requirement for. `reason` is null on success. `ok` is false, and the exit code 1, if the self-test
@@ -20,6 +21,7 @@ import sys
 from typing import Any
 
 from ..errors import ConfigError
+from ..vllm import TESTED_VERSIONS, is_tested
 from .console import Console, add_output_options
 from .demo import find_weights
 from .sizes import format_bytes
@@ -57,6 +59,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             "formats": list(FORMATS),
             "cuda": cuda_driver(),
             "packages": {name: package(name) for name in _PACKAGES},
+            "vllm_plugin": vllm_plugin(),
             "demo": demo_weights(),
             "self_test": self_test,
             "ok": self_test["status"] != "failed",
@@ -112,9 +115,25 @@ def package(name: str) -> dict[str, Any]:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         version = None
+    if name == "vllm":
+        supported = ", ".join(f"{release}.x" for release in TESTED_VERSIONS)
+        return {"version": version, "supported": supported, "in_range": None if version is None else is_tested(version)}
     supported = supported_range(name)
     in_range = within(version, supported) if version is not None and supported is not None else None
     return {"version": version, "supported": supported, "in_range": in_range}
+
+
+def vllm_plugin() -> dict[str, Any]:
+    """Whether vLLM would find the plugin: the entry point of this package is installed, and names what there is."""
+    found = [point for point in importlib.metadata.entry_points(group="vllm.general_plugins") if point.name == "kvarn"]
+    if not found:
+        reason = "no entry point: install kvarn-rs with pip, in the environment of vLLM"
+        return {"found": False, "entry_point": None, "reason": reason}
+    try:
+        found[0].load()
+    except Exception as error:  # whatever is wrong with it
+        return {"found": False, "entry_point": found[0].value, "reason": f"{found[0].value}: {error}"}
+    return {"found": True, "entry_point": found[0].value, "reason": None}
 
 
 def supported_range(name: str) -> str | None:
@@ -215,12 +234,14 @@ def _print(report: dict[str, Any], console: Console) -> None:
         rows.append(("CUDA driver", "not found", f"{cuda['reason']}; this release runs on the CPU"))
     for name, found in report["packages"].items():
         if found["supported"] is None:
-            remark = "not used by this release" if name == "vllm" else "optional"
+            remark = "optional"
         else:
             remark = f"supported: {found['supported']}"
             if found["in_range"] is False:
                 remark += ": NOT IN THIS RANGE"
         rows.append((name, found["version"] or "not installed", remark))
+    plugin = report["vllm_plugin"]
+    rows.append(("vLLM plugin", "found" if plugin["found"] else "not found", plugin["reason"] or plugin["entry_point"]))
     rows.append(("demo weights", "found" if demo["found"] else "not found", demo["reason"] or ""))
     rows.append(("self-test", test["status"], test["detail"]))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]

@@ -14,7 +14,7 @@ impl Cpu {
     /// Opens the plan's pages whose statistics are taken over tokens in `from`.
     pub(super) fn open_pages(&mut self, layers: Range<usize>, step: StepView<'_>, from: Source<'_>, models: &[Model]) {
         let of_stored = matches!(from, Source::Stored);
-        let is_from = |open: &PageOpen| open.is_of_stored(step.context_len(open.sequence)) == of_stored;
+        let is_from = |open: &PageOpen| open.is_of_stored(step.context_len(open.of)) == of_stored;
         let opens: Vec<PageOpen> = step.opens().filter(is_from).collect();
         let heads = self.shape.num_kv_heads;
         let jobs = || 0..layers.len() * opens.len() * heads;
@@ -51,7 +51,7 @@ impl Cpu {
             return None;
         }
         let &PageOpen { start, end, .. } = open;
-        let sequence = step.sequence(open.sequence);
+        let sequence = step.sequence(open.of);
         let (head_dim, block_size) = (self.shape.head_dim, self.shape.block_size);
         let mut rows = vec![0f32; (end - start) * head_dim];
         let stored = end.min(sequence.context_len);

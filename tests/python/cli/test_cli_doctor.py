@@ -32,7 +32,17 @@ def test_the_report_is_printed_with_a_line_per_item(kvarn: Callable[..., Any]) -
     done = kvarn("doctor")
     assert done.code == 0
     assert done.err == ""
-    words = ("kvarn-rs", "CPU", "CUDA driver", "torch", "transformers", "vllm", "demo weights", "self-test")
+    words = (
+        "kvarn-rs",
+        "CPU",
+        "CUDA driver",
+        "torch",
+        "transformers",
+        "vllm",
+        "vLLM plugin",
+        "demo weights",
+        "self-test",
+    )
     assert [word for word in words if word not in done.out] == []
 
 

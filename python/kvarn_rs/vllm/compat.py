@@ -1,0 +1,275 @@
+"""Everything of vLLM that moves between its releases, and the only file that imports it.
+
+What a release has decides, not its number: with `AttentionBackend.customize_spec` (0.28 on) a backend sizes its blocks,
+before that the specs of layers are replaced by `_PackedSpec`s. The names of cache dtypes are a closed `Literal`, which
+is extended.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+import vllm.config.cache as cache_module
+from vllm.config import get_current_vllm_config
+from vllm.utils import torch_utils
+from vllm.v1 import kv_cache_interface
+from vllm.v1.attention import selector
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
+
+from . import formats, settings
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionCGSupport",
+    "AttentionImpl",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+    "install",
+    "kvarn_options",
+    "layer_number",
+    "layers",
+    "packed_spec",
+    "record_layouts",
+    "step_limits",
+]
+
+_CUSTOMIZES_SPECS = hasattr(AttentionBackend, "customize_spec")
+
+
+def install(backend_of: Callable[[str, torch.dtype], Any], builder_class: type) -> None:
+    """Adds the formats to vLLM's cache dtypes, and the backend to its selection.
+
+    Args:
+        backend_of: the backend for a cache dtype and a model's dtype.
+        builder_class: what makes its metadata.
+    """
+    _add_cache_dtypes(formats.CACHE_DTYPES)
+    _select_backend(backend_of, builder_class)
+    _check_engine_configs()
+    if not _CUSTOMIZES_SPECS:
+        _replace_specs()
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replaces a function of vLLM by one that gets it as its first argument. Once: the second time nothing happens."""
+    original = getattr(owner, name)
+    if getattr(original, "kvarn_wraps", None) is not None:
+        return
+
+    @functools.wraps(original)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    replaced.kvarn_wraps = original  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(owner, name, replaced)
+
+
+# Cache dtypes.
+
+
+def _add_cache_dtypes(names: Iterable[str]) -> None:
+    known = get_args(cache_module.CacheDType)
+    extended = Literal[tuple(dict.fromkeys((*known, *names)))]  # type: ignore[valid-type]
+    if extended == cache_module.CacheDType:
+        return
+    import vllm.config.vllm as vllm_module
+    import vllm.engine.arg_utils as arguments
+    from pydantic.dataclasses import rebuild_dataclass
+
+    torch_utils.STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(names, torch.uint8))
+    config = cache_module.CacheConfig
+    for module in (cache_module, arguments, selector):
+        vars(module)["CacheDType"] = extended
+    config.__annotations__["cache_dtype"] = extended
+    next(field for field in dataclasses.fields(config) if field.name == "cache_dtype").type = extended
+    config.__pydantic_fields__["cache_dtype"].annotation = extended
+    for rebuilt in (config, vllm_module.VllmConfig):
+        rebuild_dataclass(rebuilt, force=True, raise_errors=False)
+    arguments._compute_kwargs.cache_clear()
+
+
+# One flag.
+
+
+def _select_backend(backend_of: Callable[[str, torch.dtype], Any], builder_class: type) -> None:
+    """Selects the backend by the cache dtype of a layer, on every platform."""
+
+    def select(original: Any, backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+        cache_dtype = attn_selector_config.kv_cache_dtype
+        if not formats.is_ours(cache_dtype):
+            return original(backend, attn_selector_config, *args, **kwargs)
+        _watch_runner(builder_class)
+        settings.check_backend(None if backend is None else backend.name, cache_dtype)
+        ours = backend_of(cache_dtype, attn_selector_config.dtype)
+        reasons = ours.validate_configuration(**attn_selector_config._asdict(), device_capability=None)
+        if reasons:
+            raise ValueError(f"--kv-cache-dtype {cache_dtype}: {'; '.join(reasons)}")
+        return ours
+
+    _wrap(selector, "_cached_get_attn_backend", select)
+
+
+def _check_engine_configs() -> None:
+    """Checks a run's settings where they come together, before a model is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def create(original: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any:
+        if not formats.is_ours(arguments.kv_cache_dtype):
+            return original(arguments, *args, **kwargs)
+        backend = arguments.attention_backend or arguments.attention_config.backend
+        settings.check_backend(None if backend is None else getattr(backend, "name", backend), arguments.kv_cache_dtype)
+        settings.check_block_size(arguments.block_size)
+        arguments.block_size = formats.BLOCK_SIZE
+        config = original(arguments, *args, **kwargs)
+        settings.check_config(config, arguments.kv_cache_dtype)
+        return config
+
+    _wrap(EngineArgs, "create_engine_config", create)
+
+
+# Bytes of a block.
+
+
+def packed_spec(spec: Any, token_bytes: int) -> Any:
+    """A layer's spec with blocks of so many bytes a token and head."""
+    if spec.state_content_bytes is not None:
+        return spec
+    return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=token_bytes)
+
+
+def record_layouts() -> tuple[Any, ...]:
+    """The layouts in which a block of a head is contiguous: one."""
+    return (kv_cache_interface.KVCacheLayout.LBHNC,)
+
+
+class _PackedSpec:
+    """A spec before `customize_spec`, whose blocks have `kvarn_token_bytes` bytes a token and head."""
+
+    kvarn_token_bytes: int
+    block_size: int
+    num_kv_heads: int
+    page_size_padded: int | None
+
+    @property
+    def real_page_size_bytes(self) -> int:
+        return self.block_size * self.num_kv_heads * self.kvarn_token_bytes
+
+    @property
+    def unpadded_page_size_bytes(self) -> int:
+        return self.real_page_size_bytes
+
+    @property
+    def page_size_bytes(self) -> int:
+        return self.page_size_padded or self.real_page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        merged = super().merge(specs)  # pyright: ignore[reportAttributeAccessIssue]
+        return dataclasses.replace(merged, kvarn_token_bytes=specs[0].kvarn_token_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedFullAttentionSpec(_PackedSpec, FullAttentionSpec):
+    """Full attention in blocks of our size. Public, since vLLM pickles it."""
+
+    kvarn_token_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedSlidingWindowSpec(_PackedSpec, SlidingWindowSpec):
+    """Sliding-window attention in blocks of our size. Public, since vLLM pickles it."""
+
+    kvarn_token_bytes: int = 0
+
+
+def _replace_specs() -> None:
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    packed = {FullAttentionSpec: PackedFullAttentionSpec, SlidingWindowSpec: PackedSlidingWindowSpec}
+
+    def get_spec(original: Any, layer: Any, config: Any) -> Any:
+        spec = original(layer, config)
+        if spec is None or not formats.is_ours(layer.kv_cache_dtype):
+            return spec
+        values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
+        values["dtype"] = torch.uint8
+        values["kvarn_token_bytes"] = layer.attn_backend.token_bytes(layer.head_size)
+        # With any other mode than none, vLLM asks the backend for the shape of a quantized cache.
+        values["kv_quant_mode"] = KVQuantMode.INT8_PER_TOKEN_HEAD
+        return packed[type(spec)](**values)
+
+    _wrap(Attention, "get_kv_cache_spec", get_spec)
+
+
+# A run.
+
+
+def step_limits() -> tuple[int, int]:
+    """Most sequences and most tokens of a step of the model that is being made."""
+    scheduler = get_current_vllm_config().scheduler_config
+    return scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+
+
+def layers(config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """vLLM's modules of layers, by name."""
+    known = config.compilation_config.static_forward_context
+    return {name: known[name] for name in names}
+
+
+def layer_number(name: str) -> int:
+    """The model's number of a layer, from the name of its module."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def kvarn_options(config: Any) -> Mapping[str, Any]:
+    """What `--additional-config` says under `kvarn`."""
+    options = config.additional_config
+    return options.get("kvarn", {}) if isinstance(options, Mapping) else {}
+
+
+def _watch_runner(builder_class: type) -> None:
+    """Starts the groups of a model once it has blocks; tells them, before each step, what became of the last one."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def builders(runner: Any) -> Iterator[tuple[int, Any]]:
+        """Ours, with the number of the KV cache group that each is of."""
+        for index, groups in enumerate(runner.attn_groups):
+            for builder in (builder for group in groups for builder in group.metadata_builders):
+                if isinstance(builder, builder_class):
+                    yield index, builder
+
+    def start(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(runner, *args, **kwargs)
+        for _, builder in builders(runner):
+            builder.start()
+        return result
+
+    def settle(original: Any, runner: Any, scheduled: Any) -> Any:
+        last = [(request, runner.requests[request]) for request in runner.input_batch.req_ids]
+        gone = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
+        gone |= scheduled.scheduled_cached_reqs.resumed_req_ids
+        states = {request: runner.requests[request] for request in gone if request in runner.requests}
+        for index, builder in builders(runner):
+            known = [(request, _kept(state), state.block_ids[index]) for request, state in last]
+            builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
+        return original(runner, scheduled)
+
+    _wrap(GPUModelRunner, "initialize_kv_cache", start)
+    _wrap(GPUModelRunner, "_update_states", settle)
+
+
+def _kept(state: Any) -> int:
+    """Tokens of a request whose keys and values stay: all but the newest, and no draft that was rejected."""
+    return max(state.num_prompt_tokens, state.num_tokens - 1)

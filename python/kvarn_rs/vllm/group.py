@@ -1,0 +1,168 @@
+"""The layers of one KV cache group: their engine, and which of its blocks requests still need."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from kvarn_rs import Engine
+from kvarn_rs._core import first_seen
+from kvarn_rs.errors import OpenStepError
+
+from . import compat, formats
+from .calibration import calibration_of
+
+_logger = logging.getLogger("vllm.kvarn_rs")
+
+
+class Group:
+    """An engine over vLLM's blocks of some layers, and the lengths of the requests that it has seen.
+
+    vLLM says which tokens of a step it keeps only with the next one, so that a step is committed then: `settle`.
+    """
+
+    def __init__(self, layers: Mapping[str, Any], config: Any) -> None:
+        """Lends the blocks of layers to an engine.
+
+        Args:
+            layers: vLLM's modules by their names, which have their blocks.
+            config: vLLM's.
+        """
+        first = next(iter(layers.values()))
+        impl = first.impl
+        blocks = [_records(layer.kv_cache) for layer in layers.values()]
+        seals = formats.seals(impl.format)
+        self._index = {name: index for index, name in enumerate(layers)}
+        self._engine = Engine(
+            num_kv_heads=impl.num_kv_heads,
+            head_dim=impl.head_size,
+            pages=[layer.impl.open_pages for layer in layers.values()] if seals else blocks,
+            tiles=blocks if seals else None,
+            format=impl.format,
+            block_size=formats.BLOCK_SIZE,
+            dtype=str(first.dtype).removeprefix("torch."),
+            window=impl.window,
+            calibration=calibration_of(config) if seals else None,
+            layers=[compat.layer_number(name) for name in layers],
+        )
+        self._seals = seals
+        self._window = impl.window
+        self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
+        self._context = self._ends = torch.empty(0, dtype=torch.int32)
+        self._lengths: dict[str, int] = {}
+        _log(self._engine, blocks, impl)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the layers."""
+        return self._engine
+
+    @property
+    def num_open_pages(self) -> int:
+        """Pages for blocks that are not sealed; 0 in formats that never seal."""
+        return self._num_open_pages
+
+    @property
+    def num_requests(self) -> int:
+        """Requests whose open pages are followed; 0 in formats that never seal."""
+        return len(self._lengths)
+
+    def layer(self, name: str) -> tuple[Engine, int]:
+        """The engine and a layer's index in it."""
+        return self._engine, self._index[name]
+
+    def begin(self, block_tables: torch.Tensor, context_lens: torch.Tensor, starts: torch.Tensor) -> None:
+        """Begins a step; see `Engine.begin`. One that never came to its layers is dropped."""
+        if self._engine.is_open:
+            self._engine.abort()
+        self._context, self._ends = context_lens, context_lens + starts.diff()
+        self._engine.begin(block_tables, context_lens, starts)
+
+    def settle(self, known: Iterable[tuple[str, int, list[int]]], gone: Mapping[str, list[int]]) -> None:
+        """Commits the last step, and lets go of the blocks of requests that finished or were preempted.
+
+        Their full blocks are sealed, since others may find them by their prefix.
+
+        Args:
+            known: of each sequence of the last step, its request, how many of its tokens are not rejected drafts, and
+                its blocks.
+            gone: blocks of each request.
+        """
+        if self._engine.is_open:
+            self._commit(list(known))
+        if not self._seals:
+            return
+        left = {request: blocks for request, blocks in gone.items() if request in self._lengths}
+        if left:
+            held = [(blocks, self._lengths.pop(request)) for request, blocks in left.items()]
+            self._let_go(held, [block for blocks, length in held for block in blocks[self._first_held(length) :]])
+
+    def _commit(self, known: list[tuple[str, int, list[int]]]) -> None:
+        accepted, passed = [], []
+        ranges = zip(known, self._context.tolist(), self._ends.tolist(), strict=True)
+        for (request, num_tokens, blocks), context, end in ranges:
+            length = max(context, min(end, num_tokens))
+            accepted.append(length - context)
+            if self._seals:
+                self._lengths[request] = length
+                of_window = range(self._first_held(context), self._first_held(length))
+                passed += [(blocks, (index + 1) * formats.BLOCK_SIZE) for index in of_window]
+        try:
+            self._engine.commit(accepted)
+        except OpenStepError:  # a run without requests, which vLLM does to warm up
+            self._engine.abort()
+            return
+        if passed:  # vLLM may give them to others from now on
+            self._let_go(passed, [blocks[length // formats.BLOCK_SIZE - 1] for blocks, length in passed])
+
+    def _first_held(self, length: int) -> int:
+        """Index of the first block that the window of a sequence does not hide."""
+        return first_seen(length, self._window) // formats.BLOCK_SIZE
+
+    def _let_go(self, sequences: list[tuple[list[int], int]], blocks: list[int]) -> None:
+        """Seals the full blocks of sequences, given by their blocks and lengths, and frees the pages of blocks."""
+        self._seal(sequences)
+        self._engine.release(sorted(set(blocks)))
+
+    def _seal(self, sequences: list[tuple[list[int], int]]) -> None:
+        """A step without tokens: it seals the full blocks of its sequences."""
+        full = [blocks[: length // formats.BLOCK_SIZE] for blocks, length in sequences]
+        width = max(map(len, full))
+        if not width:
+            return
+        tables = torch.tensor([blocks + [0] * (width - len(blocks)) for blocks in full], dtype=torch.int32)
+        lens = torch.tensor([len(blocks) * formats.BLOCK_SIZE for blocks in full], dtype=torch.int32)
+        self._engine.begin(tables, lens, torch.zeros(len(full) + 1, dtype=torch.int32))
+        nothing = torch.empty(0, self._engine.num_kv_heads, self._engine.head_dim)
+        for layer in range(self._engine.num_layers):
+            self._engine.append(layer, nothing, nothing)
+        self._engine.commit()
+
+
+def _records(blocks: torch.Tensor) -> torch.Tensor:
+    """Blocks as `[num_blocks, num_kv_heads, bytes]`, of vLLM's `[num_blocks, num_kv_heads, block_size, bytes]`."""
+    return blocks.view(torch.uint8).flatten(2)
+
+
+def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any) -> None:
+    bytes_per_token = engine.num_layers * engine.num_kv_heads * blocks[0].shape[2] / formats.BLOCK_SIZE
+    open_pages = ""
+    if impl.open_pages is not None:
+        mebibytes = engine.num_layers * impl.open_pages.nbytes / 2**20
+        calibrated = engine.stats()["calibrated"]
+        open_pages = (
+            f"; {len(impl.open_pages)} open pages a layer, {mebibytes:.1f} MiB beside vLLM's blocks; "
+            f"calibrated: {calibrated}"
+        )
+    _logger.info(
+        "kvarn-rs: %s, %d layers, %.0f bytes a token, %d blocks of %d tokens%s",
+        engine.format,
+        engine.num_layers,
+        bytes_per_token,
+        len(blocks[0]),
+        formats.BLOCK_SIZE,
+        open_pages,
+    )

@@ -1,0 +1,73 @@
+"""What `--kv-cache-dtype kvarn_...` means for vLLM's other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvarn_rs.errors import ConfigError, UnsupportedError
+
+from . import formats
+
+
+def check_block_size(block_size: int | None) -> None:
+    """Refuses a block size given by hand that is not ours.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if block_size not in (None, formats.BLOCK_SIZE):
+        raise ConfigError(
+            f"--block-size {block_size}: kvarn's formats have blocks of {formats.BLOCK_SIZE} tokens; leave it out"
+        )
+
+
+def check_backend(name: str | None, cache_dtype: str) -> None:
+    """Refuses an attention backend given by hand that is not ours.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if name not in (None, "CUSTOM"):
+        raise ConfigError(
+            f"--attention-backend {name} does not read --kv-cache-dtype {cache_dtype}: leave the backend out, kvarn-rs "
+            "selects its own"
+        )
+
+
+def check_config(config: Any, cache_dtype: str) -> None:
+    """Refuses features of a run that a format does not work with.
+
+    Raises:
+        UnsupportedError: naming the feature, and what to do.
+    """
+    cache, parallel = config.cache_config, config.parallel_config
+    unit = getattr(cache, "prefix_match_unit", None)
+    if unit not in (None, formats.BLOCK_SIZE):
+        raise UnsupportedError(f"--prefix-match-unit {unit}: kvarn's blocks are shared whole; leave it out")
+    if config.kv_transfer_config is not None and formats.seals(formats.format_of(cache_dtype)):
+        raise UnsupportedError(
+            f"KV transfer does not work with {cache_dtype}, whose open pages are beside vLLM's blocks; use "
+            f"{formats.PREFIX}int8"
+        )
+    if getattr(parallel, "decode_context_parallel_size", 1) > 1:
+        raise UnsupportedError("kvarn-rs does not support decode context parallelism")
+    if getattr(config, "use_v2_model_runner", False):
+        raise UnsupportedError(
+            "kvarn-rs does not follow the requests of vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    options = config.additional_config
+    if (
+        parallel.tensor_parallel_size > 1
+        and isinstance(options, Mapping)
+        and options.get("kvarn", {}).get("calibration")
+    ):
+        raise UnsupportedError(
+            "a calibration file has the heads of the whole model: leave it out with tensor parallelism"
+        )
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method not in ("ngram", "suffix"):
+        raise UnsupportedError(
+            f"speculation by {speculative.method!r} does not work with {cache_dtype} yet: its draft layers take "
+            "steps of their own; use ngram"
+        )
