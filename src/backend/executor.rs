@@ -1,4 +1,4 @@
-//! A step, carried out: every call is checked here, and the verbs of a backend come in their order.
+//! A backend behind its checks: every call is checked here, and the verbs come in their order.
 
 use super::{
     AttendOptions, Backend, DevicePlan, Fresh, Launch, LayerHealth, Model, Output, Source, Stream, TensorView,

@@ -1,4 +1,4 @@
-//! The story: which verb comes when.
+//! The paged cache of a group of layers: sequences, and steps over them.
 //!
 //! A *step* takes some sequences forward by some tokens, through every layer:
 //!
@@ -270,7 +270,7 @@ impl PagedKvCache {
         self.open_step(step).is_ok()
     }
 
-    /// What it holds.
+    /// Blocks, pages and bytes in use, and how well the stored statistics fit.
     ///
     /// # Errors
     /// Those of [`crate::backend::Executor::health`].

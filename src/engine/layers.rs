@@ -1,7 +1,7 @@
 //! A step through the layers of a group: what a cache and an engine have in common.
 
 use super::model::ModelCalibration;
-use super::undo::Before;
+use super::undo::Snapshot;
 use crate::backend::{AttendOptions, DevicePlan, Executor, Fresh, Launch, Model, Output, Plan, Stream, TensorView};
 use crate::calibration::HeadShape;
 use crate::config::Shape;
@@ -31,8 +31,8 @@ pub struct Progress {
     has_begun: bool,
     /// Which layers have their keys and values.
     appended: Vec<bool>,
-    /// What was appended over.
-    before: Vec<Before>,
+    /// Committed pages that appends have rewritten.
+    snapshots: Vec<Snapshot>,
 }
 
 impl Progress {
@@ -92,7 +92,7 @@ impl Layers {
         let has_work = plan.has_stored_work();
         let has_begun = !has_work || !self.calibration.as_ref().is_some_and(ModelCalibration::is_learning);
         let appended = vec![false; self.executor.shape().num_layers];
-        let progress = Progress { plan, loaded, has_begun, appended, before: Vec::new() };
+        let progress = Progress { plan, loaded, has_begun, appended, snapshots: Vec::new() };
         if has_work && has_begun {
             let models = self.models();
             let begun = self.executor.begin(progress.launch(places, self.stream), 0..models.len(), &models);
@@ -104,12 +104,12 @@ impl Layers {
         Ok(progress)
     }
 
-    /// Puts back what an open step wrote over.
+    /// Restores the committed pages that an open step has rewritten.
     ///
     /// # Errors
     /// Those of [`Executor::write_records`].
     pub fn undo(&mut self, progress: &Progress) -> Result<()> {
-        progress.before.iter().try_for_each(|page| page.put_back(&mut self.executor))
+        progress.snapshots.iter().try_for_each(|page| page.restore(&mut self.executor))
     }
 
     /// Ends a step, committed or aborted.
@@ -148,10 +148,10 @@ impl Layers {
         }
         if is_again {
             self.executor.check_append(launch, layer, new)?;
-            let mut before = progress.before.iter().filter(|page| page.layer == layer);
-            before.try_for_each(|page| page.put_back(&mut self.executor))?;
-        } else if progress.before.iter().all(|page| page.layer != layer) {
-            progress.before.extend(Before::of_step(&self.executor, progress.plan.over(places), layer)?);
+            let mut of_layer = progress.snapshots.iter().filter(|page| page.layer == layer);
+            of_layer.try_for_each(|page| page.restore(&mut self.executor))?;
+        } else if progress.snapshots.iter().all(|page| page.layer != layer) {
+            progress.snapshots.extend(Snapshot::of_step(&self.executor, progress.plan.over(places), layer)?);
         }
         self.executor.append(progress.launch(places, self.stream), layer, new, &model)?;
         progress.appended[layer] = true;

@@ -1,22 +1,22 @@
-//! What a step changes of committed tokens before it is committed, and takes back when it is aborted.
+//! Snapshots of the committed pages that a step rewrites, restored if the step is aborted.
 //!
-//! That is the first page of a sequence which the step opens anew: its K is encoded under other statistics.
+//! Those are first pages that the step opens again: their K is encoded under other statistics.
 
 use crate::backend::Executor;
 use crate::error::Result;
 use crate::paging::Place;
 use crate::plan::StepView;
 
-/// A page as it was before a layer's append.
+/// The records of a page before a layer's append.
 #[derive(Debug, Clone)]
-pub(super) struct Before {
+pub(super) struct Snapshot {
     pub(super) layer: usize,
     place: Place,
     records: Vec<u8>,
 }
 
-impl Before {
-    /// The pages with tokens that the step opens anew in a layer, as they are.
+impl Snapshot {
+    /// Snapshots of the pages with tokens that the step opens again in a layer.
     pub(super) fn of_step(executor: &Executor, step: StepView<'_>, layer: usize) -> Result<Vec<Self>> {
         let again = step.opens().filter(|open| open.is_again(step.context_len(open.sequence)));
         let before = again.map(|open| {
@@ -26,8 +26,8 @@ impl Before {
         before.collect()
     }
 
-    /// Puts the page back.
-    pub(super) fn put_back(&self, executor: &mut Executor) -> Result<()> {
+    /// Restores the page.
+    pub(super) fn restore(&self, executor: &mut Executor) -> Result<()> {
         executor.write_records(self.layer, self.place, &self.records)
     }
 }

@@ -42,7 +42,7 @@ impl Paging {
             }
             if let Some(block) = sequence.partial_block(self.block_size) {
                 ends[block.0 as usize] += 1;
-                if sequence.is_alone && (self.pool.refcount(block) != 1 || self.prefix.contains(block)) {
+                if sequence.owns_partial_block && (self.pool.refcount(block) != 1 || self.prefix.contains(block)) {
                     return Err(format!("sequence {id}: block {block} is shared or published, and not known to be"));
                 }
                 if self.pages.page_of(block).is_none() {

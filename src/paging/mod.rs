@@ -141,12 +141,12 @@ impl Paging {
 
     /// A second sequence over the same blocks, of the same length and first held token. Takes no block.
     pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
-        let sequence = Sequence { is_alone: false, ..self.settled(id)?.clone() };
+        let sequence = Sequence { owns_partial_block: false, ..self.settled(id)?.clone() };
         for &block in held(&sequence) {
             self.pool.retain(block);
         }
         let row = self.sequences.row(id)?;
-        self.sequences.at_mut(row).is_alone = false;
+        self.sequences.at_mut(row).owns_partial_block = false;
         Ok(self.insert(sequence))
     }
 

@@ -118,7 +118,7 @@ impl Paging {
             return Ok(());
         }
         self.partial.remove(sequence.partial_block(block_size));
-        (sequence.len, sequence.is_alone) = (len, false);
+        (sequence.len, sequence.owns_partial_block) = (len, false);
         self.partial.add(sequence.partial_block(block_size));
         sequence.num_tiles = sequence.num_tiles.min(len / block_size);
         if sequence.chained > len / block_size {

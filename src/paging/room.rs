@@ -243,7 +243,7 @@ impl Paging {
         }
         let sequence = self.sequences.at_mut(row);
         sequence.pending = Some(request.num_new);
-        sequence.is_alone |= request.num_new > 0;
+        sequence.owns_partial_block |= request.num_new > 0;
     }
 
     /// A block to be written: its old content is no longer found.
@@ -260,5 +260,5 @@ impl Paging {
 
 /// The partial block, if the request writes into it and others may hold it, or find it.
 fn unsure_block(sequence: &Sequence, request: &StepRequest, block_size: usize) -> Option<BlockId> {
-    if request.num_new == 0 || sequence.is_alone { None } else { sequence.partial_block(block_size) }
+    if request.num_new == 0 || sequence.owns_partial_block { None } else { sequence.partial_block(block_size) }
 }

@@ -28,8 +28,9 @@ pub struct Sequence {
     pub(super) num_tiles: usize,
     /// The blocks that the open step seals from their pages.
     pub(super) sealing: Vec<usize>,
-    /// The partial block is known to be of this sequence alone, and not published: a step looks no further.
-    pub(super) is_alone: bool,
+    /// No other sequence holds the partial block, and it is not published, as far as is known: where this is set a step does
+    /// not look it up.
+    pub(super) owns_partial_block: bool,
     /// The full blocks whose chain hash is known, and the last of those hashes: publishing goes on from there.
     pub(super) chained: usize,
     pub(super) chain: Chain,
@@ -46,7 +47,7 @@ impl Sequence {
             pending: None,
             num_tiles: 0,
             sealing: Vec::new(),
-            is_alone: false,
+            owns_partial_block: false,
             chain,
         }
     }
