@@ -180,6 +180,7 @@ def test_a_prefix_is_read_in_the_step_that_writes_it(format: str, context: int, 
         if context:
             step(engine, ints(first), [0], [context], 0)
         q, k, v = new_tokens(num_new + 1, 1)
+        outputs: list[torch.Tensor] = []
         if at_once:
             steps = [(ints([*first, 5], [*first[:shared], 5, 5]), [context, shared * BLOCK], [num_new, 1], slice(None))]
         else:

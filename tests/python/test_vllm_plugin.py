@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ def test_registering_without_vllm_logs_and_goes_on(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kvarn_rs.vllm, "_registered", False)
-    monkeypatch.setattr(kvarn_rs.vllm.importlib.metadata, "version", lambda name: "0.99.0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
     with caplog.at_level(logging.WARNING):
         kvarn_rs.vllm.register()
         kvarn_rs.vllm.register()
