@@ -548,7 +548,13 @@ class Engine:
     it is not full or not committed it has a page beside, which the engine assigns.
 
     One step is open at a time: `begin`, for each layer `append` and `attend` or `forward`, then `commit` or `abort`.
-    Tensors of tokens are `[num_tokens, heads, head_dim]`, sequences laid end to end in the order of the tables.
+    Tensors of tokens are `[num_tokens, heads, head_dim]`, sequences laid end to end in the order of the tables. Calls
+    may come from any thread, and wait for each other.
+
+    In formats that seal, a sequence has at most three pages in a step of up to 16 tokens (its last full block, the
+    partial one, and a new one), and one more in a longer step. A block may be shared once it is full and committed, be
+    it still a page. A block that is not shared may be written again from its beginning at any time, released or not; a
+    partly written one may be cut back to fewer tokens by a smaller `context_lens`, a sealed one may not.
 
     Args:
         num_kv_heads: of a layer.
@@ -599,8 +605,10 @@ class Engine:
         """Begins a step. Full blocks of committed tokens are sealed, also those of sequences without new tokens.
 
         Args:
-            block_tables: `[num_sequences, width]`, int32: the blocks of each sequence by position.
-            context_lens: `[num_sequences]`, int32: tokens before the step.
+            block_tables: `[num_sequences, width]`, int32: the blocks of each sequence by position, copied. Entries past
+                its tokens, and those that the window hides, are not read: -1, say.
+            context_lens: `[num_sequences]`, int32: tokens before the step. Not checked: more than were written read
+                what is in the blocks.
             query_start_loc: `[num_sequences + 1]`, int32: first row of each sequence, and the number of rows last.
 
         Raises:
@@ -644,7 +652,8 @@ class Engine:
     def commit(self, num_accepted: Sequence[int] | None = None) -> None:
         """Ends the step: its tokens are committed, or of each sequence the first `num_accepted` of them.
 
-        Tokens that are not accepted (rejected drafts) are written again by a later step.
+        Tokens that are not accepted (rejected drafts) are written again by a later step. A step of more than 16 tokens
+        of a sequence seals the whole blocks that it writes, but the last: those are accepted in any case.
 
         Raises:
             OpenStepError: a layer has no keys and values; the step stays open.
@@ -654,7 +663,8 @@ class Engine:
     def abort(self) -> None:
         """Drops the step. Raises `StaleStepError` if none is open."""
     def release(self, blocks: Sequence[int]) -> None:
-        """Takes back the pages of blocks whose unsealed tokens nobody reads again. Sealed blocks stay as they are.
+        """Takes back the pages of blocks whose unsealed tokens nobody reads again: of requests that are finished or
+        preempted, and not shared. Sealed blocks stay as they are; in `raw` and `int8` there is nothing to do.
 
         Raises:
             StaleStepError: a step is open.
@@ -664,7 +674,7 @@ class Engine:
         """Copies a block that is not sealed into another, for a sequence that is forked within it.
 
         Raises:
-            UnsupportedError: the block is sealed: share it.
+            UnsupportedError: the block is sealed, and is shared instead; or it was never written.
             OutOfOpenPagesError, ConfigError, StaleStepError
         """
     def records(self, layer: int, block: int, num_tokens: int, *, is_first: bool) -> bytes:

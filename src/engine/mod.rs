@@ -245,7 +245,9 @@ impl Engine {
     pub fn copy_block(&mut self, source: BlockId, destination: BlockId) -> Result<()> {
         self.check_idle(&[source, destination])?;
         let Some(from) = place(self.pages.as_ref(), source).as_page() else {
-            return Err(Error::Unsupported(format!("block {source} is sealed: share it")));
+            return Err(Error::Unsupported(format!(
+                "block {source} has no page: it is sealed (share it), or was never written"
+            )));
         };
         let allocated = self.pages.as_mut().map_or(Ok(Vec::new()), |pages| pages.allocate(&[destination]))?;
         let Some(to) = place(self.pages.as_ref(), destination).as_page() else {
