@@ -79,15 +79,8 @@ class KVarnBackend(compat.AttentionBackend):
         return compat.record_layouts()
 
     @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
-    ) -> tuple[int, ...]:
-        """Replaced in `backend_of`: releases that ask for a shape say nothing of the format."""
-        raise NotImplementedError
-
-    @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
-        """The same order in memory."""
+        """The same order in memory; vLLM takes the error for "layers are not interleaved"."""
         if include_num_layers_dimension:
             raise NotImplementedError
         return (0, 1, 2, 3)
@@ -107,7 +100,7 @@ def backend_of(cache_dtype: str, dtype: torch.dtype) -> type[KVarnBackend]:
         def get_kv_cache_shape(
             num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
         ) -> tuple[int, ...]:
-            """One record a head, in bytes a token."""
+            """One record a head, in bytes a token. Releases that ask for it say nothing of the format."""
             return (num_blocks, num_kv_heads, block_size, Backend.token_bytes(head_size))
 
     Backend.dtype = str(dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvarn_rs import Calibration
 
-from . import compat
+from . import settings
 
 
 def calibration_of(config: Any) -> Calibration:
@@ -15,5 +15,5 @@ def calibration_of(config: Any) -> Calibration:
     Raises:
         CalibrationError: not a calibration file, damaged, or of another version.
     """
-    path = compat.kvarn_options(config).get("calibration")
+    path = settings.kvarn_options(config).get("calibration")
     return Calibration() if path is None else Calibration.load(path)

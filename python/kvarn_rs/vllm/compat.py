@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,7 +37,6 @@ __all__ = [
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "install",
-    "kvarn_options",
     "layer_number",
     "layers",
     "packed_spec",
@@ -231,12 +230,6 @@ def layers(config: Any, names: Iterable[str]) -> dict[str, Any]:
 def layer_number(name: str) -> int:
     """The model's number of a layer, from the name of its module."""
     return next(int(part) for part in name.split(".") if part.isdigit())
-
-
-def kvarn_options(config: Any) -> Mapping[str, Any]:
-    """What `--additional-config` says under `kvarn`."""
-    options = config.additional_config
-    return options.get("kvarn", {}) if isinstance(options, Mapping) else {}
 
 
 def _watch_runner(builder_class: type) -> None:

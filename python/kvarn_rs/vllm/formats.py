@@ -12,8 +12,6 @@ CACHE_DTYPES = tuple(PREFIX + name for name in FORMATS)
 BLOCK_SIZE = 128
 """Tokens of a block."""
 
-_ALIGNMENT = 16
-
 
 def is_ours(cache_dtype: object) -> bool:
     """Whether a `--kv-cache-dtype` names one of kvarn's formats."""
@@ -37,7 +35,7 @@ def token_bytes(format: str, head_dim: int, dtype: str) -> int:
 
 def open_page_bytes(head_dim: int) -> int:
     """Bytes of a page of one key/value head of a block that is not sealed."""
-    return -(-block_bytes("int8", head_dim, BLOCK_SIZE) // _ALIGNMENT) * _ALIGNMENT
+    return block_bytes("int8", head_dim, BLOCK_SIZE)
 
 
 def open_pages(max_num_seqs: int, max_num_batched_tokens: int) -> int:

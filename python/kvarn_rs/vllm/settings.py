@@ -10,6 +10,12 @@ from kvarn_rs.errors import ConfigError, UnsupportedError
 from . import formats
 
 
+def kvarn_options(config: Any) -> Mapping[str, Any]:
+    """What `--additional-config` says under `kvarn`."""
+    options = config.additional_config
+    return options.get("kvarn", {}) if isinstance(options, Mapping) else {}
+
+
 def check_block_size(block_size: int | None) -> None:
     """Refuses a block size given by hand that is not ours.
 
@@ -56,12 +62,7 @@ def check_config(config: Any, cache_dtype: str) -> None:
         raise UnsupportedError(
             "kvarn-rs does not follow the requests of vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    options = config.additional_config
-    if (
-        parallel.tensor_parallel_size > 1
-        and isinstance(options, Mapping)
-        and options.get("kvarn", {}).get("calibration")
-    ):
+    if parallel.tensor_parallel_size > 1 and kvarn_options(config).get("calibration"):
         raise UnsupportedError(
             "a calibration file has the heads of the whole model: leave it out with tensor parallelism"
         )
