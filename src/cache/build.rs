@@ -3,7 +3,7 @@
 use super::PagedKvCache;
 use crate::backend::cpu::{Cpu, Level};
 use crate::backend::{Coded, Executor};
-use crate::config::{CacheConfig, env};
+use crate::config::CacheConfig;
 use crate::engine::Layers;
 use crate::error::{Error, Result};
 use crate::format::FORMAT_VERSION;
@@ -17,7 +17,7 @@ impl PagedKvCache {
     /// # Errors
     /// What [`CacheConfig::validate`] refuses; a `KVARN_SIMD` that does not exist or that the machine lacks.
     pub fn new(config: CacheConfig) -> Result<Self> {
-        Self::with_level(config, own_level()?)
+        Self::with_level(config, Level::chosen()?)
     }
 
     /// An empty cache at a SIMD level that this machine has.
@@ -33,7 +33,7 @@ impl PagedKvCache {
     /// # Errors
     /// What [`CacheConfig::validate`] refuses, and any format but `raw`.
     pub fn with_codec(config: CacheConfig, codec: Codec) -> Result<Self> {
-        Self::build(config, own_level()?, Some(codec))
+        Self::build(config, Level::chosen()?, Some(codec))
     }
 
     fn build(config: CacheConfig, level: Level, codec: Option<Codec>) -> Result<Self> {
@@ -94,11 +94,6 @@ impl PagedKvCache {
             first_page_tokens: self.first_page_tokens,
         })
     }
-}
-
-/// The machine's fastest, unless `KVARN_SIMD` names another.
-pub(super) fn own_level() -> Result<Level> {
-    env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))
 }
 
 /// What two caches must have in common for their blocks to mean the same: seeds the prefix index.

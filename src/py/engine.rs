@@ -9,7 +9,7 @@ use super::{parse_dtype, parse_format};
 use crate::backend::cpu::{Cpu, Level};
 use crate::backend::memory::LayerMemory;
 use crate::backend::{Executor, Fresh, LayerHealth};
-use crate::config::{Shape, env};
+use crate::config::Shape;
 use crate::engine::{self, Tables};
 use crate::format::RecordLayout;
 use crate::paging::BlockId;
@@ -78,7 +78,7 @@ impl Engine {
             let tiles = tiles.as_ref().map(|tiles| records("tiles", &tiles[layer], shape.tile())).transpose()?;
             memory.push(LayerMemory { pages: records("pages", page, Some(shape.page()))?, tiles });
         }
-        let level = env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))?;
+        let level = Level::chosen()?;
         // SAFETY: the tensors are kept; that nobody else writes their records is the caller's word.
         let backend = unsafe { Cpu::lent(shape, level, &memory)? };
         let mut inner = engine::Engine::new(Executor::new(backend), window.map(Whole::count))?;

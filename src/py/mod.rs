@@ -13,7 +13,7 @@ mod step;
 mod tensor;
 
 use crate::backend::cpu::Level;
-use crate::config::{capacity as planner, check_block_size, check_head_dim, env};
+use crate::config::{capacity as planner, check_block_size, check_head_dim};
 use crate::format::{Dtype, Format, record_bytes};
 use crate::quant::Codec;
 use crate::{Error, Result};
@@ -106,7 +106,7 @@ fn codec_bytes_per_token(codec: &str, head_dim: usize, block_size: usize) -> Res
 /// The SIMD level of new caches: the fastest of this machine, or the one named by `KVARN_SIMD`.
 #[pyfunction]
 fn simd_level() -> Result<&'static str> {
-    Ok(env::simd().map_or_else(|| Ok(Level::best()), |name| Level::parse(&name))?.name())
+    Ok(Level::chosen()?.name())
 }
 
 /// Number of kernel threads: `RAYON_NUM_THREADS`, or one per core.

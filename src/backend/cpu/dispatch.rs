@@ -4,6 +4,7 @@ use super::ORDER;
 use super::generic::{RecordView, Rows, Scratch, attend_record};
 use super::scalar::Scalar;
 use super::unpack::unpack;
+use crate::config::env;
 use crate::error::{Error, Result};
 use crate::format::{Int8Page, RecordLayout};
 use crate::quant::record::int8::{self, WrittenK};
@@ -50,6 +51,14 @@ impl Level {
     #[must_use]
     pub fn best() -> Self {
         Self::ALL.into_iter().rfind(|level| level.is_available()).unwrap_or(Self::Scalar)
+    }
+
+    /// The fastest level of this machine, unless `KVARN_SIMD` names another.
+    ///
+    /// # Errors
+    /// Those of [`parse`](Self::parse).
+    pub fn chosen() -> Result<Self> {
+        env::simd().map_or_else(|| Ok(Self::best()), |name| Self::parse(&name))
     }
 
     /// The level called `name`.

@@ -1,8 +1,8 @@
 //! Caches out of a file.
 
-use super::super::build::own_level;
 use super::{KIND, PagedKvCache, name_of};
 use crate::archive::{Archive, Element, Source, Tensor};
+use crate::backend::cpu::Level;
 use crate::config::CacheConfig;
 use crate::error::{Error, Result};
 use crate::format::{Dtype, FORMAT_VERSION, Format};
@@ -161,7 +161,7 @@ impl<'a> File<'a> {
         }
         let num_open = kinds.last().map_or(0, |(.., blocks)| blocks.len());
         let num_blocks = tables.open.len();
-        let mut cache = PagedKvCache::without_memory(config, own_level()?, None)?;
+        let mut cache = PagedKvCache::without_memory(config, Level::chosen()?, None)?;
         cache.paging = match cache.paging.with_tables(tables) {
             Err(Error::CacheFile(why)) => return self.refuse(&why),
             other => other?,
