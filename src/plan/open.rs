@@ -158,7 +158,8 @@ impl<'a> Writers<'a> {
             return open;
         }
         // What that one reads as its prefix may be written in this step, too.
-        let before = &writer.blocks[open.start / block_size..writer.context_len.div_ceil(block_size).min(last + 1)];
+        let before = writer.context_len.div_ceil(block_size).min(last + 1);
+        let before = writer.blocks.get(open.start / block_size..before).unwrap_or_default();
         let is_stored = before.iter().all(|block| self.of_block.get(block).is_none_or(|&writer| writer == of));
         let start = if is_stored { open.start } else { open.start.max(writer.context_len) };
         PageOpen { start, of, ..open }

@@ -113,3 +113,30 @@ fn a_plan_is_one_buffer_that_its_layout_describes() {
     assert_eq!((plan.array(PlanArray::QueryStartLoc), plan.array(PlanArray::IsPrefill)), (&[0, 20][..], &[1][..]));
     assert_eq!(plan.bounds(), Bounds { num_pages: 8, num_tiles: 0 });
 }
+
+#[test]
+fn a_page_that_opens_within_a_window_of_another_sequence_s_new_tokens_takes_those_tokens() {
+    // Both read blocks 0 and 1, which the first writes from its beginning and the second sees from block 1 on.
+    let ((writer, writes), (reader, reads)) = (tables(&[0, 1, 2]), tables(&[0, 1, 3]));
+    let of_writer = SequenceInput {
+        row: 0,
+        blocks: &writer,
+        places: &writes,
+        num_tiles: 0,
+        context_len: 0,
+        first_held: 0,
+        rows: Rows::All(40),
+    };
+    let of_reader = SequenceInput {
+        row: 1,
+        blocks: &reader,
+        places: &reads,
+        context_len: 32,
+        first_held: 16,
+        rows: Rows::All(1),
+        ..of_writer
+    };
+    let plan = StepPlan::new(16, Some(10), &[of_writer, of_reader], Sealing::Never).unwrap();
+    let opened = plan.opens().find(|open| open.sequence == 1);
+    assert_eq!(opened, Some(PageOpen { sequence: 1, block: 2, start: 16, end: 32, of: 0 }));
+}

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
+from models import SIZES, saved
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"
 )
-
-
-SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.05,
-}
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +28,3 @@ def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = MistralConfig(**SIZES, sliding_window=100)
     return saved(MistralForCausalLM, config, tmp_path_factory.mktemp("sliding_model"))
-
-
-def saved(kind: Any, config: Any, folder: Path) -> Path:
-    """A model of random weights, the same each time, in a folder."""
-    import torch
-
-    torch.manual_seed(0)
-    kind(config).save_pretrained(folder)
-    return folder

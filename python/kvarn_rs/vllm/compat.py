@@ -41,6 +41,7 @@ __all__ = [
     "layers",
     "packed_spec",
     "record_layouts",
+    "smallest_block",
     "step_limits",
 ]
 
@@ -57,8 +58,7 @@ def install(backend_of: Callable[[str, torch.dtype], Any], builder_class: type) 
     _add_cache_dtypes(formats.CACHE_DTYPES)
     _select_backend(backend_of, builder_class)
     _check_engine_configs()
-    if not _CUSTOMIZES_SPECS:
-        _replace_specs()
+    _size_blocks()
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -133,12 +133,45 @@ def _check_engine_configs() -> None:
         arguments.block_size = formats.BLOCK_SIZE
         config = original(arguments, *args, **kwargs)
         settings.check_config(config, arguments.kv_cache_dtype)
+        config.cache_config.kv_cache_dtype_skip_layers = settings.skipped_layers(config, smallest_block())
         return config
 
     _wrap(EngineArgs, "create_engine_config", create)
 
 
 # Bytes of a block.
+
+
+def smallest_block() -> int | None:
+    """Tokens of the smallest block of vLLM's own cache; None if all layers' blocks must have the same tokens."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return 16
+    return 32 if _CUSTOMIZES_SPECS else None  # before, its kernels read the size of all blocks from the config
+
+
+def _size_blocks() -> None:
+    """Gives all layers blocks of one size in bytes: those that stay in vLLM's own cache have fewer tokens in them."""
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.platforms.interface import Platform
+
+    def align(original: Any, config: Any, *args: Any) -> Any:
+        """Would make our blocks larger until they hold as many unquantized tokens."""
+        return None if formats.is_ours(config.cache_config.cache_dtype) else original(config, *args)
+
+    def get_spec(original: Any, layer: Any, config: Any) -> Any:
+        spec, cache_dtype = original(layer, config), config.cache_config.cache_dtype
+        if spec is None or not formats.is_ours(cache_dtype):
+            return spec
+        if not formats.is_ours(layer.kv_cache_dtype):
+            ours = formats.format_of(cache_dtype), layer.head_size, settings.model_dtype(config)
+            page = formats.BLOCK_SIZE * formats.token_bytes(*ours) * layer.num_kv_heads
+            return dataclasses.replace(spec, block_size=formats.unquantized_tokens(*ours), page_size_padded=page)
+        return spec if _CUSTOMIZES_SPECS else _replaced_spec(spec, layer)
+
+    _wrap(Platform, "_align_heterogeneous_kv_block_size", align)
+    _wrap(Attention, "get_kv_cache_spec", get_spec)
 
 
 def packed_spec(spec: Any, token_bytes: int) -> Any:
@@ -193,23 +226,14 @@ class PackedSlidingWindowSpec(_PackedSpec, SlidingWindowSpec):
     kvarn_token_bytes: int = 0
 
 
-def _replace_specs() -> None:
-    from vllm.model_executor.layers.attention.attention import Attention
-
-    packed = {FullAttentionSpec: PackedFullAttentionSpec, SlidingWindowSpec: PackedSlidingWindowSpec}
-
-    def get_spec(original: Any, layer: Any, config: Any) -> Any:
-        spec = original(layer, config)
-        if spec is None or not formats.is_ours(layer.kv_cache_dtype):
-            return spec
-        values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
-        values["dtype"] = torch.uint8
-        values["kvarn_token_bytes"] = layer.attn_backend.token_bytes(layer.head_size)
-        # With any other mode than none, vLLM asks the backend for the shape of a quantized cache.
-        values["kv_quant_mode"] = KVQuantMode.INT8_PER_TOKEN_HEAD
-        return packed[type(spec)](**values)
-
-    _wrap(Attention, "get_kv_cache_spec", get_spec)
+def _replaced_spec(spec: Any, layer: Any) -> Any:
+    """The `_PackedSpec` in place of a layer's spec."""
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
+    values["dtype"] = torch.uint8
+    values["kvarn_token_bytes"] = layer.attn_backend.token_bytes(layer.head_size)
+    # With any other mode than none, vLLM asks the backend for the shape of a quantized cache.
+    values["kv_quant_mode"] = KVQuantMode.INT8_PER_TOKEN_HEAD
+    return (PackedFullAttentionSpec if type(spec) is FullAttentionSpec else PackedSlidingWindowSpec)(**values)
 
 
 # A run.

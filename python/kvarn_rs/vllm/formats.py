@@ -33,6 +33,12 @@ def token_bytes(format: str, head_dim: int, dtype: str) -> int:
     return -(-block_bytes(format, head_dim, BLOCK_SIZE, dtype) // BLOCK_SIZE)
 
 
+def unquantized_tokens(format: str, head_dim: int, dtype: str) -> int:
+    """The power of two of unquantized tokens that fit in the bytes of a block."""
+    fit = BLOCK_SIZE * token_bytes(format, head_dim, dtype) // token_bytes("raw", head_dim, dtype)
+    return 1 << fit.bit_length() - 1
+
+
 def open_page_bytes(head_dim: int) -> int:
     """Bytes of a page of one key/value head of a block that is not sealed."""
     return block_bytes("int8", head_dim, BLOCK_SIZE)

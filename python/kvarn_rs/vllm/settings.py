@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +10,51 @@ from kvarn_rs.errors import ConfigError, UnsupportedError
 
 from . import formats
 
+_logger = logging.getLogger("vllm.kvarn_rs")
+
 
 def kvarn_options(config: Any) -> Mapping[str, Any]:
     """What `--additional-config` says under `kvarn`."""
     options = config.additional_config
     return options.get("kvarn", {}) if isinstance(options, Mapping) else {}
+
+
+def model_dtype(config: Any) -> str:
+    """A model's dtype by its name in torch, such as `bfloat16`."""
+    return str(config.model_config.dtype).removeprefix("torch.")
+
+
+def skipped_layers(config: Any, smallest_block: int | None) -> list[str]:
+    """What `--kv-cache-dtype-skip-layers` is: as set by hand, else the sliding layers of a model that has others too.
+
+    They see few tokens, so that quantizing them saves little. They are quantized with `--additional-config
+    '{"kvarn": {"sliding_window": true}}'`, and where no block of vLLM's own cache has the bytes of one of ours.
+
+    Args:
+        config: vLLM's.
+        smallest_block: tokens of the smallest block of vLLM's own cache; None if all blocks must have the same tokens.
+
+    Raises:
+        UnsupportedError: layers are skipped by hand, and cannot be.
+    """
+    model = config.model_config
+    name, head_dim = formats.format_of(config.cache_config.cache_dtype), model.get_head_size()
+    fit = formats.unquantized_tokens(name, head_dim, model_dtype(config))
+    possible = smallest_block is not None and fit >= smallest_block
+    named = config.cache_config.kv_cache_dtype_skip_layers
+    if named and not possible:
+        raise UnsupportedError(
+            f"--kv-cache-dtype-skip-layers {' '.join(named)}: vLLM's own cache has no blocks of the bytes of a {name} "
+            f"block, {fit} tokens, on this platform; leave it out"
+        )
+    kinds = {"sliding_attention", "full_attention"}
+    is_hybrid = kinds <= set(getattr(model.hf_text_config, "layer_types", None) or ())
+    if named or not is_hybrid or kvarn_options(config).get("sliding_window", False):
+        return named
+    if not possible:
+        _logger.info("kvarn-rs: sliding-window layers are quantized too: no unquantized block fits in %s's", name)
+        return []
+    return ["sliding_window"]
 
 
 def check_block_size(block_size: int | None) -> None:

@@ -18,11 +18,13 @@ pub enum Level {
     Scalar,
     /// AVX2, FMA and F16C.
     Avx2,
+    /// AVX-512 F, BW, DQ and VL, beside AVX2.
+    Avx512,
 }
 
 impl Level {
     /// Every level, the fastest last.
-    pub const ALL: [Self; 2] = [Self::Scalar, Self::Avx2];
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
 
     /// The name used in every interface.
     #[must_use]
@@ -30,6 +32,7 @@ impl Level {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
         }
     }
 
@@ -42,8 +45,16 @@ impl Level {
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 => false,
+            Self::Avx2 | Self::Avx512 => false,
         }
     }
 
@@ -122,57 +133,74 @@ pub fn kernels(level: Level) -> Kernels {
             write_token: x86::write_token_avx2,
             encode_tile: x86::encode_tile_avx2,
         },
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => Kernels {
+            attend_record: x86::attend_record_avx512,
+            unpack: x86::unpack_avx512,
+            write_token: x86::write_token_avx512,
+            encode_tile: x86::encode_tile_avx512,
+        },
         #[cfg(not(target_arch = "x86_64"))]
-        Level::Avx2 => unreachable!("not available here"),
+        Level::Avx2 | Level::Avx512 => unreachable!("not available here"),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::avx2::Avx2;
+    use super::super::avx512::Avx512;
     use super::{
         HeadFeedback, Int8Page, Int8Token, RecordLayout, RecordView, Rows, Scratch, Tile, WrittenK, attend_record,
         encode_tile, unpack, write_token,
     };
 
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn attend_record_avx2(
-        view: &RecordView<'_>,
-        rows: &mut Rows<'_>,
-        softcap: Option<f32>,
-        scratch: &mut Scratch,
-    ) {
-        // SAFETY: the instructions are on.
-        unsafe { attend_record::<Avx2>(view, rows, softcap, scratch) }
+    /// The entry points of a level: its instructions are on for the kernels, without fused multiply-add in those that
+    /// write, so that every level rounds alike.
+    macro_rules! entry_points {
+        ($level:ty, $reads:literal, $writes:literal: $attend:ident, $unpack:ident, $write:ident, $encode:ident) => {
+            #[target_feature(enable = $reads)]
+            pub unsafe fn $attend(
+                view: &RecordView<'_>,
+                rows: &mut Rows<'_>,
+                softcap: Option<f32>,
+                scratch: &mut Scratch,
+            ) {
+                // SAFETY: the instructions are on.
+                unsafe { attend_record::<$level>(view, rows, softcap, scratch) }
+            }
+
+            #[target_feature(enable = $reads)]
+            pub unsafe fn $unpack(layout: RecordLayout, record: &[u8], out: &mut [f32]) {
+                // SAFETY: the instructions are on.
+                unsafe { unpack::<$level>(layout, record, out) }
+            }
+
+            #[target_feature(enable = $writes)]
+            pub unsafe fn $write(
+                page: Int8Page,
+                record: &mut [u8],
+                token: usize,
+                of_token: Int8Token<'_>,
+            ) -> (WrittenK, bool) {
+                write_token(page, record, token, of_token)
+            }
+
+            #[target_feature(enable = $writes)]
+            pub unsafe fn $encode(
+                k: &[f32],
+                v: &[f32],
+                head_dim: usize,
+                bits: u32,
+                feedback: &HeadFeedback,
+                first_row: Option<usize>,
+            ) -> Tile {
+                encode_tile(k, v, head_dim, bits, feedback, first_row)
+            }
+        };
     }
 
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn unpack_avx2(layout: RecordLayout, record: &[u8], out: &mut [f32]) {
-        // SAFETY: the instructions are on.
-        unsafe { unpack::<Avx2>(layout, record, out) }
-    }
-
-    // No FMA: every level rounds alike.
-    #[target_feature(enable = "avx2")]
-    pub unsafe fn write_token_avx2(
-        page: Int8Page,
-        record: &mut [u8],
-        token: usize,
-        of_token: Int8Token<'_>,
-    ) -> (WrittenK, bool) {
-        write_token(page, record, token, of_token)
-    }
-
-    // No FMA: as above.
-    #[target_feature(enable = "avx2")]
-    pub unsafe fn encode_tile_avx2(
-        k: &[f32],
-        v: &[f32],
-        head_dim: usize,
-        bits: u32,
-        feedback: &HeadFeedback,
-        first_row: Option<usize>,
-    ) -> Tile {
-        encode_tile(k, v, head_dim, bits, feedback, first_row)
-    }
+    entry_points!(Avx2, "avx2,fma,f16c", "avx2":
+        attend_record_avx2, unpack_avx2, write_token_avx2, encode_tile_avx2);
+    entry_points!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c", "avx512f,avx512bw,avx512dq,avx512vl":
+        attend_record_avx512, unpack_avx512, write_token_avx512, encode_tile_avx512);
 }

@@ -21,6 +21,8 @@ mod write;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 pub use dispatch::Level;
 

@@ -1,0 +1,27 @@
+"""Tiny models of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.05,
+}
+
+
+def saved(kind: Any, config: Any, folder: Path) -> Path:
+    """A model of random weights, the same each time, in a folder."""
+    import torch
+
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    return folder
