@@ -72,6 +72,7 @@ pub mod engine;
 pub mod error;
 pub mod format;
 pub mod paging;
+mod parallel;
 pub mod plan;
 pub mod quant;
 

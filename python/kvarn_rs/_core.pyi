@@ -757,7 +757,7 @@ def is_prefill(block_size: int, context_len: int, num_new: int) -> bool:
     """Whether new tokens attend to each other unquantized: over `DECODE_TOKENS`, or to a short first page."""
 
 def num_threads() -> int:
-    """Number of kernel threads: `RAYON_NUM_THREADS`, or one per core."""
+    """Number of kernel threads: torch's where it has OpenMP, else `RAYON_NUM_THREADS`, or one per core."""
 
 def block_bytes(format: str, head_dim: int, block_size: int = 128, dtype: str = "bfloat16") -> int:
     """Bytes of one block of one layer and key/value head at rest: of a tile in formats that seal, else of a page.

@@ -1,14 +1,19 @@
-//! A parallel loop over threads that live for one call.
+//! A parallel loop over OpenMP's threads, or over threads that live for one call.
 //!
-//! The kernels' rayon pool would deadlock here: a worker that waits for its subtasks may steal another task, and that task
+//! rayon's pool would deadlock here: a worker that waits for its subtasks may steal another task, and that task
 //! may wait for the layer lock which the worker already holds.
 
+use crate::parallel::Threads;
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Builder};
 
 /// Calls `work(index, item)` for every item; on several threads if `worth_threads`, else on this one.
 pub(super) fn for_each<T: Send>(items: &mut [T], worth_threads: bool, work: impl Fn(usize, &mut T) + Sync) {
-    let num_threads = if worth_threads { items.len().min(rayon::current_num_threads()) } else { 1 };
+    let threads = Threads::of_process();
+    if worth_threads && matches!(threads, Threads::OpenMp(_)) {
+        return threads.for_each(items, || (), |(), index, item| work(index, item));
+    }
+    let num_threads = if worth_threads { items.len().min(threads.count()) } else { 1 };
     let queue = Mutex::new(items.iter_mut().enumerate());
     let take_and_work = || {
         loop {

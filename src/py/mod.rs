@@ -15,6 +15,7 @@ mod tensor;
 use crate::backend::cpu::Level;
 use crate::config::{capacity as planner, check_block_size, check_head_dim};
 use crate::format::{Dtype, Format, record_bytes};
+use crate::parallel::Threads;
 use crate::quant::Codec;
 use crate::{Error, Result};
 use pyo3::prelude::*;
@@ -109,11 +110,11 @@ fn simd_level() -> Result<&'static str> {
     Ok(Level::chosen()?.name())
 }
 
-/// Number of kernel threads: `RAYON_NUM_THREADS`, or one per core.
+/// Number of kernel threads: torch's where it has OpenMP, else `RAYON_NUM_THREADS`, or one per core.
 #[pyfunction]
 fn num_threads() -> usize {
     process::kernel_process(); // the next line starts the threads
-    rayon::current_num_threads()
+    Threads::of_process().count()
 }
 
 /// Bytes of one block of one layer and key/value head at rest: of a tile in formats that seal, else of a page.

@@ -5,6 +5,7 @@
 pub const LAYERS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("format", &[]),
+    ("parallel", &[]),
     ("config", &["error", "format"]),
     ("archive", &["error"]),
     ("quant", &["error", "format"]),
@@ -16,6 +17,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
             "error",
             "format",
             "config",
+            "parallel",
             "quant",
             "plan",
             "paging::ids",
@@ -26,7 +28,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
             "paging::PlaceKind",
         ],
     ),
-    ("calibration", &["error", "format", "config", "archive", "quant"]),
+    ("calibration", &["error", "format", "config", "parallel", "archive", "quant"]),
     (
         "engine",
         &[
@@ -51,6 +53,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
             "error",
             "format",
             "config",
+            "parallel",
             "quant",
             "paging",
             "plan",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-LEVELS = ["scalar", "avx2"]
+LEVELS = ["scalar", "avx2", "avx512"]
 # Products of 32 unit normals and a softmax, summed in another order.
 TOLERANCE = 1e-5
 

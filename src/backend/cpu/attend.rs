@@ -8,7 +8,9 @@ use crate::format::{MAX_HEAD_DIM, RecordLayout};
 use crate::plan::{SequencePlan, Split, StepView};
 use crate::quant;
 use crate::quant::record::tile;
-use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// One call of attend, checked: what every job reads.
 pub(super) struct Attention<'a> {
@@ -42,11 +44,13 @@ struct Worker {
     visible: Vec<(usize, usize)>,
 }
 
-/// One split of the history of one (sequence, head).
-struct Job<'a> {
+/// One (sequence, head) whose history is split.
+struct Pair {
     rows: RowRange,
-    split: Split,
-    part: &'a mut [f32],
+    /// Its splits among those of the step.
+    splits: Range<usize>,
+    /// Splits that are not attended to yet.
+    left: AtomicUsize,
 }
 
 impl Cpu {
@@ -201,50 +205,50 @@ impl Attention<'_> {
     }
 
     fn decode(&self) {
-        let head_dim = self.cpu.shape.head_dim;
-        let part_len = |count: usize| count * (head_dim + 2);
-        let mut plans: Vec<(RowRange, Vec<Split>)> = Vec::new();
-        let (mut total, mut values) = (0, 0);
-        for (index, cuts) in self.visible_splits().into_iter().enumerate().filter(|(_, cuts)| !cuts.is_empty()) {
-            let count = self.sequence(index).num_new() * self.group;
-            let num_tokens: usize = cuts.iter().map(|split| split.end - split.start).sum();
-            values += num_tokens * head_dim * self.cpu.shape.num_kv_heads;
+        let part_len = |rows: RowRange| rows.count * (self.cpu.shape.head_dim + 2);
+        let mut pairs: Vec<Pair> = Vec::new();
+        let mut splits: Vec<(usize, Split)> = Vec::new();
+        let (mut len, mut num_tokens) = (0, 0);
+        for (sequence, cuts) in self.visible_splits().into_iter().enumerate().filter(|(_, cuts)| !cuts.is_empty()) {
+            let count = self.sequence(sequence).num_new() * self.group;
             for head in 0..self.cpu.shape.num_kv_heads {
-                total += cuts.len() * part_len(count);
-                plans.push((RowRange { sequence: index, head, first: 0, count }, cuts.clone()));
+                let (rows, first) = (RowRange { sequence, head, first: 0, count }, splits.len());
+                splits.extend(cuts.iter().map(|&split| (pairs.len(), split)));
+                pairs.push(Pair { rows, splits: first..splits.len(), left: AtomicUsize::new(cuts.len()) });
+                len += cuts.len() * part_len(rows);
+                num_tokens += cuts.iter().map(|split| split.end - split.start).sum::<usize>();
             }
         }
-        let mut parts = vec![0f32; total];
-        let mut jobs = Vec::new();
-        let mut rest = parts.as_mut_slice();
-        for (rows, cuts) in &plans {
-            for &split in cuts {
-                let (part, tail) = rest.split_at_mut(part_len(rows.count));
-                rest = tail;
-                jobs.push(Job { rows: *rows, split, part });
+        let mut values = vec![0f32; len];
+        let mut rest = values.as_mut_slice();
+        let mut part = |&(pair, _): &(usize, Split)| {
+            let (part, tail) = std::mem::take(&mut rest).split_at_mut(part_len(pairs[pair].rows));
+            rest = tail;
+            Mutex::new(part)
+        };
+        let parts: Vec<Mutex<&mut [f32]>> = splits.iter().map(&mut part).collect();
+        // Who attends to the last split of a pair merges them.
+        let attend = |worker: &mut Worker, index: usize, &mut (pair, split): &mut (usize, Split)| {
+            let pair = &pairs[pair];
+            self.decode_split(pair.rows, split, &mut lock(&parts[index]), worker);
+            if pair.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                let mut parts: Vec<_> = parts[pair.splits.clone()].iter().map(lock).collect();
+                self.combine(pair.rows, &mut parts);
             }
-        }
-        if values >= PARALLEL_VALUES && jobs.len() > 1 {
-            jobs.par_iter_mut().for_each_init(Worker::default, |worker, job| self.decode_split(job, worker));
+        };
+        if num_tokens * self.cpu.shape.head_dim >= PARALLEL_VALUES && splits.len() > 1 {
+            self.cpu.threads.for_each(&mut splits, Worker::default, attend);
         } else {
             let mut worker = Worker::default();
-            jobs.iter_mut().for_each(|job| self.decode_split(job, &mut worker));
-        }
-        drop(jobs);
-        let mut rest = parts.as_mut_slice();
-        for (rows, cuts) in &plans {
-            let (own, tail) = rest.split_at_mut(cuts.len() * part_len(rows.count));
-            rest = tail;
-            self.combine(*rows, own);
+            splits.iter_mut().enumerate().for_each(|(index, split)| attend(&mut worker, index, split));
         }
     }
 
-    fn decode_split(&self, job: &mut Job<'_>, worker: &mut Worker) {
+    fn decode_split(&self, rows: RowRange, split: Split, part: &mut [f32], worker: &mut Worker) {
         let Worker { scratch, q, q_rotated, visible } = worker;
-        let Job { rows, split, part } = job;
         let sequence = self.sequence(rows.sequence);
         q.resize(rows.count * self.cpu.shape.head_dim, 0.0);
-        self.gather(*rows, q, q_rotated, visible);
+        self.gather(rows, q, q_rotated, visible);
         for (start, end) in visible.iter_mut() {
             (*start, *end) = ((*start).max(split.start), (*end).min(split.end));
         }
@@ -259,28 +263,32 @@ impl Attention<'_> {
     }
 
     /// Merges the splits of one (sequence, head), in order.
-    fn combine(&self, rows: RowRange, parts: &mut [f32]) {
+    fn combine(&self, rows: RowRange, parts: &mut [MutexGuard<'_, &mut [f32]>]) {
         let (count, head_dim) = (rows.count, self.cpu.shape.head_dim);
-        let (first, others) = parts.split_at_mut(count * (head_dim + 2));
+        let Some((first, others)) = parts.split_first_mut() else { return };
         for r in 0..count {
-            let own = others.chunks_exact(count * (head_dim + 2));
-            let top = own.clone().map(|part| part[r]).fold(first[r], f32::max);
+            let acc_of_row = 2 * count + r * head_dim..2 * count + (r + 1) * head_dim;
+            let top = others.iter().map(|part| part[r]).fold(first[r], f32::max);
             if top == f32::NEG_INFINITY {
-                self.finish(rows, r, top, 0.0, &mut first[2 * count + r * head_dim..][..head_dim]);
+                self.finish(rows, r, top, 0.0, &mut first[acc_of_row]);
                 continue;
             }
             let rescale = (first[r] - top).exp();
             let mut sum = first[count + r] * rescale;
-            let acc = &mut first[2 * count + r * head_dim..][..head_dim];
+            let acc = &mut first[acc_of_row.clone()];
             acc.iter_mut().for_each(|x| *x *= rescale);
-            for part in own {
+            for part in &*others {
                 let weight = (part[r] - top).exp();
                 sum += weight * part[count + r];
-                for (x, y) in acc.iter_mut().zip(&part[2 * count + r * head_dim..]) {
+                for (x, y) in acc.iter_mut().zip(&part[acc_of_row.clone()]) {
                     *x += weight * y;
                 }
             }
             self.finish(rows, r, top, sum, acc);
         }
     }
+}
+
+fn lock<'a, 'b>(part: &'b Mutex<&'a mut [f32]>) -> MutexGuard<'b, &'a mut [f32]> {
+    part.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -16,6 +16,7 @@ type Words = [__m256i; 2];
 unsafe impl Simd for Avx2 {
     type F = Lanes;
     type W = Words;
+    const CHAINS: usize = 1;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Lanes {

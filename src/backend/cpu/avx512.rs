@@ -13,6 +13,7 @@ pub struct Avx512;
 unsafe impl Simd for Avx512 {
     type F = __m512;
     type W = __m512i;
+    const CHAINS: usize = 2;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {

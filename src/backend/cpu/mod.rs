@@ -1,4 +1,4 @@
-//! The CPU backend: records in host memory, kernels chosen once a cache, threads by rayon.
+//! The CPU backend: records in host memory, kernels chosen once a cache, threads those of the process.
 //!
 //! Results depend neither on the number of threads nor on what else is in the batch: work is cut at fixed places, and
 //! the pieces are merged in order.
@@ -35,6 +35,7 @@ use crate::config::Shape;
 use crate::error::{Error, Result};
 use crate::format::{Arrangement, RecordLayout};
 use crate::paging::{PageId, Place, PlaceKind};
+use crate::parallel::Threads;
 use crate::plan::{Bounds, StepView};
 use dispatch::Kernels;
 use memory::Memory;
@@ -64,6 +65,7 @@ pub struct Cpu {
     tile: Option<RecordLayout>,
     layers: Vec<Layer>,
     kernels: Kernels,
+    threads: Threads,
 }
 
 impl Cpu {
@@ -130,7 +132,14 @@ impl Cpu {
             return Err(Error::OutOfMemory { bytes, what: "the list of layers" });
         }
         layers.extend((0..shape.num_layers).map(layer));
-        Ok(Self { shape, page: shape.page(), tile, layers, kernels: dispatch::kernels(level) })
+        Ok(Self {
+            shape,
+            page: shape.page(),
+            tile,
+            layers,
+            kernels: dispatch::kernels(level),
+            threads: Threads::of_process(),
+        })
     }
 
     /// Is V stored rotated? Where K may be.

@@ -7,7 +7,6 @@ use crate::paging::PageId;
 use crate::plan::{PageOpen, PageRefit, StepView};
 use crate::quant::record::{self, int8};
 use crate::quant::{ChannelStatistics, ModelChannels};
-use rayon::prelude::*;
 use std::ops::Range;
 
 impl Cpu {
@@ -27,11 +26,8 @@ impl Cpu {
         let num_tokens: usize = opens.iter().map(|open| open.end - open.start).sum();
         let parallel = self.is_worth_threads(num_tokens * layers.len());
         // All statistics before any page is written: they are read from pages that others of the step may change.
-        let statistics: Vec<Option<ChannelStatistics>> = if parallel {
-            jobs().into_par_iter().map(statistics_of).collect()
-        } else {
-            jobs().map(statistics_of).collect()
-        };
+        let statistics: Vec<Option<ChannelStatistics>> =
+            if parallel { self.threads.map(jobs().len(), statistics_of) } else { jobs().map(statistics_of).collect() };
         for (job, statistics) in statistics.into_iter().enumerate() {
             let (layer, open, head) = at(job);
             self.open_page(layer, step, open, head, statistics);
@@ -121,7 +117,7 @@ impl Cpu {
         let jobs = 0..layers.len() * refits.len() * heads;
         let num_tokens: usize = refits.iter().map(|refit| refit.1).sum();
         if self.is_worth_threads(num_tokens * layers.len()) {
-            jobs.into_par_iter().for_each(refit);
+            self.threads.map(jobs.len(), refit);
         } else {
             jobs.for_each(refit);
         }

@@ -12,7 +12,6 @@ use crate::backend::{Fresh, Over};
 use crate::error::{Error, Result};
 use crate::format::{Dtype, MAX_HEAD_DIM, RawPage, RecordLayout};
 use crate::quant;
-use rayon::prelude::*;
 
 /// Query rows of a chunk: enough to make decoding a page cheap, few enough for their state to stay in cache.
 const CHUNK_ROWS: usize = 48;
@@ -45,12 +44,16 @@ impl Attention<'_> {
             let num_rows = self.sequence(index).num_new() * self.group;
             let chunks = num_rows.div_ceil(CHUNK_ROWS);
             // The last chunks see the most: they go first.
-            (0..chunks * self.cpu.shape.num_kv_heads).into_par_iter().for_each_init(Worker::default, |worker, job| {
-                let (chunk, head) = (chunks - 1 - job / self.cpu.shape.num_kv_heads, job % self.cpu.shape.num_kv_heads);
-                let first = chunk * CHUNK_ROWS;
-                let count = CHUNK_ROWS.min(num_rows - first);
-                self.chunk(RowRange { sequence: index, head, first, count }, packed.as_ref(), worker);
-            });
+            let mut jobs: Vec<RowRange> = (0..chunks * self.cpu.shape.num_kv_heads)
+                .map(|job| {
+                    let (chunk, head) =
+                        (chunks - 1 - job / self.cpu.shape.num_kv_heads, job % self.cpu.shape.num_kv_heads);
+                    let first = chunk * CHUNK_ROWS;
+                    RowRange { sequence: index, head, first, count: CHUNK_ROWS.min(num_rows - first) }
+                })
+                .collect();
+            let threads = self.cpu.threads;
+            threads.for_each(&mut jobs, Worker::default, |worker, _, job| self.chunk(*job, packed.as_ref(), worker));
         }
         Ok(())
     }
@@ -110,20 +113,25 @@ impl Attention<'_> {
             return Err(Error::OutOfMemory { bytes: 4 * len, what: "the unquantized tokens of a prefill" });
         }
         values.resize(len, 0f32);
-        values.par_chunks_exact_mut(page.bytes() / 4).enumerate().for_each(|(job, values)| {
-            let (head, page_index) = (job / num_pages, job % num_pages);
-            let rows = sequence.token_rows.chunks(BLOCK_TOKENS).nth(page_index).unwrap_or_default();
-            let mut row = [0f32; MAX_HEAD_DIM];
-            for (token, &index) in rows.iter().enumerate() {
-                fresh.k.read_row(index as usize, head, &mut row[..head_dim]);
-                row[..head_dim].iter().enumerate().for_each(|(d, &x)| values[ORDER.raw_k(page, token, d) / 4] = x);
-                fresh.v.read_row(index as usize, head, &mut row[..head_dim]);
-                if self.cpu.rotates_v() {
-                    quant::rotate_v(&mut row[..head_dim]);
+        let mut pages: Vec<&mut [f32]> = values.chunks_exact_mut(page.bytes() / 4).collect();
+        self.cpu.threads.for_each(
+            &mut pages,
+            || (),
+            |(), job, values| {
+                let (head, page_index) = (job / num_pages, job % num_pages);
+                let rows = sequence.token_rows.chunks(BLOCK_TOKENS).nth(page_index).unwrap_or_default();
+                let mut row = [0f32; MAX_HEAD_DIM];
+                for (token, &index) in rows.iter().enumerate() {
+                    fresh.k.read_row(index as usize, head, &mut row[..head_dim]);
+                    row[..head_dim].iter().enumerate().for_each(|(d, &x)| values[ORDER.raw_k(page, token, d) / 4] = x);
+                    fresh.v.read_row(index as usize, head, &mut row[..head_dim]);
+                    if self.cpu.rotates_v() {
+                        quant::rotate_v(&mut row[..head_dim]);
+                    }
+                    row[..head_dim].iter().enumerate().for_each(|(d, &x)| values[ORDER.raw_v(page, token, d) / 4] = x);
                 }
-                row[..head_dim].iter().enumerate().for_each(|(d, &x)| values[ORDER.raw_v(page, token, d) / 4] = x);
-            }
-        });
+            },
+        );
         Ok(FreshPages { page, num_pages, values })
     }
 }

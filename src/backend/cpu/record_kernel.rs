@@ -9,6 +9,15 @@ pub const MAX_ROWS: usize = 6;
 /// Most tokens of a block: the distance between two rows of weights.
 pub const BLOCK_TOKENS: usize = 128;
 
+/// Room for the partial sums of a row; [`Simd::CHAINS`] of them are used.
+pub const MAX_CHAINS: usize = 2;
+
+/// The partial sum that term `index` of a row's sum is added to.
+#[inline(always)]
+pub const fn chain<S: Simd>(rows: usize, index: usize) -> usize {
+    if rows * S::CHAINS <= MAX_ROWS { index % S::CHAINS } else { 0 }
+}
+
 /// One block of one head, read by `R` query rows at once.
 ///
 /// # Safety
@@ -92,15 +101,18 @@ unsafe impl<S: Simd, E: Element> RecordKernel<S> for RawKernel<E> {
     unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32, _: &[f32; R]) -> [S::F; R] {
         // SAFETY: see the trait.
         unsafe {
-            let mut sums = [S::splat(0.0); R];
+            let mut sums = [[S::splat(0.0); R]; MAX_CHAINS];
             let first = panel * LANES * self.head_dim;
-            for d in 0..self.head_dim {
-                let k = E::load::<S>(self.k, first + d * LANES);
-                for r in 0..R {
-                    sums[r] = S::mul_add(S::splat(*scaled.add(r * MAX_HEAD_DIM + d)), k, sums[r]);
+            for d in (0..self.head_dim).step_by(MAX_CHAINS) {
+                for j in 0..MAX_CHAINS {
+                    let k = E::load::<S>(self.k, first + (d + j) * LANES);
+                    let sums = &mut sums[chain::<S>(R, j)];
+                    for r in 0..R {
+                        sums[r] = S::mul_add(S::splat(*scaled.add(r * MAX_HEAD_DIM + d + j)), k, sums[r]);
+                    }
                 }
             }
-            sums
+            total::<S, R>(sums)
         }
     }
 
@@ -109,22 +121,42 @@ unsafe impl<S: Simd, E: Element> RecordKernel<S> for RawKernel<E> {
         // SAFETY: see the trait.
         unsafe {
             for channel in (0..self.head_dim).step_by(LANES) {
-                let mut sums = [S::splat(0.0); R];
+                let mut sums = [[S::splat(0.0); R]; MAX_CHAINS];
                 for r in 0..R {
-                    sums[r] = S::load(acc.add(r * self.head_dim + channel));
+                    sums[0][r] = S::load(acc.add(r * self.head_dim + channel));
                 }
-                for t in first * LANES..end * LANES {
-                    let v = E::load::<S>(self.v, channel * self.block_size + t * LANES);
-                    for r in 0..R {
-                        sums[r] = S::mul_add(S::splat(*weights.add(r * BLOCK_TOKENS + t)), v, sums[r]);
+                for t in (first * LANES..end * LANES).step_by(MAX_CHAINS) {
+                    for j in 0..MAX_CHAINS {
+                        let v = E::load::<S>(self.v, channel * self.block_size + (t + j) * LANES);
+                        let sums = &mut sums[chain::<S>(R, j)];
+                        for r in 0..R {
+                            sums[r] = S::mul_add(S::splat(*weights.add(r * BLOCK_TOKENS + t + j)), v, sums[r]);
+                        }
                     }
                 }
+                let sums = total::<S, R>(sums);
                 for r in 0..R {
                     S::store(acc.add(r * self.head_dim + channel), sums[r]);
                 }
             }
         }
     }
+}
+
+/// The sum of each row's partial sums.
+///
+/// # Safety
+/// The machine has `S`'s instructions.
+#[inline(always)]
+pub unsafe fn total<S: Simd, const R: usize>(sums: [[S::F; R]; MAX_CHAINS]) -> [S::F; R] {
+    let [mut total, rest] = sums;
+    if chain::<S>(R, 1) == 1 {
+        for r in 0..R {
+            // SAFETY: arithmetic on values.
+            total[r] = unsafe { S::add(total[r], rest[r]) };
+        }
+    }
+    total
 }
 
 /// Scales query rows by channel: gives `q . offset` of each, and `q * scale` in `scaled`.
@@ -218,15 +250,17 @@ unsafe impl<S: Simd> RecordKernel<S> for Int8Kernel<'_> {
         // SAFETY: see the trait.
         unsafe {
             let codes = self.record.as_ptr().add(self.page.k_codes() + panel * LANES * head_dim);
-            let mut sums = [S::splat(0.0); R];
+            let mut sums = [[S::splat(0.0); R]; MAX_CHAINS];
             for d in (0..head_dim).step_by(DEPTH) {
                 let k = S::i8x4(S::load_words(codes.add(d * LANES)));
                 for j in 0..DEPTH {
+                    let sums = &mut sums[chain::<S>(R, j)];
                     for r in 0..R {
                         sums[r] = S::mul_add(S::splat(*scaled.add(r * MAX_HEAD_DIM + d + j)), k[j], sums[r]);
                     }
                 }
             }
+            let mut sums = total::<S, R>(sums);
             let token_scale = S::load_f16(self.halves(self.page.k_token_scale()).add(panel * LANES));
             for r in 0..R {
                 sums[r] = S::add(S::mul(sums[r], token_scale), S::splat(common[r]));
@@ -245,18 +279,20 @@ unsafe impl<S: Simd> RecordKernel<S> for Int8Kernel<'_> {
             let common = scale_weights::<S, R>(first, end, scale, zero_point, weights);
             let codes = self.record.as_ptr().add(self.page.v_codes());
             for channel in (0..head_dim).step_by(LANES) {
-                let mut sums = [S::splat(0.0); R];
+                let mut sums = [[S::splat(0.0); R]; MAX_CHAINS];
                 for r in 0..R {
-                    sums[r] = S::add(S::load(acc.add(r * head_dim + channel)), S::splat(common[r]));
+                    sums[0][r] = S::add(S::load(acc.add(r * head_dim + channel)), S::splat(common[r]));
                 }
                 for t in (first * LANES..end * LANES).step_by(DEPTH) {
                     let v = S::u8x4(S::load_words(codes.add(channel * self.page.block_size + t * LANES)));
                     for j in 0..DEPTH {
+                        let sums = &mut sums[chain::<S>(R, j)];
                         for r in 0..R {
                             sums[r] = S::mul_add(S::splat(*weights.add(r * BLOCK_TOKENS + t + j)), v[j], sums[r]);
                         }
                     }
                 }
+                let sums = total::<S, R>(sums);
                 for r in 0..R {
                     S::store(acc.add(r * head_dim + channel), sums[r]);
                 }

@@ -5,7 +5,9 @@ use crate::backend::{Fresh, TensorView};
 use crate::error::{Error, Result};
 use crate::format::MAX_HEAD_DIM;
 use crate::plan::StepView;
-use rayon::prelude::*;
+
+/// Rows that a thread checks at once.
+const CHUNK_ROWS: usize = 64;
 
 impl Cpu {
     /// Are the step's keys and values finite, where there are tokens?
@@ -14,7 +16,13 @@ impl Cpu {
         for (name, view) in [("k", new.k), ("v", new.v)] {
             let check = |&row: &i32| self.check_finite_row(name, row as usize, view);
             let rows = step.token_rows();
-            if parallel { rows.par_iter().try_for_each(check)? } else { rows.iter().try_for_each(check)? }
+            if parallel {
+                let chunks: Vec<&[i32]> = rows.chunks(CHUNK_ROWS).collect();
+                let checked = self.threads.map(chunks.len(), |index| chunks[index].iter().try_for_each(check));
+                checked.into_iter().collect::<Result<()>>()?;
+            } else {
+                rows.iter().try_for_each(check)?;
+            }
         }
         Ok(())
     }

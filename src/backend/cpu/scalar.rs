@@ -16,6 +16,7 @@ type Words = [u32; WIDTH];
 unsafe impl Simd for Scalar {
     type F = Lanes;
     type W = Words;
+    const CHAINS: usize = 1;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Lanes {

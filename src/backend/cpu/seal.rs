@@ -8,7 +8,6 @@ use crate::plan::{Seal, StepView};
 use crate::quant::range::{TokenSet, out_of_range_tokens};
 use crate::quant::record::{self, raw, tile};
 use crate::quant::{self, HeadFeedback};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// One tile: K and V of its rows, `[block_size, head_dim]` each, and what they become.
@@ -35,8 +34,7 @@ impl Cpu {
             Job { layer: layers.start + layer, seal, head, feedback }
         };
         let seal = |index: usize| self.seal_block(&job(index), step, from);
-        let sealed: Vec<(usize, TokenSet)> =
-            (0..layers.len() * seals.len() * heads).into_par_iter().map(seal).collect();
+        let sealed: Vec<(usize, TokenSet)> = self.threads.map(layers.len() * seals.len() * heads, seal);
         let num_codes = seals.len() * heads * self.shape.block_size * self.shape.head_dim;
         for (layer, sealed) in layers.zip(sealed.chunks_exact(seals.len() * heads)) {
             let health = &mut self.layers[layer].health;

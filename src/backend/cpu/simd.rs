@@ -12,6 +12,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen lanes of 32 bits.
     type W: Copy;
 
+    /// Partial sums of a row that keep the multipliers busy, while one waits for its last addition: 1 or 2.
+    const CHAINS: usize;
+
     /// Every lane `x`.
     unsafe fn splat(x: f32) -> Self::F;
     /// Reads sixteen f32.

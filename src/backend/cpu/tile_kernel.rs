@@ -8,7 +8,7 @@
 //! with `q` in the frame of K, V in its own, and row `f` the sequence's first token, whose other parameters are 0.
 
 use super::ORDER;
-use super::record_kernel::{BLOCK_TOKENS, RecordKernel, scale_queries, scale_weights};
+use super::record_kernel::{BLOCK_TOKENS, MAX_CHAINS, RecordKernel, chain, scale_queries, scale_weights, total};
 use super::simd::Simd;
 use crate::format::order::{DEPTH, LANES};
 use crate::format::{MAX_HEAD_DIM, SealedTile};
@@ -144,15 +144,16 @@ unsafe impl<S: Simd, const BITS: u32> RecordKernel<S> for TileKernel<'_, BITS> {
     unsafe fn scores<const R: usize>(&self, panel: usize, scaled: *const f32, common: &[f32; R]) -> [S::F; R] {
         // SAFETY: see the trait.
         unsafe {
-            let mut sums = [S::splat(0.0); R];
+            let mut sums = [[S::splat(0.0); R]; MAX_CHAINS];
             for r in 0..R {
-                sums[r] = S::splat(common[r]);
+                sums[0][r] = S::splat(common[r]);
             }
             for d in (0..self.layout.head_dim).step_by(DEEP) {
                 let words = self.k_words::<S>(panel, d / DEEP);
                 for m in 0..DEEP / DEPTH {
                     let k = S::u8x4(words[m]);
                     for j in 0..DEPTH {
+                        let sums = &mut sums[chain::<S>(R, j)];
                         for r in 0..R {
                             let q = S::splat(*scaled.add(r * MAX_HEAD_DIM + d + m * DEPTH + j));
                             sums[r] = S::mul_add(q, k[j], sums[r]);
@@ -160,6 +161,7 @@ unsafe impl<S: Simd, const BITS: u32> RecordKernel<S> for TileKernel<'_, BITS> {
                     }
                 }
             }
+            let mut sums = total::<S, R>(sums);
             let token_scale = S::load_f16(self.halves(self.layout.k_token_scale()).add(panel * LANES));
             for r in 0..R {
                 sums[r] = S::mul(sums[r], token_scale);
@@ -184,14 +186,14 @@ unsafe impl<S: Simd, const BITS: u32> RecordKernel<S> for TileKernel<'_, BITS> {
             }
             let common = scale_weights::<S, R>(first, end, scale, zero_point, weights);
             for channel in (0..head_dim).step_by(LANES) {
-                let mut sums = [S::splat(0.0); R];
+                let mut sums = [[S::splat(0.0); R]; MAX_CHAINS];
                 for r in 0..R {
-                    sums[r] = S::add(S::load(acc.add(r * head_dim + channel)), S::splat(common[r]));
+                    sums[0][r] = S::add(S::load(acc.add(r * head_dim + channel)), S::splat(common[r]));
                 }
                 if first_row.is_some() {
                     let first_v = self.first_v::<S>(channel);
                     for r in 0..R {
-                        sums[r] = S::mul_add(S::splat(first_weight[r]), first_v, sums[r]);
+                        sums[0][r] = S::mul_add(S::splat(first_weight[r]), first_v, sums[0][r]);
                     }
                 }
                 for t in (first * LANES..end * LANES).step_by(DEEP) {
@@ -199,6 +201,7 @@ unsafe impl<S: Simd, const BITS: u32> RecordKernel<S> for TileKernel<'_, BITS> {
                     for m in 0..DEEP / DEPTH {
                         let v = S::u8x4(words[m]);
                         for j in 0..DEPTH {
+                            let sums = &mut sums[chain::<S>(R, j)];
                             for r in 0..R {
                                 let weight = S::splat(*weights.add(r * BLOCK_TOKENS + t + m * DEPTH + j));
                                 sums[r] = S::mul_add(weight, v[j], sums[r]);
@@ -206,6 +209,7 @@ unsafe impl<S: Simd, const BITS: u32> RecordKernel<S> for TileKernel<'_, BITS> {
                         }
                     }
                 }
+                let sums = total::<S, R>(sums);
                 for r in 0..R {
                     S::store(acc.add(r * head_dim + channel), sums[r]);
                 }

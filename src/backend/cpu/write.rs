@@ -8,7 +8,6 @@ use crate::plan::StepView;
 use crate::quant;
 use crate::quant::range::TokenSet;
 use crate::quant::record::{int8, raw};
-use rayon::prelude::*;
 
 /// What was written of one block and head.
 struct Written {
@@ -26,7 +25,7 @@ impl Cpu {
         let jobs = 0..blocks.len() * num_kv_heads;
         let write = |job: usize| self.write_block(layer, step, new, blocks[job / num_kv_heads], job % num_kv_heads);
         let written: Vec<Written> = if self.is_worth_threads(step.num_tokens()) {
-            jobs.into_par_iter().map(write).collect()
+            self.threads.map(jobs.len(), write)
         } else {
             jobs.map(write).collect()
         };
