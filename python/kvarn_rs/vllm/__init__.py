@@ -1,7 +1,7 @@
 """A vLLM plugin: `--kv-cache-dtype kvarn_int8` (or another of kvarn's formats) in stock vLLM, without other flags.
 
 vLLM finds `register` by its entry point and calls it in each of its processes. Everything that moves between vLLM's
-releases is in `compat`.
+releases is in `compat` and `compat_metrics`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def register() -> None:
             tested = ", ".join(f"{known}.x" for known in TESTED_VERSIONS)
             _logger.warning("kvarn-rs is disabled: vLLM %s is not one of the tested releases (%s)", version, tested)
             return
-        from . import backend, compat, metadata
+        from . import backend, compat, compat_metrics, metadata
 
         compat.install(backend.backend_of, metadata.KVarnMetadataBuilder)
+        compat_metrics.install()
     except Exception:  # it would end every run of vLLM
         _logger.exception("kvarn-rs is disabled: it cannot be added to this vLLM")
 

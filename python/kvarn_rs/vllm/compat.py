@@ -1,4 +1,4 @@
-"""Everything of vLLM that moves between its releases, and the only file that imports it.
+"""What of vLLM moves between its releases. Only this file and `compat_metrics` import it.
 
 What a release has decides, not its number: with `AttentionBackend.customize_spec` (0.28 on) a backend sizes its blocks,
 before that the specs of layers are replaced by `_PackedSpec`s. The names of cache dtypes are a closed `Literal`, which
@@ -9,7 +9,6 @@ is extended.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
@@ -29,6 +28,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
 from . import formats, settings
+from .wrapping import wrap as _wrap
 
 __all__ = [
     "AttentionBackend",
@@ -36,6 +36,7 @@ __all__ = [
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
+    "builders",
     "install",
     "layer_number",
     "layers",
@@ -59,20 +60,6 @@ def install(backend_of: Callable[[str, torch.dtype], Any], builder_class: type) 
     _select_backend(backend_of, builder_class)
     _check_engine_configs()
     _size_blocks()
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replaces a function of vLLM by one that gets it as its first argument. Once: the second time nothing happens."""
-    original = getattr(owner, name)
-    if getattr(original, "kvarn_wraps", None) is not None:
-        return
-
-    @functools.wraps(original)
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    replaced.kvarn_wraps = original  # pyright: ignore[reportAttributeAccessIssue]
-    setattr(owner, name, replaced)
 
 
 # Cache dtypes.
@@ -256,20 +243,21 @@ def layer_number(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
+def builders(runner: Any, builder_class: type) -> Iterator[tuple[int, Any]]:
+    """Builders of a class in a worker's model runner, with the number of the KV cache group that each is of."""
+    for index, groups in enumerate(runner.attn_groups):
+        for builder in (builder for group in groups for builder in group.metadata_builders):
+            if isinstance(builder, builder_class):
+                yield index, builder
+
+
 def _watch_runner(builder_class: type) -> None:
     """Starts the groups of a model once it has blocks; tells them, before each step, what became of the last one."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    def builders(runner: Any) -> Iterator[tuple[int, Any]]:
-        """Ours, with the number of the KV cache group that each is of."""
-        for index, groups in enumerate(runner.attn_groups):
-            for builder in (builder for group in groups for builder in group.metadata_builders):
-                if isinstance(builder, builder_class):
-                    yield index, builder
-
     def start(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(runner, *args, **kwargs)
-        for _, builder in builders(runner):
+        for _, builder in builders(runner, builder_class):
             builder.start()
         return result
 
@@ -278,7 +266,7 @@ def _watch_runner(builder_class: type) -> None:
         gone = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
         gone |= scheduled.scheduled_cached_reqs.resumed_req_ids
         states = {request: runner.requests[request] for request in gone if request in runner.requests}
-        for index, builder in builders(runner):
+        for index, builder in builders(runner, builder_class):
             known = [(request, _kept(state), state.block_ids[index]) for request, state in last]
             builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
         return original(runner, scheduled)

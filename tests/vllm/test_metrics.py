@@ -1,0 +1,129 @@
+"""kvarn's metrics in vLLM's Prometheus registry, against the engines' own figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
+from prometheus_client import REGISTRY  # pyright: ignore[reportMissingImports]
+from prometheus_client.parser import text_string_to_metric_families  # pyright: ignore[reportMissingImports]
+from runs import core, finish, greedy, groups, make_llm, num_blocks
+from vllm import SamplingParams  # pyright: ignore
+
+from kvarn_rs.vllm import compat_metrics, formats
+
+PAGES = 32  # 3 a sequence, of 8, and one more of each
+
+
+def samples(registry: Any = REGISTRY) -> dict[tuple[str, str | None], float]:
+    """Values of kvarn's metrics by name and state."""
+    return {
+        (sample.name, sample.labels.get("state")): sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if sample.name.startswith("kvarn_") and not sample.name.endswith("_created")
+    }
+
+
+def test_an_engine_in_this_process_reports_its_blocks_pages_and_seals(model: Path) -> None:
+    llm = make_llm(model, "kvarn_int4", disable_log_stats=False, enable_prefix_caching=True)
+    assert samples()["kvarn_sealed_blocks_total", None] == 0
+    greedy(llm)
+    (group,) = groups(llm)
+    stats, found = group.engine.stats(), samples()
+    page = 2 * 2 * formats.open_page_bytes(64)
+    block = 2 * 2 * formats.BLOCK_SIZE * formats.token_bytes("int4", 64, "float32")
+    assert stats["open_pages"] > 0
+    assert found["kvarn_blocks", "used"] == 0
+    assert found["kvarn_blocks", "free"] == num_blocks(llm) - 1
+    assert found["kvarn_blocks_bytes", "free"] == (num_blocks(llm) - 1) * block
+    assert found["kvarn_open_pages", "used"] == stats["open_pages"]
+    assert found["kvarn_open_pages", "free"] == PAGES - stats["open_pages"]
+    assert found["kvarn_open_pages_bytes", "used"] == stats["open_pages"] * page
+    assert found["kvarn_open_pages_bytes", "free"] == (PAGES - stats["open_pages"]) * page
+    assert found["kvarn_open_pages_peak", None] == stats["peak_open_pages"]
+    assert found["kvarn_sealed_blocks_total", None] == stats["sealed"] > 0
+    assert found["kvarn_out_of_range_tokens_total", None] == 0
+    assert found["kvarn_saturation_ratio", None] == max(stats["saturation"])
+    assert found["kvarn_drift_ratio", None] in stats["drift"]
+    assert found["kvarn_calibration", stats["calibrated"]] == 1
+    assert sum(value for (name, _), value in found.items() if name == "kvarn_calibration") == 1
+    llm.llm_engine.step()
+    assert samples()["kvarn_open_pages", "used"] == 0
+    again = make_llm(model, "kvarn_int8", disable_log_stats=False)
+    assert samples()["kvarn_sealed_blocks_total", None] == 0, "metrics are of the latest engine"
+    greedy(again)
+    assert samples()["kvarn_open_pages", "free"] == 0
+    assert ("kvarn_calibration", "no") not in samples()
+    make_llm(model, "auto", disable_log_stats=False)
+    assert samples() == {}
+
+
+def test_blocks_of_running_requests_are_used(model: Path) -> None:
+    llm = make_llm(model, "kvarn_int4", disable_log_stats=False)
+    parameters = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request("one", {"prompt_token_ids": [5] * 300}, parameters)  # pyright: ignore
+    llm.llm_engine.step()
+    assert samples()["kvarn_blocks", "used"] == 3
+    assert samples()["kvarn_open_pages", "used"] == groups(llm)[0].engine.stats()["open_pages"] > 0
+
+
+def test_nothing_is_asked_of_workers_without_log_stats_or_for_other_cache_dtypes(model: Path) -> None:
+    for options in ({"cache_dtype": "kvarn_int4"}, {"cache_dtype": "auto", "disable_log_stats": False}):
+        llm = make_llm(model, **options)  # pyright: ignore[reportArgumentType]
+        assert "step" not in vars(core(llm))
+        greedy(llm, 1)
+
+
+def test_figures_that_cannot_be_read_end_metrics_and_not_the_engine(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("no figures")
+
+    monkeypatch.setattr(compat_metrics, "read_worker", fail)
+    llm = make_llm(model, "kvarn_int8", disable_log_stats=False)
+    assert len(greedy(llm, 3)[0][0]) == 3
+    assert [record.getMessage() for record in caplog.records if "no metrics" in record.getMessage()] == [
+        "kvarn-rs: no metrics from now on"
+    ]
+    finish(llm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_server_has_the_metrics_at_its_endpoint(model: Path, ranks: int) -> None:
+    script = Path(__file__).with_name("serve.py")
+    command = [sys.executable, str(script), str(model), str(ranks)]
+    # On a machine of two cores, vLLM finds none that it could bind the second rank to.
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    served = json.loads(done.stdout.splitlines()[-1])
+    labels = [
+        sample.labels
+        for metric in text_string_to_metric_families(served["metrics"])
+        for sample in metric.samples
+        if sample.name.startswith("kvarn_")
+    ]
+    assert all(label["model_name"] == "served" and label["engine"] == "0" for label in labels)
+
+    class Served:
+        def collect(self) -> Any:
+            return text_string_to_metric_families(served["metrics"])
+
+    found = samples(Served())
+    block = 2 * 2 * formats.BLOCK_SIZE * formats.token_bytes("int4", 64, "float32")  # over all ranks
+    assert found["kvarn_blocks", "used"] == 0
+    assert found["kvarn_blocks_bytes", "free"] == found["kvarn_blocks", "free"] * block
+    assert found["kvarn_open_pages", "used"] == 0
+    assert found["kvarn_open_pages_bytes", "free"] == PAGES * 2 * 2 * formats.open_page_bytes(64)
+    assert found["kvarn_sealed_blocks_total", None] == 2  # of 300 tokens
+    assert found["kvarn_open_pages_peak", None] >= 2
