@@ -1,7 +1,7 @@
 """`kvarn plan`: how many tokens and sequences of a model fit in a memory, by cache format.
 
-JSON: ``{"model_type", "context", "block_size", "memory_bytes", "weights_bytes", "tensor_parallel", "max_sequences",
-"layers": [{"num_layers", "num_kv_heads", "head_dim", "window"}], "state_layers",
+JSON: ``{"engine", "model_type", "context", "block_size", "memory_bytes", "weights_bytes", "tensor_parallel",
+"max_sequences", "layers": [{"num_layers", "num_kv_heads", "head_dim", "window"}], "state_layers",
 "formats": [{"format", "bytes_per_token", "tokens", "sequences", "sequence_bytes", "open_bytes", "open_page_bytes"}],
 "unsupported": [{"format", "reason"}], "notes": [str]}``
 
@@ -11,6 +11,13 @@ formats). `sequence_bytes` is both for `context` tokens, `bytes_per_token` is th
 `open_bytes` is the part of `sequence_bytes` due to open pages and rounding up to blocks. `tokens` is the whole blocks
 that fit beside the open pages of `sequences` if all layers have full attention and the same storage, else the tokens of
 as many sequences of `context` as fit. `num_kv_heads` is per GPU.
+
+With `--engine vllm` the figures are of the pool of blocks that vLLM makes (`plan_vllm`). JSON has `max_batched_tokens`
+too, and formats are ``[{"format", "bytes_per_token", "num_blocks", "block_bytes", "tokens", "sequences",
+"sequence_bytes", "pool_bytes", "open_pages", "open_pages_bytes"}]``. `num_blocks` and `tokens` are those that vLLM logs
+for a pool of `pool_bytes`; `memory_bytes` is null with `--kv-cache-memory`. `open_pages` is the number of pages beside
+the pool in each layer, for `max_sequences` sequences, and `open_pages_bytes` the memory of all of them. A sequence
+under a window has the blocks that its window shows and those that a step adds.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, UnknownFormatError, UnsupportedError
+from . import plan_vllm
 from .console import Console, add_output_options
 from .model_shape import LayerGroup, ModelShape, model_shape, read_config
 from .sizes import format_bytes, format_count, parse_bytes, parse_count, parse_names
@@ -41,7 +49,19 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="CONFIG", type=Path, help="a config.json, or the folder that holds it")
     parser.add_argument(
-        "--memory", type=parse_bytes, required=True, help="memory of one GPU, for example 80GiB (bytes without a unit)"
+        "--engine",
+        choices=("kvarn", "vllm"),
+        default="kvarn",
+        help="whose blocks: those of kvarn's own cache (the default), or vLLM's",
+    )
+    memory = parser.add_mutually_exclusive_group(required=True)
+    memory.add_argument(
+        "--memory", type=parse_bytes, help="memory of one GPU, for example 80GiB (bytes without a unit)"
+    )
+    memory.add_argument(
+        "--kv-cache-memory",
+        type=parse_bytes,
+        help="vLLM's --kv-cache-memory-bytes, beside which open pages are (only with --engine vllm)",
     )
     parser.add_argument("--weights", type=parse_bytes, default=0, help="memory of weights and workspace (default: 0)")
     parser.add_argument(
@@ -53,6 +73,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--context", type=parse_count, help="tokens per sequence (default: 32k, or the model's limit)")
     parser.add_argument("--max-seqs", type=parse_count, help="most sequences that run at once (default: all that fit)")
+    parser.add_argument(
+        "--max-batched-tokens", type=parse_count, help="vLLM's most tokens of a step (only with --engine vllm)"
+    )
     parser.add_argument("--tp", type=parse_count, default=1, help="GPUs of tensor parallelism (default: 1)")
     parser.add_argument("--block-size", type=parse_count, default=128, help="tokens per block (default: 128)")
     add_output_options(parser)
@@ -61,9 +84,16 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Runs the command."""
+    in_vllm = arguments.engine == "vllm"
+    if in_vllm:
+        plan_vllm.check(arguments)
+    elif arguments.kv_cache_memory is not None or arguments.max_batched_tokens is not None:
+        raise ConfigError("--kv-cache-memory and --max-batched-tokens are for --engine vllm")
     shape = model_shape(read_config(arguments.model))
     context = arguments.context or min(shape.max_context or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
-    if arguments.weights >= arguments.memory:
+    if arguments.memory is None and arguments.weights:
+        raise ConfigError("--weights are not part of --kv-cache-memory: leave one of them out")
+    if arguments.memory is not None and arguments.weights >= arguments.memory:
         raise ConfigError(
             f"weights of {format_bytes(arguments.weights)} leave nothing of {format_bytes(arguments.memory)}"
         )
@@ -72,7 +102,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     notes = plan_notes(shape, context, arguments)
     for name in format_names(arguments.format):
         try:
-            row, dense_layers = plan_format(name, groups, context, arguments)
+            if in_vllm:
+                row, dense_layers = plan_vllm.plan_format(name, groups, context, arguments), []
+            else:
+                row, dense_layers = plan_format(name, groups, context, arguments)
         except UnsupportedError as error:
             unsupported.append({"format": name, "reason": str(error)})
             continue
@@ -82,12 +115,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         raise UnsupportedError("; ".join(f"{entry['format']}: {entry['reason']}" for entry in unsupported))
     if not any(row["tokens"] for row in formats):
         least = min(formats, key=lambda row: row["bytes_per_token"])
+        open_pages = f", beside {format_bytes(least['open_pages_bytes'])} of open pages" if in_vllm else ""
         raise ConfigError(
-            f"{format_bytes(arguments.memory - arguments.weights)} for the cache hold no block: {arguments.block_size} "
-            f"tokens take about {format_bytes(least['bytes_per_token'] * arguments.block_size)} in {least['format']}. "
+            f"{format_bytes(cache_memory(arguments))} for the cache hold no block: {arguments.block_size} tokens take "
+            f"about {format_bytes(least['bytes_per_token'] * arguments.block_size)} in {least['format']}{open_pages}. "
             "A size without a unit is in bytes: write for example --memory 80GiB"
         )
     report = {
+        "engine": arguments.engine,
         "model_type": shape.model_type,
         "context": context,
         "block_size": arguments.block_size,
@@ -104,9 +139,24 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         "unsupported": unsupported,
         "notes": notes,
     }
+    if in_vllm:
+        report["max_batched_tokens"] = arguments.max_batched_tokens
     console.result(report)
-    _print(report, console)
+    _print_layers(report, console)
+    if in_vllm:
+        plan_vllm.print_report(report, console)
+    else:
+        _print(report, console)
+    for entry in report["unsupported"]:
+        console.line(f"{entry['format']} is not planned: {entry['reason']}")
+    for note in report["notes"]:
+        console.note(f"note: {note}")
     return 0
+
+
+def cache_memory(arguments: argparse.Namespace) -> int:
+    """Bytes for the cache."""
+    return arguments.memory - arguments.weights if arguments.memory is not None else arguments.kv_cache_memory
 
 
 def format_names(names: list[str]) -> list[str]:
@@ -203,14 +253,15 @@ def plan_format(
 
 def plan_notes(shape: ModelShape, context: int, arguments: argparse.Namespace) -> list[str]:
     """Notes on assumptions behind the figures."""
-    notes = []
-    if not arguments.weights:
+    notes = plan_vllm.notes(shape, arguments) if arguments.engine == "vllm" else []
+    if not arguments.weights and arguments.memory is not None:
         notes.append("weights are not counted: give them with --weights")
     if shape.max_context is not None and context > shape.max_context:
         notes.append(f"a context of {context:,} is beyond the model's own limit of {shape.max_context:,}")
     if shape.state_layers:
         notes.append(f"{shape.state_layers} layers have a constant state, or none: not counted")
-    if any(group.window is not None and group.window < context for group in shape.groups):
+    is_sliding = any(group.window is not None and group.window < context for group in shape.groups)
+    if is_sliding and arguments.engine != "vllm":
         notes.append(
             "sliding layers store a prompt in full until the next step: the figures are for decode and chunked prefill"
         )
@@ -223,13 +274,16 @@ def plan_notes(shape: ModelShape, context: int, arguments: argparse.Namespace) -
     return notes
 
 
-def _print(report: dict[str, Any], console: Console) -> None:
+def _print_layers(report: dict[str, Any], console: Console) -> None:
     for layer in report["layers"]:
         reach = "reading everything" if layer["window"] is None else f"reading {layer['window']:,} tokens"
         console.line(
             f"{report['model_type']}: {layer['num_layers']} layers of {layer['num_kv_heads']} kv heads, "
             f"head_dim {layer['head_dim']}, {reach}"
         )
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
     console.line(
         f"{format_bytes(report['memory_bytes'] - report['weights_bytes'])} for the cache on each GPU; sequences of "
         f"{format_count(report['context'])} tokens in blocks of {report['block_size']}"
@@ -262,7 +316,3 @@ def _print(report: dict[str, Any], console: Console) -> None:
             for row in formats
         ],
     )
-    for entry in report["unsupported"]:
-        console.line(f"{entry['format']} is not planned: {entry['reason']}")
-    for note in report["notes"]:
-        console.note(f"note: {note}")

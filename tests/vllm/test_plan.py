@@ -1,0 +1,73 @@
+"""`kvarn plan --engine vllm` against the pool that vLLM makes, and the pages that kvarn allocates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
+from models import SIZES, saved
+from runs import KV_CACHE_BYTES, core, groups, make_llm, num_blocks
+
+from kvarn_rs.cli import main
+
+STEP = 256
+MAX_SEQS = 8
+MAX_LEN = 1000
+FORMATS = ("int8", "int4", "int2")
+
+
+@pytest.fixture(scope="module")
+def mixed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma of five layers, of which one sees all tokens and the others see 200."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    sizes = {**SIZES, "num_hidden_layers": len(kinds), "layer_types": kinds, "sliding_window": 200}
+    return saved(Gemma3ForCausalLM, Gemma3TextConfig(**sizes), tmp_path_factory.mktemp("mixed_model"))
+
+
+def planned(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    capsys.readouterr()
+    options = ["--engine", "vllm", "--kv-cache-memory", str(KV_CACHE_BYTES), "--context", str(MAX_LEN)]
+    limits = ["--max-seqs", str(MAX_SEQS), "--max-batched-tokens", str(STEP)]
+    assert main(["plan", str(model), *options, *limits, "--json"]) == 0
+    return {row["format"]: row for row in json.loads(capsys.readouterr().out)["formats"]}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "model",
+        pytest.param("sliding_model", marks=pytest.mark.slow),
+        pytest.param("mixed_model", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_and_tokens_are_those_of_vllm(
+    kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity  # pyright: ignore[reportMissingImports]
+
+    model = request.getfixturevalue(kind)
+    plan = planned(model, capsys)
+    for format in FORMATS:
+        options = {"dtype": "bfloat16", "max_model_len": MAX_LEN, "max_num_batched_tokens": STEP}
+        llm = make_llm(model, f"kvarn_{format}", **options)
+        row = plan[format]
+        assert row["num_blocks"] == num_blocks(llm)
+        tokens, _ = get_kv_cache_capacity(core(llm).vllm_config, core(llm).scheduler.kv_cache_config)
+        assert row["tokens"] == pytest.approx(tokens, abs=1)  # vLLM rounds a product of floats down
+        pages = [layer.impl.open_pages for layer in _layers(llm) if layer.impl.open_pages is not None]
+        assert row["open_pages_bytes"] == sum(found.nbytes for found in pages)
+        assert {row["open_pages"]} == {group.num_open_pages for group in groups(llm)}
+        if format == "int8":
+            assert not pages
+
+
+def _layers(llm: Any) -> list[Any]:
+    runner = core(llm).model_executor.driver_worker.worker.model_runner
+    context = runner.vllm_config.compilation_config.static_forward_context
+    return [layer for layer in context.values() if hasattr(layer, "impl")]
