@@ -13,6 +13,7 @@ from models import SIZES, saved
 from runs import KV_CACHE_BYTES, core, groups, make_llm, num_blocks
 
 from kvarn_rs.cli import main
+from kvarn_rs.vllm import compat
 
 STEP = 256
 MAX_SEQS = 8
@@ -38,12 +39,17 @@ def planned(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[s
     return {row["format"]: row for row in json.loads(capsys.readouterr().out)["formats"]}
 
 
+needs_blocks_of_several_sizes = pytest.mark.skipif(
+    compat.smallest_block() is None, reason="this release quantizes sliding layers too, and the plan is of later ones"
+)
+
+
 @pytest.mark.parametrize(
     "kind",
     [
         "model",
         pytest.param("sliding_model", marks=pytest.mark.slow),
-        pytest.param("mixed_model", marks=pytest.mark.slow),
+        pytest.param("mixed_model", marks=[pytest.mark.slow, needs_blocks_of_several_sizes]),
     ],
 )
 def test_blocks_and_tokens_are_those_of_vllm(
@@ -60,7 +66,7 @@ def test_blocks_and_tokens_are_those_of_vllm(
         assert row["num_blocks"] == num_blocks(llm)
         tokens, _ = get_kv_cache_capacity(core(llm).vllm_config, core(llm).scheduler.kv_cache_config)
         assert row["tokens"] == pytest.approx(tokens, abs=1)  # vLLM rounds a product of floats down
-        pages = [layer.impl.open_pages for layer in _layers(llm) if layer.impl.open_pages is not None]
+        pages = [pages for layer in _layers(llm) if (pages := getattr(layer.impl, "open_pages", None)) is not None]
         assert row["open_pages_bytes"] == sum(found.nbytes for found in pages)
         assert {row["open_pages"]} == {group.num_open_pages for group in groups(llm)}
         if format == "int8":

@@ -102,10 +102,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     notes = plan_notes(shape, context, arguments)
     for name in format_names(arguments.format):
         try:
-            if in_vllm:
-                row, dense_layers = plan_vllm.plan_format(name, groups, context, arguments), []
-            else:
-                row, dense_layers = plan_format(name, groups, context, arguments)
+            plan_one = plan_vllm.plan_format if in_vllm else plan_format
+            row, dense_layers = plan_one(name, groups, context, arguments)
         except UnsupportedError as error:
             unsupported.append({"format": name, "reason": str(error)})
             continue

@@ -2,7 +2,8 @@
 
 vLLM gives its KV memory to blocks of one size. Layers with the same window are a KV cache group, or several of as many
 layers each; a sequence has blocks in each group, and a block is of all layers of a group. In formats that seal,
-kvarn's open pages are beside the pool. The rules are those of vLLM 0.26 to 0.32 (`v1/core/kv_cache_utils.py`).
+kvarn's open pages are beside the pool. The rules are those of vLLM 0.26 to 0.32 (`v1/core/kv_cache_utils.py`). As
+in 0.32, sliding layers beside full ones stay in vLLM's own cache, in blocks of the same bytes and fewer tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from .sizes import format_bytes, format_count
 
 # Bytes of an element of vLLM's own cache dtypes.
 _ELEMENT_BYTES = {"bf16": 2, "fp8": 1}
+_DTYPE = "bfloat16"
+# Tokens of the smallest block of vLLM's own attention on the CPU. Sliding layers with less in a block are quantized.
+_SMALLEST_BLOCK = 32
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -42,12 +46,14 @@ class Layout:
     """How vLLM lays layers out in blocks.
 
     Attributes:
-        groups: the window of each KV cache group, None without one.
+        groups: of each KV cache group its window, None without one, and the tokens of its blocks.
         block_bytes: bytes of a block of any group.
+        page_bytes: bytes of one open page in all layers that have them.
     """
 
-    groups: tuple[int | None, ...]
+    groups: tuple[tuple[int | None, int], ...]
     block_bytes: int
+    page_bytes: int
 
 
 def layout(layers: list[tuple[LayerGroup, int]], name: str) -> Layout:
@@ -60,24 +66,32 @@ def layout(layers: list[tuple[LayerGroup, int]], name: str) -> Layout:
     Raises:
         UnsupportedError: a layer that the format does not store, or layers that vLLM lays out in another way.
     """
+    is_ours = name not in _ELEMENT_BYTES
+    is_mixed = len({group.window is None for group, _ in layers}) == 2
+    tokens_of: dict[int | None, int] = {}
     counts: Counter[int | None] = Counter()
-    pages: Counter[int | None] = Counter()
-    sizes = set()
+    block_bytes: Counter[int | None] = Counter()
+    sizes, page_bytes = set(), 0
     for group, heads in layers:
-        page = formats.BLOCK_SIZE * heads * _token_bytes(name, group)
+        size = formats.BLOCK_SIZE * heads * _token_bytes(name, group)
+        tokens = formats.unquantized_tokens(name, group.head_dim, _DTYPE) if is_ours and is_mixed else 0
+        is_quantized = is_ours and (group.window is None or tokens < _SMALLEST_BLOCK)
+        tokens_of[group.window] = formats.BLOCK_SIZE if is_quantized or not is_ours else tokens
+        if is_quantized and formats.seals(name):
+            page_bytes += group.num_layers * heads * formats.open_page_bytes(group.head_dim)
         counts[group.window] += group.num_layers
-        pages[group.window] += group.num_layers * page
-        sizes.add(page)
+        block_bytes[group.window] += group.num_layers * size
+        sizes.add(size)
     if len(counts) == 1:
-        return Layout(tuple(counts), pages.total())
+        return Layout(tuple(tokens_of.items()), block_bytes.total(), page_bytes)
     if len(sizes) > 1:
         raise UnsupportedError(
             "sliding and full layers whose tokens take different bytes: vLLM's layout of these is not planned"
         )
     fewest, most = min(counts.values()), max(counts.values())
     layers_of_group = most if most < 1.5 * fewest else fewest
-    groups = [window for window, count in counts.items() for _ in range(-(-count // layers_of_group))]
-    return Layout(tuple(groups), layers_of_group * sizes.pop())
+    groups = [(window, tokens_of[window]) for window in counts for _ in range(-(-counts[window] // layers_of_group))]
+    return Layout(tuple(groups), layers_of_group * sizes.pop(), page_bytes)
 
 
 def _token_bytes(name: str, group: LayerGroup) -> int:
@@ -86,28 +100,25 @@ def _token_bytes(name: str, group: LayerGroup) -> int:
         return 2 * group.head_dim * _ELEMENT_BYTES[name]
     if not group.paged:
         raise UnsupportedError("chunked attention is not in kvarn's formats")
-    return formats.token_bytes(name, group.head_dim, "bfloat16")
+    return formats.token_bytes(name, group.head_dim, _DTYPE)
 
 
 def plan_format(
     name: str, layers: list[tuple[LayerGroup, int]], context: int, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """One row of the plan.
+) -> tuple[dict[str, Any], list[str]]:
+    """One row of the plan, and notes on its layers that stay in vLLM's own cache.
 
     Raises:
         UnsupportedError: as `layout`.
     """
     found = layout(layers, name)
-    num_pages = page_bytes = 0
-    if name not in _ELEMENT_BYTES and formats.seals(name):
-        num_pages = formats.open_pages(arguments.max_seqs, arguments.max_batched_tokens)
-        page_bytes = sum(group.num_layers * heads * formats.open_page_bytes(group.head_dim) for group, heads in layers)
+    num_pages = formats.open_pages(arguments.max_seqs, arguments.max_batched_tokens) if found.page_bytes else 0
     pool = arguments.kv_cache_memory
     if pool is None:
-        pool = max(arguments.memory - arguments.weights - num_pages * page_bytes, 0)
+        pool = max(arguments.memory - arguments.weights - num_pages * found.page_bytes, 0)
     num_blocks = pool // found.block_bytes
-    blocks = sum(_sequence_blocks(window, context, arguments.max_batched_tokens) for window in found.groups)
-    return {
+    blocks = sum(_sequence_blocks(*group, context, arguments.max_batched_tokens) for group in found.groups)
+    row = {
         "format": name,
         "bytes_per_token": blocks * found.block_bytes / context,
         "num_blocks": num_blocks,
@@ -118,15 +129,17 @@ def plan_format(
         "sequence_bytes": blocks * found.block_bytes,
         "pool_bytes": pool,
         "open_pages": num_pages,
-        "open_pages_bytes": num_pages * page_bytes,
+        "open_pages_bytes": num_pages * found.page_bytes,
     }
+    unquantized = sorted({tokens for _, tokens in found.groups if tokens != formats.BLOCK_SIZE})
+    return row, [f"{name}: sliding layers stay in {_DTYPE}, in blocks of {tokens} tokens" for tokens in unquantized]
 
 
-def _sequence_blocks(window: int | None, context: int, max_batched_tokens: int) -> int:
+def _sequence_blocks(window: int | None, block_size: int, context: int, max_batched_tokens: int) -> int:
     """Blocks of a sequence in a group: what its window shows and a step adds, and one that the window begins within."""
     if window is None:
-        return -(-context // formats.BLOCK_SIZE)
-    return -(-min(window - 1 + max_batched_tokens, context) // formats.BLOCK_SIZE) + 1
+        return -(-context // block_size)
+    return -(-min(window - 1 + max_batched_tokens, context) // block_size) + 1
 
 
 def notes(shape: ModelShape, arguments: argparse.Namespace) -> list[str]:

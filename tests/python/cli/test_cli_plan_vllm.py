@@ -71,11 +71,22 @@ def test_open_pages_are_part_of_the_memory_of_a_gpu(
 
 
 # (full layers, sliding layers): layers of a group, groups that are full, groups that slide.
-@pytest.mark.parametrize(
-    ("full", "sliding", "of_group", "groups"),
-    [(3, 15, 3, (1, 5)), (12, 13, 13, (1, 1)), (4, 6, 4, (1, 2)), (0, 6, 6, (0, 1))],
-)
-def test_layers_with_windows_are_in_groups_whose_blocks_have_one_size(
+LAYOUTS = [(3, 15, 3, (1, 5)), (12, 13, 13, (1, 1)), (4, 6, 4, (1, 2))]
+STEP = 511 + 8192  # tokens of a sequence in a sliding layer: the window but one, and what a step adds
+
+
+def mixed(full: int, sliding: int) -> dict[str, Any]:
+    kinds = ["full_attention"] * full + ["sliding_attention"] * sliding
+    return {**GEMMA, "num_hidden_layers": len(kinds), "layer_types": kinds}
+
+
+@pytest.mark.parametrize(("full", "sliding", "of_group", "groups"), LAYOUTS)
+# Bytes of a block, and the power of two of tokens in bfloat16 (1,024 bytes) that these hold.
+@pytest.mark.parametrize(("name", "size", "tokens"), [("int8", 128 * 526, 64), ("int4", 128 * 273, 32)])
+def test_sliding_layers_beside_full_ones_are_not_quantized_and_their_blocks_have_the_same_bytes(
+    name: str,
+    size: int,
+    tokens: int,
     full: int,
     sliding: int,
     of_group: int,
@@ -83,16 +94,29 @@ def test_layers_with_windows_are_in_groups_whose_blocks_have_one_size(
     kvarn: Callable[..., Any],
     config_file: Callable[..., Path],
 ) -> None:
-    kinds = ["full_attention"] * full + ["sliding_attention"] * sliding
-    file = config_file(**GEMMA, num_hidden_layers=len(kinds), layer_types=kinds)
-    row = by_format(kvarn("plan", file, *VLLM, "--kv-cache-memory", "1GiB").json)["int8"]
-    block = of_group * 128 * (2 * 256 + 14)
-    # 32k tokens in full groups; in others the window but one, a step of 8,192, and the block that it begins within.
-    blocks = groups[0] * 256 + groups[1] * (-(-(511 + 8192) // 128) + 1)
+    report = kvarn("plan", config_file(**mixed(full, sliding)), *VLLM, "--kv-cache-memory", "1GiB").json
+    row = by_format(report)[name]
+    block = of_group * size
+    blocks = groups[0] * 256 + groups[1] * (-(-STEP // tokens) + 1)
     assert row["block_bytes"] == block
     assert row["num_blocks"] == GIB // block
     assert row["tokens"] == GIB // block * 32768 // blocks
     assert row["sequences"] == (GIB // block - 1) // blocks
+    assert row["open_pages_bytes"] == (0 if name == "int8" else PAGES * full * 128 * 526)
+    assert f"{name}: sliding layers stay in bfloat16, in blocks of {tokens} tokens" in report["notes"]
+
+
+def test_sliding_layers_are_quantized_where_a_block_holds_too_few_tokens_or_all_slide(
+    kvarn: Callable[..., Any], config_file: Callable[..., Path]
+) -> None:
+    report = kvarn("plan", config_file(**mixed(3, 15)), *VLLM, "--kv-cache-memory", "1GiB").json
+    row = by_format(report)["int2"]  # 147 bytes a token: 18 in bfloat16
+    assert row["sequence_bytes"] == (256 + 5 * (-(-STEP // 128) + 1)) * row["block_bytes"]
+    assert row["open_pages_bytes"] == PAGES * 18 * 128 * 526
+    assert not [note for note in report["notes"] if note.startswith("int2:")]
+    row = by_format(kvarn("plan", config_file(**mixed(0, 6)), *VLLM, "--kv-cache-memory", "1GiB").json)["int4"]
+    assert row["sequence_bytes"] == (-(-STEP // 128) + 1) * row["block_bytes"]
+    assert row["open_pages_bytes"] == PAGES * 6 * 128 * 526
 
 
 def test_sequences_are_at_most_those_of_vllm_s_setting(
