@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -30,6 +31,17 @@ def samples(registry: Any = REGISTRY) -> dict[tuple[str, str | None], float]:
         for sample in metric.samples
         if sample.name.startswith("kvarn_") and not sample.name.endswith("_created")
     }
+
+
+def test_the_log_says_at_the_start_what_fits_and_what_is_beside_it(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "vllm.kvarn_rs"):
+        llm = make_llm(model, "kvarn_int4")
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("kvarn-rs: int4")]
+    blocks, mebibytes = num_blocks(llm), PAGES * 2 * 2 * formats.open_page_bytes(64) / 2**20
+    assert f"2 layers, 292 bytes a token, {blocks} blocks of 128 tokens: {blocks * 128} tokens; " in line
+    assert f"{PAGES} open pages a layer, {mebibytes:.1f} MiB beside vLLM's blocks; calibrated: no" in line
 
 
 def test_an_engine_in_this_process_reports_its_blocks_pages_and_seals(model: Path) -> None:
@@ -103,9 +115,11 @@ def test_a_server_has_the_metrics_at_its_endpoint(model: Path, ranks: int) -> No
     script = Path(__file__).with_name("serve.py")
     command = [sys.executable, str(script), str(model), str(ranks)]
     # On a machine of two cores, vLLM finds none that it could bind the second rank to.
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    settings = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **settings}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("kvarn-rs: int4") == 1, "one rank says what fits"
     served = json.loads(done.stdout.splitlines()[-1])
     labels = [
         sample.labels

@@ -2,12 +2,13 @@
 
 JSON: ``{"version", "simd_level", "threads", "formats": [str], "cuda": {"found", "driver_version", "devices": [{"name",
 "compute_capability", "memory_bytes"}], "reason"}, "packages": {NAME: {"version", "supported", "in_range"}},
-"vllm_plugin": {"found", "entry_point", "reason"}, "demo": {"found", "reason"},
-"self_test": {"status": "passed" | "failed" | "skipped", "detail"}, "ok"}``
+"vllm_plugin": {"found", "entry_point", "reason"}, "vllm_run": {"status": "passed" | "failed" | "skipped", "detail"},
+"demo": {"found", "reason"}, "self_test": {"status": "passed" | "failed" | "skipped", "detail"}, "ok"}``
 
 `version` and `in_range` are null for packages that are not installed, `supported` and `in_range` for packages that this
-release has no requirement for. `reason` is null on success. `ok` is false, and the exit code 1, if the self-test
-failed.
+release has no requirement for. `reason` is null on success. `vllm_run` is what `--vllm` runs, in a process of its own:
+vLLM on a tiny random model, with kvarn's formats and with its own cache. `ok` is false, and the exit code 1, if the
+self-test or this run failed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import argparse
 import ctypes
 import importlib.metadata
 import importlib.util
+import json
+import os
 import re
+import subprocess
 import sys
 from typing import Any
 
@@ -27,6 +31,8 @@ from .demo import find_weights
 from .sizes import format_bytes
 
 _PACKAGES = ("numpy", "torch", "transformers", "vllm")
+# Of a run of vLLM, which takes half a minute on two idle cores.
+RUN_TIMEOUT_S = 600
 # Largest error of attention on the cache against attention on the decoded cache, relative to the largest output.
 SELF_TEST_TOLERANCE = 2e-3
 # Largest error of V, by format. Rows of normally distributed values have a range of 5 to 8, quantized in 255 or in 15
@@ -41,6 +47,9 @@ def add_parser(commands: Any) -> None:
         help="check the installation",
         description="Report version, SIMD level, CUDA driver, packages and demo weights, and run a self-test of "
         "attention.",
+    )
+    parser.add_argument(
+        "--vllm", action="store_true", help="also run a tiny random model in vLLM with kvarn's formats (a minute)"
     )
     add_output_options(parser)
     parser.set_defaults(run=run)
@@ -60,10 +69,11 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             "cuda": cuda_driver(),
             "packages": {name: package(name) for name in _PACKAGES},
             "vllm_plugin": vllm_plugin(),
+            "vllm_run": run_vllm() if arguments.vllm else {"status": "skipped", "detail": "run it with --vllm"},
             "demo": demo_weights(),
             "self_test": self_test,
-            "ok": self_test["status"] != "failed",
         }
+        report["ok"] = "failed" not in (self_test["status"], report["vllm_run"]["status"])
     console.result(report)
     _print(report, console)
     return 0 if report["ok"] else 1
@@ -124,7 +134,7 @@ def package(name: str) -> dict[str, Any]:
 
 
 def vllm_plugin() -> dict[str, Any]:
-    """Whether vLLM would find the plugin: the entry point of this package is installed, and names what there is."""
+    """Whether vLLM would find the plugin: the entry point is installed, names what there is, and is not left out."""
     found = [point for point in importlib.metadata.entry_points(group="vllm.general_plugins") if point.name == "kvarn"]
     if not found:
         reason = "no entry point: install kvarn-rs with pip, in the environment of vLLM"
@@ -133,7 +143,44 @@ def vllm_plugin() -> dict[str, Any]:
         found[0].load()
     except Exception as error:  # whatever is wrong with it
         return {"found": False, "entry_point": found[0].value, "reason": f"{found[0].value}: {error}"}
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is not None and found[0].name not in chosen.split(","):
+        reason = f"VLLM_PLUGINS is {chosen!r}: it must name {found[0].name!r}, or be unset"
+        return {"found": False, "entry_point": found[0].value, "reason": reason}
     return {"found": True, "entry_point": found[0].value, "reason": None}
+
+
+def run_vllm() -> dict[str, str]:
+    """Runs vLLM of this environment with kvarn's formats, and compares the distribution of a token with vLLM's own."""
+    from ..vllm.check import MOST_DIVERGENCE
+
+    found = package("vllm")
+    if found["version"] is None:
+        return {"status": "failed", "detail": "vllm is not installed in the environment of this command"}
+    if not found["in_range"]:
+        detail = f"vLLM {found['version']} is not a tested release ({found['supported']}): the plugin is disabled in it"
+        return {"status": "failed", "detail": detail}
+    plugin = vllm_plugin()
+    if not plugin["found"]:
+        return {"status": "failed", "detail": plugin["reason"]}
+    command = [sys.executable, "-m", "kvarn_rs.vllm.check"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=RUN_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "detail": f"vLLM did not end within {RUN_TIMEOUT_S} seconds"}
+    try:
+        result = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = (done.stderr.split("\n\n")[-1].splitlines() or [""])[-1]
+        return {"status": "failed", "detail": f"vLLM ended with code {done.returncode}: {said}"}
+    if result["error"] is not None:
+        return {"status": "failed", "detail": " ".join(result["error"].split())}
+    passed = all(result["divergence"][name] <= most for name, most in MOST_DIVERGENCE.items())
+    figures = ", ".join(
+        f"{name} {result['divergence'][name]:.1e} (at most {most:.0e})" for name, most in MOST_DIVERGENCE.items()
+    )
+    detail = f"vLLM {result['version']}: KL divergence from its own cache: {figures}"
+    return {"status": "passed" if passed else "failed", "detail": detail}
 
 
 def supported_range(name: str) -> str | None:
@@ -242,6 +289,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
         rows.append((name, found["version"] or "not installed", remark))
     plugin = report["vllm_plugin"]
     rows.append(("vLLM plugin", "found" if plugin["found"] else "not found", plugin["reason"] or plugin["entry_point"]))
+    rows.append(("vLLM run", report["vllm_run"]["status"], report["vllm_run"]["detail"]))
     rows.append(("demo weights", "found" if demo["found"] else "not found", demo["reason"] or ""))
     rows.append(("self-test", test["status"], test["detail"]))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]

@@ -38,6 +38,7 @@ __all__ = [
     "AttentionMetadataBuilder",
     "builders",
     "install",
+    "is_first_rank",
     "layer_number",
     "layers",
     "packed_spec",
@@ -230,6 +231,13 @@ def step_limits() -> tuple[int, int]:
     """Most sequences and most tokens of a step of the model that is being made."""
     scheduler = get_current_vllm_config().scheduler_config
     return scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+
+
+def is_first_rank() -> bool:
+    """Whether this worker is the first of those that have heads of the same layers."""
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank() == 0
 
 
 def layers(config: Any, names: Iterable[str]) -> dict[str, Any]:

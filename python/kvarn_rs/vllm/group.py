@@ -53,7 +53,8 @@ class Group:
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
         self._context = self._ends = torch.empty(0, dtype=torch.int32)
         self._lengths: dict[str, int] = {}
-        _log(self._engine, blocks, impl)
+        if compat.is_first_rank():
+            _log(self._engine, blocks, impl)
 
     @property
     def engine(self) -> Engine:
@@ -158,11 +159,12 @@ def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any) -> None:
             f"calibrated: {calibrated}"
         )
     _logger.info(
-        "kvarn-rs: %s, %d layers, %.0f bytes a token, %d blocks of %d tokens%s",
+        "kvarn-rs: %s, %d layers, %.0f bytes a token, %d blocks of %d tokens: %d tokens%s",
         engine.format,
         engine.num_layers,
         bytes_per_token,
         len(blocks[0]),
         formats.BLOCK_SIZE,
+        len(blocks[0]) * formats.BLOCK_SIZE,
         open_pages,
     )
