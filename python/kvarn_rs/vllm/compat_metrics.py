@@ -164,10 +164,10 @@ def _start_metrics(original: Any, stat_logger: Any, vllm_config: Any, *args: Any
     )
     record = stat_logger.record
 
-    def record_both(scheduler_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any) -> None:
-        record(scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
+    def record_both(scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+        record(scheduler_stats, *args, **kwargs)
         report = getattr(scheduler_stats, _FIELD, None)
         if report is not None:
-            ours.record(report, engine_idx)
+            ours.record(report, kwargs.get("engine_idx", 0))
 
     stat_logger.record = record_both
