@@ -31,12 +31,12 @@ def mixed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(Gemma3ForCausalLM, Gemma3TextConfig(**sizes), tmp_path_factory.mktemp("mixed_model"))
 
 
-def planned(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
-    capsys.readouterr()
+def planned(model: Path, capfd: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    capfd.readouterr()
     options = ["--engine", "vllm", "--kv-cache-memory", str(KV_CACHE_BYTES), "--context", str(MAX_LEN)]
     limits = ["--max-seqs", str(MAX_SEQS), "--max-batched-tokens", str(STEP)]
     assert main(["plan", str(model), *options, *limits, "--json"]) == 0
-    return {row["format"]: row for row in json.loads(capsys.readouterr().out)["formats"]}
+    return {row["format"]: row for row in json.loads(capfd.readouterr().out)["formats"]}
 
 
 needs_blocks_of_several_sizes = pytest.mark.skipif(
@@ -53,12 +53,12 @@ needs_blocks_of_several_sizes = pytest.mark.skipif(
     ],
 )
 def test_blocks_and_tokens_are_those_of_vllm(
-    kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+    kind: str, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity  # pyright: ignore[reportMissingImports]
 
     model = request.getfixturevalue(kind)
-    plan = planned(model, capsys)
+    plan = planned(model, capfd)
     for format in FORMATS:
         options = {"dtype": "bfloat16", "max_model_len": MAX_LEN, "max_num_batched_tokens": STEP}
         llm = make_llm(model, f"kvarn_{format}", **options)
