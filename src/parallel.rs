@@ -177,7 +177,9 @@ mod tests {
             for len in [0, 1, 2, 100] {
                 let mut items = vec![1usize; len];
                 let states = AtomicUsize::new(0);
-                let init = || drop(states.fetch_add(1, Ordering::Relaxed));
+                let init = || {
+                    states.fetch_add(1, Ordering::Relaxed);
+                };
                 threads.for_each(&mut items, init, |(), index, item| *item += index);
                 assert!(items.iter().enumerate().all(|(index, &item)| item == index + 1), "{items:?}");
                 assert_eq!(threads.map(len, |index| index * index), (0..len).map(|i| i * i).collect::<Vec<_>>());
