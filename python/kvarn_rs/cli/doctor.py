@@ -31,7 +31,7 @@ from .demo import find_weights
 from .sizes import format_bytes
 
 _PACKAGES = ("numpy", "torch", "transformers", "vllm")
-# Of a run of vLLM, which takes half a minute on two idle cores.
+# Of a run of vLLM, which takes 30 to 40 seconds of CPU time.
 RUN_TIMEOUT_S = 600
 # Largest error of attention on the cache against attention on the decoded cache, relative to the largest output.
 SELF_TEST_TOLERANCE = 2e-3
