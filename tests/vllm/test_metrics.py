@@ -33,12 +33,20 @@ def samples(registry: Any = REGISTRY) -> dict[tuple[str, str | None], float]:
     }
 
 
-def test_the_log_says_at_the_start_what_fits_and_what_is_beside_it(
-    model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "vllm.kvarn_rs"):
-        llm = make_llm(model, "kvarn_int4")
-    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("kvarn-rs: int4")]
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Messages of the plugin. The first engine of a process sets vLLM's loggers up anew, without handlers of others."""
+    messages: list[str] = []
+    for name in ("info", "exception"):
+        monkeypatch.setattr(
+            logging.getLogger("vllm.kvarn_rs"), name, lambda text, *values: messages.append(text % values)
+        )
+    return messages
+
+
+def test_the_log_says_at_the_start_what_fits_and_what_is_beside_it(model: Path, logged: list[str]) -> None:
+    llm = make_llm(model, "kvarn_int4")
+    (line,) = [message for message in logged if message.startswith("kvarn-rs: int4")]
     blocks, mebibytes = num_blocks(llm), PAGES * 2 * 2 * formats.open_page_bytes(64) / 2**20
     assert f"2 layers, 292 bytes a token, {blocks} blocks of 128 tokens: {blocks * 128} tokens; " in line
     assert f"{PAGES} open pages a layer, {mebibytes:.1f} MiB beside vLLM's blocks; calibrated: no" in line
@@ -95,7 +103,7 @@ def test_nothing_is_asked_of_workers_without_log_stats_or_for_other_cache_dtypes
 
 
 def test_figures_that_cannot_be_read_end_metrics_and_not_the_engine(
-    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     def fail(_: object) -> None:
         raise RuntimeError("no figures")
@@ -103,9 +111,7 @@ def test_figures_that_cannot_be_read_end_metrics_and_not_the_engine(
     monkeypatch.setattr(compat_metrics, "read_worker", fail)
     llm = make_llm(model, "kvarn_int8", disable_log_stats=False)
     assert len(greedy(llm, 3)[0][0]) == 3
-    assert [record.getMessage() for record in caplog.records if "no metrics" in record.getMessage()] == [
-        "kvarn-rs: no metrics from now on"
-    ]
+    assert [message for message in logged if "no metrics" in message] == ["kvarn-rs: no metrics from now on"]
     finish(llm)
 
 

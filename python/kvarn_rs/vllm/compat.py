@@ -233,11 +233,10 @@ def step_limits() -> tuple[int, int]:
     return scheduler.max_num_seqs, scheduler.max_num_batched_tokens
 
 
-def is_first_rank() -> bool:
+def is_first_rank(config: Any) -> bool:
     """Whether this worker is the first of those that have heads of the same layers."""
-    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-
-    return get_tensor_model_parallel_rank() == 0
+    parallel = config.parallel_config
+    return parallel.rank % parallel.tensor_parallel_size == 0
 
 
 def layers(config: Any, names: Iterable[str]) -> dict[str, Any]:

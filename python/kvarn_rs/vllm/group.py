@@ -53,7 +53,7 @@ class Group:
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
         self._context = self._ends = torch.empty(0, dtype=torch.int32)
         self._lengths: dict[str, int] = {}
-        if compat.is_first_rank():
+        if compat.is_first_rank(config):
             _log(self._engine, blocks, impl)
 
     @property
