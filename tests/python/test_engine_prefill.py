@@ -9,6 +9,7 @@ import torch
 
 import kvarn_rs
 from kvarn_rs import ConfigError, KvarnError, OpenStepError, ShapeError, StaleStepError, StrideError
+from kvarn_rs._core import block_bytes
 from test_engine import (
     BLOCK,
     HEAD_DIM,
@@ -99,7 +100,7 @@ def test_tokens_that_are_not_there_are_refused() -> None:
 
 
 def test_tokens_are_not_written_over_the_records() -> None:
-    pages = torch.zeros(4, KV_HEADS, kvarn_rs._core.block_bytes("int8", HEAD_DIM, BLOCK), dtype=torch.uint8)
+    pages = torch.zeros(4, KV_HEADS, block_bytes("int8", HEAD_DIM, BLOCK), dtype=torch.uint8)
     engine = make_engine("int8", pages=[pages])
     engine.begin(ints([0]), ints(0), ints(0, 1))
     _, k, v = new_tokens(1, 0)
