@@ -4,7 +4,6 @@ use super::{Cpu, ORDER};
 use crate::backend::TensorViewMut;
 use crate::paging::Place;
 use crate::quant::{self, record};
-use rayon::prelude::*;
 
 impl Cpu {
     pub(super) fn dequantize_tokens(
@@ -18,8 +17,9 @@ impl Cpu {
         let (head_dim, block_size) = (self.shape.head_dim, self.shape.block_size);
         let end = start + k.shape()[0] * k.shape()[2];
         let blocks = start / block_size..end.div_ceil(block_size);
-        let decode = |rows: &mut Vec<f32>, job: usize| {
-            let (block, head) = (blocks.start + job / self.shape.num_kv_heads, job % self.shape.num_kv_heads);
+        let heads = |block| (0..self.shape.num_kv_heads).map(move |head| (block, head));
+        let mut jobs: Vec<(usize, usize)> = blocks.flat_map(heads).collect();
+        let decode = |rows: &mut Vec<f32>, (block, head): (usize, usize)| {
             let (first, last) = (start.max(block * block_size), end.min((block + 1) * block_size));
             let (layout, record) = self.record(layer, places[block], head);
             let tokens = |rows: &[f32], view: &TensorViewMut<'_>| {
@@ -38,12 +38,11 @@ impl Cpu {
             }
             tokens(rows, v);
         };
-        let jobs = 0..blocks.len() * self.shape.num_kv_heads;
         if self.is_worth_threads(end - start) {
-            jobs.into_par_iter().for_each_init(Vec::new, decode);
+            self.threads.for_each(&mut jobs, Vec::new, |rows, _, job| decode(rows, *job));
         } else {
             let mut rows = Vec::new();
-            jobs.for_each(|job| decode(&mut rows, job));
+            jobs.into_iter().for_each(|job| decode(&mut rows, job));
         }
     }
 }
