@@ -282,6 +282,16 @@ impl Pair {
             }
             assert!(outs[0] == outs[1] && lses[0] == lses[1], "layer {layer} of {counts:?}");
             assert!(outs[0].iter().chain(&lses[0]).all(|x| x.is_finite()));
+            for (row, &(index, count)) in counts.iter().enumerate() {
+                let (twin, end) = (self.requests[index].twin, self.requests[index].len + count);
+                let start = self.cache.sequence(twin).unwrap().first_held();
+                let shape = [1, HEADS, end - start, HEAD_DIM];
+                let mut tokens = [0; 4].map(|_| vec![f32::NAN; shape.iter().product()]);
+                let [k, v, twin_k, twin_v] = tokens.each_mut().map(|all| TensorViewMut::from_slice("k", all, shape));
+                self.engine.dequantize(layer, row, start, &k.unwrap(), &v.unwrap()).unwrap();
+                self.cache.dequantize(layer, twin, start, twin_k.unwrap(), twin_v.unwrap()).unwrap();
+                assert!(tokens[..2] == tokens[2..], "tokens {start}..{end} in layer {layer}"); // unequal where not written
+            }
         }
         if accept {
             self.engine.commit(None).unwrap();

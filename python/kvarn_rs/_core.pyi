@@ -632,8 +632,12 @@ class Engine:
         sinks: object = None,
         lse: object = None,
         history_only: bool = False,
+        max_query_len: int | None = None,
     ) -> _Tensor:
-        """Attends. See `Step.attend`; tensors are `[num_tokens, heads, head_dim]`, and `lse` of the first two."""
+        """Attends. See `Step.attend`; tensors are `[num_tokens, heads, head_dim]`, and `lse` of the first two.
+
+        Rows of sequences with more than `max_query_len` new tokens are not written: the caller attends for those.
+        """
     def forward(
         self,
         layer: int,
@@ -649,6 +653,12 @@ class Engine:
         lse: object = None,
     ) -> _Tensor:
         """`append` with the queries, then `attend` with the keys and values. See `Step.forward`."""
+    def dequantize(self, layer: int, sequence: int, k: object, v: object, *, start: int = 0) -> None:
+        """Decodes tokens `start..start + n` of the open step's sequence of this index, once `layer` has been appended.
+
+        `k` and `v` are `[n, num_kv_heads, head_dim]`. Raises as `PagedKvCache.dequantize`; `OpenStepError` and
+        `StaleStepError` as `attend`.
+        """
     def commit(self, num_accepted: Sequence[int] | None = None) -> None:
         """Ends the step: its tokens are committed, or of each sequence the first `num_accepted` of them.
 

@@ -52,11 +52,14 @@ pub struct AttendOptions<'a> {
     pub sinks: Option<&'a [f32]>,
     /// Which tokens are attended to.
     pub over: Over,
+    /// Sequences with more new tokens are left out: nothing is written in their rows.
+    pub max_query_len: Option<usize>,
 }
 
 impl AttendOptions<'_> {
     /// Plain causal attention.
-    pub const PLAIN: Self = Self { scale: None, window: None, softcap: None, sinks: None, over: Over::All };
+    pub const PLAIN: Self =
+        Self { scale: None, window: None, softcap: None, sinks: None, over: Over::All, max_query_len: None };
 }
 
 /// Which of the tokens that a query sees it attends to.

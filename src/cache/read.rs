@@ -22,21 +22,16 @@ impl PagedKvCache {
     ) -> Result<()> {
         self.layers.check_layer(layer)?;
         let held = self.paging.sequence(sequence)?;
-        let [batch, _, count, _] = k.shape();
         let of_sequence = |open: &&OpenStep| open.progress.is_appended(layer) && open.sequences.contains(&sequence);
         let open = self.steps.values().find(of_sequence);
-        let end = held.len() + held.pending().filter(|_| open.is_some()).unwrap_or(0);
-        if start < held.first_held() || start.saturating_add(batch.saturating_mul(count)) > end {
-            let expected = format!("tokens within {}..{end}, from {start} on", held.first_held());
-            return Err(Error::Shape { name: "k", expected, got: k.shape().to_vec() });
-        }
+        let tokens = held.first_held()..held.len() + held.pending().filter(|_| open.is_some()).unwrap_or(0);
         // What attention of the step reads: blocks that it has sealed are tiles already.
         if open.is_some() {
             let places = &self.paging.places().row(self.paging.row(sequence)?)[..held.blocks().len()];
-            return self.layers.executor.dequantize(layer, places, start, &k, &v, self.layers.stream);
+            return self.layers.dequantize(layer, (places, tokens), start, &k, &v);
         }
         let places = self.paging.committed_places(sequence)?;
-        self.layers.executor.dequantize(layer, &places, start, &k, &v, self.layers.stream)
+        self.layers.dequantize(layer, (&places, tokens), start, &k, &v)
     }
 
     /// The records of a block of a sequence in a layer, head by head, as [files](super::file) have them.

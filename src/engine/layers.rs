@@ -2,12 +2,15 @@
 
 use super::model::ModelCalibration;
 use super::undo::Snapshot;
-use crate::backend::{AttendOptions, DevicePlan, Executor, Fresh, Launch, Model, Output, Plan, Stream, TensorView};
+use crate::backend::{
+    AttendOptions, DevicePlan, Executor, Fresh, Launch, Model, Output, Plan, Stream, TensorView, TensorViewMut,
+};
 use crate::calibration::HeadShape;
 use crate::config::Shape;
 use crate::error::{Error, Result};
-use crate::paging::Places;
+use crate::paging::{Place, Places};
 use crate::plan::{PageRefit, StepPlan};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The layers of a group: an executor, and what is known of their model.
@@ -46,6 +49,14 @@ impl Progress {
     #[must_use]
     pub fn is_appended(&self, layer: usize) -> bool {
         self.appended[layer]
+    }
+
+    /// Checks that the layer has its keys and values.
+    ///
+    /// # Errors
+    /// [`Error::IncompleteStep`] naming it.
+    pub fn check_appended(&self, layer: usize) -> Result<()> {
+        if self.appended[layer] { Ok(()) } else { Err(Error::IncompleteStep { missing: vec![layer] }) }
     }
 
     /// Checks that a step is whole.
@@ -191,10 +202,29 @@ impl Layers {
         options: AttendOptions<'_>,
         output: &Output<'_>,
     ) -> Result<()> {
-        if !progress.appended[layer] {
-            return Err(Error::IncompleteStep { missing: vec![layer] });
-        }
+        progress.check_appended(layer)?;
         self.executor.attend(progress.launch(places, self.stream), layer, q, new, options, output)
+    }
+
+    /// Decodes tokens `start..` of a sequence into `k` and `v`, `[B, num_kv_heads, T, head_dim]` each, `B * T` tokens, which
+    /// are among those that are stored: `held`. `places` are those of its blocks.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other tokens, and those of [`Executor::dequantize`].
+    pub fn dequantize(
+        &self,
+        layer: usize,
+        (places, held): (&[Place], Range<usize>),
+        start: usize,
+        k: &TensorViewMut<'_>,
+        v: &TensorViewMut<'_>,
+    ) -> Result<()> {
+        let [batch, _, count, _] = k.shape();
+        if start < held.start || start.saturating_add(batch.saturating_mul(count)) > held.end {
+            let expected = format!("tokens within {held:?}, from {start} on");
+            return Err(Error::Shape { name: "k", expected, got: k.shape().to_vec() });
+        }
+        self.executor.dequantize(layer, places, start, k, v, self.stream)
     }
 
     /// Refits the first pages that the plan names and `keep` accepts, once their tokens are committed.

@@ -27,7 +27,7 @@ pub use layers::{Layers, Progress};
 pub use model::ModelCalibration;
 pub use tables::Tables;
 
-use crate::backend::{AttendOptions, Executor, Fresh, LayerHealth, Output, Stream, TensorView};
+use crate::backend::{AttendOptions, Executor, Fresh, LayerHealth, Output, Stream, TensorView, TensorViewMut};
 use crate::calibration::{Calibration, State};
 use crate::config::{Shape, check_window};
 use crate::error::{Error, Result};
@@ -188,6 +188,32 @@ impl Engine {
         self.append(layer, new, Some(q))?;
         let step = self.step.as_ref().ok_or_else(closed)?;
         self.layers.attend(&step.progress, step.places(), layer, q, Some(new), options, &output)
+    }
+
+    /// Decodes tokens `start..` of a sequence of the open step into `k` and `v`, `[B, num_kv_heads, T, head_dim]` each,
+    /// `B * T` tokens: what attention of the step reads, the step's own tokens included.
+    ///
+    /// # Errors
+    /// [`Error::StaleStep`] without an open step, [`Error::IncompleteStep`] before the layer's append, [`Error::Config`]
+    /// for a sequence that the step does not have, and those of [`Layers::dequantize`].
+    pub fn dequantize(
+        &self,
+        layer: usize,
+        sequence: usize,
+        start: usize,
+        k: &TensorViewMut<'_>,
+        v: &TensorViewMut<'_>,
+    ) -> Result<()> {
+        self.layers.check_layer(layer)?;
+        let step = self.step.as_ref().ok_or_else(closed)?;
+        step.progress.check_appended(layer)?;
+        let num_sequences = step.progress.plan().num_sequences();
+        if sequence >= num_sequences {
+            return Err(Error::Config(format!("sequence {sequence} of a step of {num_sequences}")));
+        }
+        let view = step.progress.plan().over(step.places()).sequence(sequence);
+        let tokens = (view.places, view.first_held..view.seq_len());
+        self.layers.dequantize(layer, tokens, start, k, v)
     }
 
     /// Ends the step: its tokens are committed, or of each sequence the first `num_accepted` of them, and those after are

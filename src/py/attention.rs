@@ -50,6 +50,7 @@ pub(super) struct Keywords<'a, 'py> {
     pub sinks: Option<&'a Bound<'py, PyAny>>,
     pub lse: Option<&'a Bound<'py, PyAny>>,
     pub history_only: bool,
+    pub max_query_len: Option<Whole>,
 }
 
 /// Tensors and options, checked as far as Python's objects say.
@@ -63,6 +64,7 @@ pub(super) struct Attention {
     softcap: Option<f32>,
     sinks: Option<Vec<f32>>,
     over: Over,
+    max_query_len: Option<usize>,
 }
 
 impl Attention {
@@ -101,9 +103,9 @@ impl Attention {
             None => None,
         };
         let &Keywords { scale, softcap, history_only, .. } = keywords;
-        let window = keywords.window.map(Whole::count);
+        let [window, max_query_len] = [keywords.window, keywords.max_query_len].map(|number| number.map(Whole::count));
         let over = if history_only { Over::History } else { Over::All };
-        Ok((Self { q: tensor, new, out, lse, scale, window, softcap, sinks, over }, object))
+        Ok((Self { q: tensor, new, out, lse, scale, window, softcap, sinks, over, max_query_len }, object))
     }
 
     /// Checks that nothing is written to this memory.
@@ -130,8 +132,8 @@ impl Attention {
             let lse = self.lse.as_ref().map(|lse| lse.view_mut()).transpose()?;
             (self.q.view()?, new, Output { out: self.out.view_mut()?, lse })
         };
-        let &Self { scale, window, softcap, over, .. } = self;
-        let options = AttendOptions { scale, window, softcap, sinks: self.sinks.as_deref(), over };
+        let &Self { scale, window, softcap, over, max_query_len, .. } = self;
+        let options = AttendOptions { scale, window, softcap, sinks: self.sinks.as_deref(), over, max_query_len };
         attend(q, new, options, output)
     }
 }

@@ -161,7 +161,7 @@ impl Engine {
     }
 
     #[pyo3(signature = (layer, q, k, v, out = None, *, scale = None, window = None, softcap = None, sinks = None, lse = None,
-                        history_only = false))]
+                        history_only = false, max_query_len = None))]
     #[allow(clippy::too_many_arguments)] // keywords
     fn attend<'py>(
         &self,
@@ -177,9 +177,10 @@ impl Engine {
         sinks: Option<&Bound<'py, PyAny>>,
         lse: Option<&Bound<'py, PyAny>>,
         history_only: bool,
+        max_query_len: Option<Whole>,
     ) -> PyResult<Bound<'py, PyAny>> {
         check_process()?;
-        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only };
+        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only, max_query_len };
         let new = Layout::Tokens.new_tokens(k, v)?;
         let (attention, out) = Attention::new(py, Layout::Tokens, q, new, out, &keywords)?;
         attention.check_apart(&self.memory)?;
@@ -208,7 +209,7 @@ impl Engine {
         lse: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         check_process()?;
-        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only: false };
+        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only: false, max_query_len: None };
         let new = Layout::Tokens.new_tokens(Some(k), Some(v))?;
         let (attention, out) = Attention::new(py, Layout::Tokens, q, new, out, &keywords)?;
         attention.check_apart(&self.memory)?;
@@ -221,6 +222,25 @@ impl Engine {
             })
         })?;
         Ok(out)
+    }
+
+    #[pyo3(signature = (layer, sequence, k, v, *, start = Whole(0)), text_signature = "($self, layer, sequence, k, v, *, start=0)")]
+    fn dequantize(
+        &self,
+        py: Python<'_>,
+        layer: Whole,
+        sequence: Whole,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        start: Whole,
+    ) -> PyResult<()> {
+        check_process()?;
+        let (k, v) = (Layout::Tokens.tensor("k", k)?, Layout::Tokens.tensor("v", v)?);
+        v.check_apart(&k)?;
+        self.memory.iter().try_for_each(|records| k.check_apart(records).and_then(|()| v.check_apart(records)))?;
+        // SAFETY: the caller's references keep both alive during the call, and they do not overlap.
+        let (k, v) = unsafe { (k.view_mut()?, v.view_mut()?) };
+        Ok(py.detach(|| self.lock().dequantize(layer.count(), sequence.count(), start.count(), &k, &v))?)
     }
 
     #[pyo3(signature = (num_accepted = None))]

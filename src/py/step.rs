@@ -75,7 +75,7 @@ impl Step {
         history_only: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
         check_process()?;
-        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only };
+        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only, max_query_len: None };
         let (attention, out) = Attention::new(py, Layout::Heads, q, Layout::Heads.new_tokens(k, v)?, out, &keywords)?;
         let layer = layer.count();
         // SAFETY: the caller's references keep the tensors alive; it must not use what is written elsewhere.
@@ -103,7 +103,7 @@ impl Step {
         lse: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         check_process()?;
-        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only: false };
+        let keywords = Keywords { scale, window, softcap, sinks, lse, history_only: false, max_query_len: None };
         let (attention, out) =
             Attention::new(py, Layout::Heads, q, Layout::Heads.new_tokens(Some(k), Some(v))?, out, &keywords)?;
         let layer = layer.count();

@@ -12,8 +12,9 @@ from kvarn_rs import Engine
 from kvarn_rs._core import first_seen
 from kvarn_rs.errors import OpenStepError
 
-from . import compat, formats
+from . import compat, compat_torch, formats
 from .calibration import calibration_of
+from .prefill import PrefillAttention
 
 _logger = logging.getLogger("vllm.kvarn_rs")
 
@@ -48,6 +49,7 @@ class Group:
             calibration=calibration_of(config) if seals else None,
             layers=[compat.layer_number(name) for name in layers],
         )
+        self._prefill = PrefillAttention(self._engine, first.dtype) if compat_torch.is_faster(first.dtype) else None
         self._seals = seals
         self._window = impl.window
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
@@ -60,6 +62,11 @@ class Group:
     def engine(self) -> Engine:
         """The engine of the layers."""
         return self._engine
+
+    @property
+    def prefill(self) -> PrefillAttention | None:
+        """Attention of prefills; None where the engine's own is as fast."""
+        return self._prefill
 
     @property
     def num_open_pages(self) -> int:

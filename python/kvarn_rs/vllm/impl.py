@@ -86,6 +86,11 @@ class KVarnImpl(compat.AttentionImpl):
         options = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
         if self.shares_layer is not None or key is None or value is None:
             engine.attend(index, query[:rows], None, None, output[:rows], **options)
+            return output
+        tensors = query[:rows], key[:rows], value[:rows], output[:rows]
+        prefill, prefills = attn_metadata.group.prefill, attn_metadata.prefills
+        if prefills and prefill is not None and self.window is None and self.softcap is None:
+            prefill.forward(index, prefills, *tensors, scale=self.scale, sinks=self.sinks)
         else:
-            engine.forward(index, query[:rows], key[:rows], value[:rows], output[:rows], **options)
+            engine.forward(index, *tensors, **options)
         return output

@@ -11,6 +11,7 @@ from kvarn_rs.errors import StaleStepError, UnsupportedError
 
 from . import compat
 from .group import Group
+from .prefill import Prefill, prefills
 
 
 @dataclass
@@ -19,6 +20,7 @@ class KVarnMetadata(compat.AttentionMetadata):
 
     group: Group
     num_tokens: int
+    prefills: list[Prefill]
 
 
 class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
@@ -56,5 +58,6 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
             raise StaleStepError("kvarn-rs: a step before the model has blocks")
         starts = step.query_start_loc_cpu[: step.num_reqs + 1].to(torch.int32)
         lens = step.seq_lens[: step.num_reqs].to("cpu", torch.int32)
-        self._group.begin(step.block_table_tensor[: step.num_reqs], lens - starts.diff(), starts)
-        return KVarnMetadata(self._group, int(starts[-1]))
+        context_lens = lens - starts.diff()
+        self._group.begin(step.block_table_tensor[: step.num_reqs], context_lens, starts)
+        return KVarnMetadata(self._group, int(starts[-1]), prefills(context_lens, starts))

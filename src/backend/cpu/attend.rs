@@ -77,11 +77,17 @@ impl Attention<'_> {
         self.step.sequence(index)
     }
 
+    /// The sequences that are attended for.
+    pub(super) fn sequences(&self) -> impl Iterator<Item = usize> {
+        let most = self.options.max_query_len.unwrap_or(usize::MAX);
+        (0..self.step.num_sequences()).filter(move |&index| self.step.num_new(index) <= most)
+    }
+
     /// Writes the rows that see nothing: those of padding, and those of sequences without a history if that is asked for.
     fn clear_unseen(&self) {
         let padding = self.step.positions().iter().enumerate().filter(|(_, position)| **position < 0);
         padding.for_each(|(row, _)| self.clear(row, None));
-        for index in 0..self.step.num_sequences() {
+        for index in self.sequences() {
             let sequence = self.sequence(index);
             let (start, end) = self.visible(&sequence, sequence.context_len);
             if start >= end {
@@ -192,7 +198,8 @@ impl Attention<'_> {
     /// The splits of each sequence that decodes, without what the options' window hides.
     fn visible_splits(&self) -> Vec<Vec<Split>> {
         let mut of_sequence: Vec<Vec<Split>> = vec![Vec::new(); self.step.num_sequences()];
-        for split in self.step.splits() {
+        let most = self.options.max_query_len.unwrap_or(usize::MAX);
+        for split in self.step.splits().filter(|split| self.step.num_new(split.sequence) <= most) {
             let sequence = self.sequence(split.sequence);
             let (start, _) = self.visible(&sequence, sequence.context_len);
             let (_, end) = self.visible(&sequence, sequence.seq_len() - 1);

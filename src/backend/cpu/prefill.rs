@@ -38,8 +38,7 @@ struct Worker {
 impl Attention<'_> {
     pub(super) fn prefill(&self, new: Option<Fresh<'_>>) -> Result<()> {
         let new = new.filter(|_| self.options.over == Over::All);
-        let sequences = 0..self.step.num_sequences();
-        for index in sequences.filter(|&index| self.sequence(index).is_prefill) {
+        for index in self.sequences().filter(|&index| self.sequence(index).is_prefill) {
             let packed = new.map(|new| self.pack(index, new)).transpose()?;
             let num_rows = self.sequence(index).num_new() * self.group;
             let chunks = num_rows.div_ceil(CHUNK_ROWS);
