@@ -216,6 +216,20 @@ class Calibration:
         Raises:
             ConfigError: no tokens were observed, or by some layer fewer than `FIRST_TOKENS`; no layer was frozen.
         """
+    def shard(self, rank: int, num_ranks: int) -> Calibration:
+        """What one rank of tensor parallelism needs, as an object that shares nothing with this one.
+
+        Each rank has the same number of consecutive key/value heads of a layer. Where a layer has fewer heads than
+        there are ranks, consecutive ranks share one.
+
+        Args:
+            rank: 0 to `num_ranks - 1`.
+            num_ranks: ranks that the heads are divided among.
+
+        Raises:
+            ConfigError: no such rank, a layer that still learns, or a number of heads that neither divides the ranks
+                nor is divided by them.
+        """
     def __copy__(self) -> Calibration: ...
     def __deepcopy__(self, _memo: object) -> Calibration: ...
 
@@ -601,7 +615,7 @@ class Engine:
     @property
     def is_open(self) -> bool:
         """Whether a step is open."""
-    def begin(self, block_tables: object, context_lens: object, query_start_loc: object) -> None:
+    def begin(self, block_tables: object, context_lens: object, query_start_loc: object, *, seal: bool = True) -> None:
         """Begins a step. Full blocks of committed tokens are sealed, also those of sequences without new tokens.
 
         Args:
@@ -610,6 +624,8 @@ class Engine:
             context_lens: `[num_sequences]`, int32: tokens before the step. Not checked: more than were written read
                 what is in the blocks.
             query_start_loc: `[num_sequences + 1]`, int32: first row of each sequence, and the number of rows last.
+            seal: False while some of the tokens before the step may be cut off again (a draft model's own drafts):
+                their full blocks stay pages.
 
         Raises:
             StaleStepError: a step is open.
