@@ -217,18 +217,10 @@ class Calibration:
             ConfigError: no tokens were observed, or by some layer fewer than `FIRST_TOKENS`; no layer was frozen.
         """
     def shard(self, rank: int, num_ranks: int) -> Calibration:
-        """What one rank of tensor parallelism needs, as an object that shares nothing with this one.
-
-        Each rank has the same number of consecutive key/value heads of a layer. Where a layer has fewer heads than
-        there are ranks, consecutive ranks share one.
-
-        Args:
-            rank: 0 to `num_ranks - 1`.
-            num_ranks: ranks that the heads are divided among.
+        """The key/value heads of one rank of tensor parallelism: as many on each, or one that several ranks share.
 
         Raises:
-            ConfigError: no such rank, a layer that still learns, or a number of heads that neither divides the ranks
-                nor is divided by them.
+            ConfigError: no such rank, a layer that still learns, or heads and ranks that do not divide.
         """
     def __copy__(self) -> Calibration: ...
     def __deepcopy__(self, _memo: object) -> Calibration: ...

@@ -117,7 +117,7 @@ def fingerprint_of_checkpoint(folder: str | os.PathLike[str], *, trust_remote_co
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         handles = [safe_open(str(file), "pt") for file in files]
         holders = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError):
         return None
     prefix = _decoder_prefix(list(holders))
     if prefix is None:

@@ -47,7 +47,7 @@ def calibration_of(config: Any, model: Any, layers: Iterable[int], rank: int, nu
     """
     layers = sorted(layers)
     named = named_file(config) if model is config.model_config else None
-    known = _fingerprint(config, model)
+    known = fingerprint(config.load_config, model)
     if named is not None:
         compared = "" if known is not None else " (not compared with the model: there are no safetensors)"
         return Found(_load(named, known, model, layers).shard(rank, num_ranks), f"{named}{compared}")
@@ -71,7 +71,7 @@ def check_named(config: Any) -> None:
     """
     named = named_file(config)
     if named is not None:
-        _load(named, _fingerprint(config, config.model_config), config.model_config, ())
+        _load(named, fingerprint(config.load_config, config.model_config), config.model_config, ())
 
 
 def named_file(config: Any) -> str | None:
@@ -95,9 +95,14 @@ def _load(path: str | os.PathLike[str], known: str | None, model: Any, layers: I
     return calibration
 
 
-def _fingerprint(config: Any, model: Any) -> str | None:
-    """A model's fingerprint, from its files; None where they are not read, or not on this machine."""
-    if config.load_config.load_format not in _READS_SAFETENSORS:
+def fingerprint(load: Any, model: Any) -> str | None:
+    """The fingerprint of a model, from its files; None where they are of another kind, or not on this machine.
+
+    Args:
+        load: vLLM's config of how weights are loaded.
+        model: vLLM's config of the model.
+    """
+    if load.load_format not in _READS_SAFETENSORS:
         return None
     folder = model.model
     if not os.path.isdir(folder):
@@ -105,7 +110,7 @@ def _fingerprint(config: Any, model: Any) -> str | None:
 
         try:
             folder = snapshot_download(
-                folder, revision=model.revision, cache_dir=config.load_config.download_dir, local_files_only=True
+                folder, revision=model.revision, cache_dir=load.download_dir, local_files_only=True
             )
         except (OSError, ValueError):  # no repository's name, or nothing of it was fetched
             return None

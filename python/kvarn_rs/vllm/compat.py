@@ -9,6 +9,7 @@ is extended.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
@@ -291,7 +292,8 @@ def _watch_runner(builder_class: type) -> None:
         for index, builder in builders(runner, builder_class):
             if builder.group is None:
                 continue
-            known = [(request, _kept(state), state.block_ids[index]) for request, state in last]
+            kept = [_kept(state, runner.speculative_config is not None) for _, state in last]
+            known = [(name, count, state.block_ids[index]) for (name, state), count in zip(last, kept, strict=True)]
             builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
         return original(runner, scheduled)
 
@@ -299,6 +301,9 @@ def _watch_runner(builder_class: type) -> None:
     _wrap(GPUModelRunner, "_update_states", settle)
 
 
-def _kept(state: Any) -> int:
-    """Tokens of a request whose keys and values stay: all but the newest, and no draft that was rejected."""
-    return max(state.num_prompt_tokens, state.num_tokens - 1)
+def _kept(state: Any, has_drafts: bool) -> int:
+    """The most tokens of a request whose keys and values stay: all but the newest, and no draft that was rejected.
+
+    Without drafts all that were computed stay. Only the last rank of pipeline parallelism would know how many.
+    """
+    return max(state.num_prompt_tokens, state.num_tokens - 1) if has_drafts else sys.maxsize

@@ -127,17 +127,19 @@ class Group:
 
     def _keep(self, known: list[tuple[str, int, list[int]]]) -> None:
         """Commits the last step or pass, of whose tokens vLLM has kept some."""
-        accepted, passed = [], []
+        accepted, passed, unused = [], [], []
         ranges = zip(known, *(each.tolist() for each in (self._first_context, self._context, self._ends)), strict=True)
         lengths = {}
         for (request, num_tokens, blocks), first, context, end in ranges:
             lengths[request] = length = min(end, num_tokens)
             accepted.append(max(length - context, 0))
+            unused += blocks[-(-length // formats.BLOCK_SIZE) : -(-end // formats.BLOCK_SIZE)]
             of_window = range(self._first_held(first), self._first_held(length))
             passed += [(blocks, (index + 1) * formats.BLOCK_SIZE) for index in of_window]
         if not self._commit(accepted) or not self._seals:
             return
         self._lengths.update(lengths)
+        self._engine.release(unused)  # drafts alone were in them
         if passed:  # vLLM may give them to others from now on
             self._let_go(passed, [blocks[length // formats.BLOCK_SIZE - 1] for blocks, length in passed])
 

@@ -107,6 +107,11 @@ def check_config(config: Any, cache_dtype: str) -> None:
             "kvarn-rs does not follow the requests of vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
         )
     speculative = config.speculative_config
+    if speculative is not None and parallel.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            f"speculation with pipeline parallelism does not work with {cache_dtype}: only the last rank knows which "
+            "drafts were accepted"
+        )
     if speculative is not None and speculative.method not in SPECULATION:
         raise UnsupportedError(
             f"speculation by {speculative.method!r} is not tried with {cache_dtype}: use {', '.join(SPECULATION)}"
