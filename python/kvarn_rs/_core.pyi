@@ -678,6 +678,8 @@ class Engine:
             StaleStepError: a step is open.
             ConfigError: an unknown block; nothing was changed.
         """
+    def has_page(self, block: int) -> bool:
+        """Whether a block is a page: in formats that seal, one that was written, and neither sealed nor released."""
     def copy_block(self, source: int, destination: int) -> None:
         """Copies a block that is not sealed into another, for a sequence that is forked within it.
 

@@ -238,6 +238,15 @@ impl Engine {
         Ok(())
     }
 
+    /// Is a block a page? In formats that seal: one that was written, and neither sealed nor released.
+    ///
+    /// # Errors
+    /// [`Error::UnknownBlock`].
+    pub fn has_page(&self, block: BlockId) -> Result<bool> {
+        self.check_block(block)?;
+        Ok(place(self.pages.as_ref(), block).as_page().is_some())
+    }
+
     /// Copies a block that is not sealed into another, for a sequence that is forked within it.
     ///
     /// # Errors

@@ -241,6 +241,9 @@ impl Engine {
         check_process()?;
         self.lock().release(&blocks.iter().map(|&block| id(block)).collect::<Result<Vec<_>>>()?)
     }
+    fn has_page(&self, block: Whole) -> Result<bool> {
+        self.lock().has_page(id(block)?)
+    }
     fn copy_block(&self, source: Whole, destination: Whole) -> Result<()> {
         check_process()?;
         self.lock().copy_block(id(source)?, id(destination)?)

@@ -22,10 +22,6 @@ class Group:
     """An engine over vLLM's blocks of some layers, and the lengths of the requests that it has seen.
 
     vLLM says which tokens of a step it keeps only with the next one, so that a step is committed then: `settle`.
-
-    A draft model makes several passes in a step. The first has the step's tokens and, behind those that were kept, rows
-    of rejected ones; each pass after has one more draft of a sequence. The next step's first pass begins after the
-    tokens that were kept, and writes the drafts' places again. So only first passes seal: what is before them is final.
     """
 
     def __init__(self, layers: Mapping[str, Any], config: Any, model: Any) -> None:
@@ -86,25 +82,22 @@ class Group:
         """The engine and a layer's index in it."""
         return self._engine, self._index[name]
 
-    def begin(
-        self, block_tables: torch.Tensor, context_lens: torch.Tensor, starts: torch.Tensor, draft_index: int = 0
-    ) -> None:
-        """Begins a step, or a pass of a draft model; see `Engine.begin`. A step that never came to layers is dropped.
-
-        Args:
-            block_tables: of each sequence.
-            context_lens: tokens before.
-            starts: first row of each sequence, and the number of rows last.
-            draft_index: number of the pass within the step: from 1 on, the pass before is committed up to its context.
-        """
-        if self._engine.is_open and draft_index:
-            self._commit((context_lens.minimum(self._ends) - self._context).tolist())
-        elif self._engine.is_open:
+    def begin(self, block_tables: torch.Tensor, context_lens: torch.Tensor, starts: torch.Tensor) -> None:
+        """Begins a step; see `Engine.begin`. One that never came to its layers is dropped."""
+        if self._engine.is_open:
             self._engine.abort()
-        if not draft_index:
-            self._first_context = context_lens
-        self._context, self._ends = context_lens, context_lens + starts.diff()
-        self._engine.begin(block_tables, context_lens, starts, seal=not draft_index)
+        self._first_context = self._context = context_lens
+        self._ends = context_lens + starts.diff()
+        self._engine.begin(block_tables, context_lens, starts)
+
+    def commit(self, accepted: list[int]) -> bool:
+        """Commits so many tokens of each sequence; False for a run without requests, which vLLM does to warm up."""
+        try:
+            self._engine.commit(accepted)
+        except OpenStepError:
+            self._engine.abort()
+            return False
+        return True
 
     def settle(self, known: Iterable[tuple[str, int, list[int]]], gone: Mapping[str, list[int]]) -> None:
         """Commits the last step, and lets go of the blocks of requests that finished or were preempted.
@@ -136,21 +129,12 @@ class Group:
             unused += blocks[-(-length // formats.BLOCK_SIZE) : -(-end // formats.BLOCK_SIZE)]
             of_window = range(self._first_held(first), self._first_held(length))
             passed += [(blocks, (index + 1) * formats.BLOCK_SIZE) for index in of_window]
-        if not self._commit(accepted) or not self._seals:
+        if not self.commit(accepted) or not self._seals:
             return
         self._lengths.update(lengths)
         self._engine.release(unused)  # drafts alone were in them
         if passed:  # vLLM may give them to others from now on
             self._let_go(passed, [blocks[length // formats.BLOCK_SIZE - 1] for blocks, length in passed])
-
-    def _commit(self, accepted: list[int]) -> bool:
-        """Commits a step; False for a run without requests, which vLLM does to warm up."""
-        try:
-            self._engine.commit(accepted)
-        except OpenStepError:
-            self._engine.abort()
-            return False
-        return True
 
     def _first_held(self, length: int) -> int:
         """Index of the first block that the window of a sequence does not hide."""

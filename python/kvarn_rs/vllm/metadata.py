@@ -10,6 +10,7 @@ import torch
 from kvarn_rs.errors import StaleStepError, UnsupportedError
 
 from . import compat
+from .drafts import DraftGroup
 from .group import Group
 
 
@@ -48,7 +49,8 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
         """
         self._has_layers = bool(names)
         if names:
-            self._group = Group(compat.layers(self.vllm_config, names), self.vllm_config, model)
+            kind = Group if model is self.vllm_config.model_config else DraftGroup
+            self._group = kind(compat.layers(self.vllm_config, names), self.vllm_config, model)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -80,5 +82,9 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
             raise StaleStepError("kvarn-rs: a step before the model has blocks")
         starts = step.query_start_loc_cpu[: step.num_reqs + 1].to(torch.int32)
         lens = step.seq_lens[: step.num_reqs].to("cpu", torch.int32)
-        self._group.begin(step.block_table_tensor[: step.num_reqs], lens - starts.diff(), starts, draft_index)
+        tables, context_lens = step.block_table_tensor[: step.num_reqs], lens - starts.diff()
+        if isinstance(self._group, DraftGroup):
+            self._group.begin_pass(tables, context_lens, starts, draft_index)
+        else:
+            self._group.begin(tables, context_lens, starts)
         return KVarnMetadata(self._group, int(starts[-1]))
