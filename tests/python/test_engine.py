@@ -123,6 +123,7 @@ def test_a_block_that_drafts_fill_stays_a_page_where_the_caller_says_so(seal: bo
             engine.forward(layer, *new_tokens(1, 1000 + 10 * draft + layer))
         engine.commit()
     assert engine.stats()["sealed"] == int(seal)
+    assert [engine.has_page(block) for block in (7, 3, 19)] == [not seal, True, False]
     if not seal:  # one draft was right: what comes after it is written again, as if there had been no more
         twin = make_engine("int4")
         step(twin, tables, [0], [BLOCK - 2], 0)
@@ -137,6 +138,7 @@ def test_a_block_that_drafts_fill_stays_a_page_where_the_caller_says_so(seal: bo
         assert engine.stats()["sealed"] == twin.stats()["sealed"] == 1
         engine.release([7, 3, 19])
         assert engine.stats()["open_pages"] == 0
+        assert not engine.has_page(3)
 
 
 @pytest.mark.parametrize("format", ["raw", "int8", "int4"])
