@@ -15,7 +15,7 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"
 )
 LIMIT, TOKENS = 160, (20, 40)
-PROMPTS = [list(range(3, 143)), list(range(9, 118))]
+PROMPTS = [list(range(3, 143)), list(range(9, 120))]
 
 
 def main() -> None:
