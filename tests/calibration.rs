@@ -340,3 +340,19 @@ fn concurrent_factoring_does_not_deadlock_pool_workers() {
     let same = |task: usize| Arc::as_ptr(sealed[task].as_ref().expect("factors").as_ref().expect("512 tokens"));
     assert!((0..64).all(|task| same(task) == same(task % 4)), "one answer for each layer");
 }
+
+#[test]
+fn a_rank_has_its_heads_alone() {
+    let whole = frozen_after(&Tokens::new(SHAPE, QUERY_TOKENS, 41), QUERY_TOKENS);
+    let heads = only_layer(&whole).heads().to_vec();
+    for num_ranks in [1, heads.len(), 2 * heads.len()] {
+        for rank in 0..num_ranks {
+            let part = whole.shard(rank, num_ranks).unwrap();
+            let count = (heads.len() / num_ranks).max(1);
+            assert_eq!(only_layer(&part).heads(), &heads[rank * heads.len() / num_ranks..][..count]);
+            assert_eq!(part.state(), State::Frozen);
+        }
+    }
+    assert!(matches!(whole.shard(1, 1), Err(Error::Config(_))));
+    assert!(matches!(Calibration::new().shard(0, 2), Ok(empty) if empty.layers().is_empty()));
+}

@@ -253,6 +253,7 @@ impl Pair {
             stride,
             context_lens: &context_lens,
             query_start_loc: &query_start_loc,
+            seals: true,
         };
         self.engine.begin(&tables).unwrap();
         let asked: Vec<_> =

@@ -192,6 +192,7 @@ fn begin(engine: &mut Engine, arrays: &Arrays) -> kvarn::Result<()> {
         stride: arrays.stride,
         context_lens: &arrays.context_lens,
         query_start_loc: &arrays.query_start_loc,
+        seals: true,
     })
 }
 

@@ -216,6 +216,12 @@ class Calibration:
         Raises:
             ConfigError: no tokens were observed, or by some layer fewer than `FIRST_TOKENS`; no layer was frozen.
         """
+    def shard(self, rank: int, num_ranks: int) -> Calibration:
+        """The key/value heads of one rank of tensor parallelism: as many on each, or one that several ranks share.
+
+        Raises:
+            ConfigError: no such rank, a layer that still learns, or heads and ranks that do not divide.
+        """
     def __copy__(self) -> Calibration: ...
     def __deepcopy__(self, _memo: object) -> Calibration: ...
 
@@ -601,7 +607,7 @@ class Engine:
     @property
     def is_open(self) -> bool:
         """Whether a step is open."""
-    def begin(self, block_tables: object, context_lens: object, query_start_loc: object) -> None:
+    def begin(self, block_tables: object, context_lens: object, query_start_loc: object, *, seal: bool = True) -> None:
         """Begins a step. Full blocks of committed tokens are sealed, also those of sequences without new tokens.
 
         Args:
@@ -610,6 +616,8 @@ class Engine:
             context_lens: `[num_sequences]`, int32: tokens before the step. Not checked: more than were written read
                 what is in the blocks.
             query_start_loc: `[num_sequences + 1]`, int32: first row of each sequence, and the number of rows last.
+            seal: False while some of the tokens before the step may be cut off again (a draft model's own drafts):
+                their full blocks stay pages.
 
         Raises:
             StaleStepError: a step is open.
@@ -680,6 +688,8 @@ class Engine:
             StaleStepError: a step is open.
             ConfigError: an unknown block; nothing was changed.
         """
+    def has_page(self, block: int) -> bool:
+        """Whether a block is a page: in formats that seal, one that was written, and neither sealed nor released."""
     def copy_block(self, source: int, destination: int) -> None:
         """Copies a block that is not sealed into another, for a sequence that is forked within it.
 

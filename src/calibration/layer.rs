@@ -79,6 +79,24 @@ impl Layer {
         }
     }
 
+    /// The heads of one rank of tensor parallelism. `layer` is for the error.
+    pub(super) fn shard(&self, layer: usize, rank: usize, num_ranks: usize) -> Result<Self> {
+        let Phase::Done { ready, query_tokens, state } = &self.phase else {
+            return Err(Error::Config(format!("layer {layer} still learns: only a final calibration has parts")));
+        };
+        let num_heads = self.num_kv_heads;
+        if !num_heads.is_multiple_of(num_ranks) && !num_ranks.is_multiple_of(num_heads) {
+            return Err(Error::Config(format!(
+                "layer {layer} has {num_heads} kv heads, which {num_ranks} ranks cannot share evenly"
+            )));
+        }
+        let count = (num_heads / num_ranks).max(1);
+        let heads = ready.heads()[rank * num_heads / num_ranks..][..count].to_vec();
+        let phase =
+            Phase::Done { ready: Arc::new(LayerCalibration::new(heads)), query_tokens: *query_tokens, state: *state };
+        Ok(Self { num_kv_heads: count, head_dim: self.head_dim, phase })
+    }
+
     pub(super) fn check(&self, layer: usize, num_kv_heads: usize, head_dim: usize) -> Result<()> {
         if (num_kv_heads, head_dim) == (self.num_kv_heads, self.head_dim) {
             return Ok(());

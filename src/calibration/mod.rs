@@ -226,6 +226,23 @@ impl Calibration {
         self.all().iter().map(summary).collect()
     }
 
+    /// What rank `rank` of `num_ranks` of tensor parallelism needs: consecutive key/value heads of each layer, as many on
+    /// each rank; where a layer has fewer heads than there are ranks, one that as many ranks share.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: `rank` is not below `num_ranks`, a layer still learns, or its heads and the ranks do not divide.
+    pub fn shard(&self, rank: usize, num_ranks: usize) -> Result<Self> {
+        if rank >= num_ranks {
+            return Err(Error::Config(format!("rank {rank} of {num_ranks}: ranks are numbered from 0")));
+        }
+        let part = |(layer, entry): (usize, Arc<Mutex<Layer>>)| {
+            let part = lock(&entry).shard(layer, rank, num_ranks)?;
+            Ok((layer, Arc::new(Mutex::new(part))))
+        };
+        let layers: Result<_> = self.all().into_iter().map(part).collect();
+        Ok(Self { layers: RwLock::new(layers?), origin: self.origin.clone() })
+    }
+
     /// The model named by the file that this calibration was loaded from; `None` if it was not loaded.
     #[must_use]
     pub fn origin(&self) -> Option<&Origin> {

@@ -111,7 +111,8 @@ impl Engine {
         self.step.as_ref().map(|step| &**step.progress.plan())
     }
 
-    /// Begins a step. Its sequences' blocks are those of earlier steps, and new ones for the new tokens.
+    /// Begins a step. Its sequences' blocks are those of earlier steps, and new ones for the new tokens. Full blocks of the
+    /// tokens before it are sealed if [`Tables::seals`] says so.
     ///
     /// # Errors
     /// [`Error::StaleStep`] while another step is open; [`Error::Shape`], [`Error::Config`] for tables that do not fit;
@@ -125,7 +126,7 @@ impl Engine {
         let sequences: Vec<Sequence> = sequences.collect::<Result<_>>()?;
         let written: Vec<BlockId> = sequences.iter().flat_map(Sequence::opened).collect();
         let allocated = self.pages.as_mut().map_or(Ok(Vec::new()), |pages| pages.allocate(&written))?;
-        match self.plan_step(&sequences) {
+        match self.plan_step(&sequences, tables.seals) {
             Ok(step) => {
                 self.step = Some(OpenStep { allocated, ..step });
                 self.pages.iter_mut().for_each(OpenPages::note_peak);
@@ -261,6 +262,15 @@ impl Engine {
         self.check_idle(blocks)?;
         self.pages.iter_mut().for_each(|pages| pages.release(blocks.iter().copied()));
         Ok(())
+    }
+
+    /// Is a block a page? In formats that seal: one that was written, and neither sealed nor released.
+    ///
+    /// # Errors
+    /// [`Error::UnknownBlock`].
+    pub fn has_page(&self, block: BlockId) -> Result<bool> {
+        self.check_block(block)?;
+        Ok(place(self.pages.as_ref(), block).as_page().is_some())
     }
 
     /// Copies a block that is not sealed into another, for a sequence that is forked within it.

@@ -73,7 +73,7 @@ impl Engine {
         Ok(Sequence { blocks, context_len, num_new, first_held, within, at_once: new..sealed_to })
     }
 
-    pub(super) fn plan_step(&mut self, sequences: &[Sequence]) -> Result<OpenStep> {
+    pub(super) fn plan_step(&mut self, sequences: &[Sequence], seals: bool) -> Result<OpenStep> {
         let stride = sequences.iter().map(|sequence| sequence.blocks.len()).max().unwrap_or(0);
         let mut places = vec![Place::page(PageId(0)); sequences.len() * stride];
         for (sequence, places) in sequences.iter().zip(places.chunks_exact_mut(stride.max(1))) {
@@ -89,7 +89,7 @@ impl Engine {
         let inputs: Vec<_> = sequences.iter().enumerate().map(|(row, one)| one.input(row, of_row(row))).collect();
         // One sequence may read, as its prefix, blocks that another fills in this very step.
         let written: HashSet<BlockId> = sequences.iter().flat_map(Sequence::written).collect();
-        let is_partial = |block| written.contains(&block);
+        let is_partial = |block| !seals || written.contains(&block);
         let sealing =
             if self.pages.is_some() { Sealing::FullBlocks { is_partial: &is_partial } } else { Sealing::Never };
         let plan = Arc::new(StepPlan::new(self.shape().block_size, self.window, &inputs, sealing)?);

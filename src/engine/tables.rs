@@ -17,6 +17,8 @@ pub struct Tables<'a> {
     pub context_lens: &'a [i32],
     /// `[num_sequences + 1]`: first row of each sequence's new tokens, and the number of all rows last.
     pub query_start_loc: &'a [i32],
+    /// Are the tokens before the step final, so that their full blocks may be sealed? Not while some are drafts.
+    pub seals: bool,
 }
 
 impl Tables<'_> {

@@ -71,6 +71,9 @@ impl Calibration {
         Ok(out)
     }
 
+    fn shard(&self, rank: Whole, num_ranks: Whole) -> Result<Self> {
+        Ok(Self { inner: Arc::new(self.inner.shard(rank.count(), num_ranks.count())?) })
+    }
     fn wanted(&self, layer: Whole) -> usize {
         self.inner.wanted(layer.count())
     }

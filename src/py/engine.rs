@@ -120,12 +120,14 @@ impl Engine {
         self.lock().plan().is_some()
     }
 
+    #[pyo3(signature = (block_tables, context_lens, query_start_loc, *, seal = true))]
     fn begin(
         &self,
         py: Python<'_>,
         block_tables: &Bound<'_, PyAny>,
         context_lens: &Bound<'_, PyAny>,
         query_start_loc: &Bound<'_, PyAny>,
+        seal: bool,
     ) -> PyResult<()> {
         check_process()?;
         let block_tables = Tensor::new("block_tables", block_tables)?;
@@ -135,7 +137,7 @@ impl Engine {
         let (tables, width, stride) = unsafe { block_tables.int_rows()? };
         // SAFETY: as above.
         let (context_lens, query_start_loc) = unsafe { (context_lens.ints()?, query_start_loc.ints()?) };
-        let tables = Tables { block_tables: tables, width, stride, context_lens, query_start_loc };
+        let tables = Tables { block_tables: tables, width, stride, context_lens, query_start_loc, seals: seal };
         Ok(py.detach(|| self.lock().begin(&tables))?)
     }
 
@@ -258,6 +260,9 @@ impl Engine {
     fn release(&self, blocks: Vec<Whole>) -> Result<()> {
         check_process()?;
         self.lock().release(&blocks.iter().map(|&block| id(block)).collect::<Result<Vec<_>>>()?)
+    }
+    fn has_page(&self, block: Whole) -> Result<bool> {
+        self.lock().has_page(id(block)?)
     }
     fn copy_block(&self, source: Whole, destination: Whole) -> Result<()> {
         check_process()?;

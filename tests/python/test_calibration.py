@@ -202,3 +202,50 @@ def test_only_frozen_layers_are_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no layer is frozen"):
         Calibration().save(tmp_path / "it", "abc")
     assert not list(tmp_path.iterdir())
+
+
+def learned_by(num_kv_heads: int, first: int = 0, *, of: int = 4, num_tokens: int = 200) -> Calibration:
+    """A calibration frozen after tokens of kv heads `first` on, of `of` heads that serve two query heads each."""
+    random = np.random.default_rng(0)
+    q = random.normal(size=(1, 2 * of, num_tokens, 16)).astype(np.float32)
+    k = random.normal(size=(1, of, num_tokens, 16)).astype(np.float32)
+    q, k = q[:, 2 * first :][:, : 2 * num_kv_heads].copy(), k[:, first:][:, :num_kv_heads].copy()
+    calibration = Calibration()
+    settings = {"num_layers": 2, "num_kv_heads": num_kv_heads, "head_dim": 16, "format": "int8"}
+    cache = PagedKvCache(**settings, calibration=calibration)
+    with cache.begin_step([cache.new_sequence()], num_tokens) as step:
+        for layer in range(2):
+            step.append(layer, k, k, q)
+    calibration.freeze()
+    return calibration
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_ranks", "first", "count"),
+    [(0, 1, 0, 4), (0, 2, 0, 2), (1, 2, 2, 2), (3, 4, 3, 1), (3, 8, 1, 1), (7, 8, 3, 1)],
+)
+def test_a_rank_s_part_is_what_it_would_learn_from_its_heads(
+    rank: int, num_ranks: int, first: int, count: int, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    learned_by(4).save(whole, "abc", "tiny")
+    part = Calibration.load(whole).shard(rank, num_ranks)
+    assert [(layer["layer"], layer["num_kv_heads"], layer["state"]) for layer in part.layers()] == [
+        (0, count, "file"),
+        (1, count, "file"),
+    ]
+    assert (part.fingerprint, part.model) == ("abc", "tiny")
+    part.save(tmp_path / "part", "abc")
+    learned_by(count, first).save(tmp_path / "own", "abc")
+    assert (tmp_path / "part").read_bytes() == (tmp_path / "own").read_bytes()
+
+
+def test_parts_that_there_are_not_are_refused() -> None:
+    whole = learned_by(4)
+    for rank, num_ranks, words in ((2, 2, "rank 2 of 2"), (0, 0, "rank 0 of 0"), (0, 3, "4 kv heads, which 3 ranks")):
+        with pytest.raises(ConfigError, match=words):
+            whole.shard(rank, num_ranks)
+    learning = Calibration()
+    feed(PagedKvCache(**SHAPE, format="int8", calibration=learning), 200)
+    with pytest.raises(ConfigError, match="layer 0 still learns"):
+        learning.shard(0, 2)

@@ -112,6 +112,35 @@ def test_an_engine_gives_the_outputs_and_the_records_of_a_cache(format: str) -> 
         assert engine.stats()["open_pages"] == 0
 
 
+@pytest.mark.parametrize("seal", [False, True])
+def test_a_block_that_drafts_fill_stays_a_page_where_the_caller_says_so(seal: bool) -> None:
+    engine = make_engine("int4")
+    tables = ints([7, 3, 19])
+    step(engine, tables, [0], [BLOCK - 2], 0)
+    for draft in range(4):  # two drafts fill the first block; the others would find it sealed
+        engine.begin(tables, ints(BLOCK - 2 + draft), ints(0, 1), seal=seal)
+        for layer in range(LAYERS):
+            engine.forward(layer, *new_tokens(1, 1000 + 10 * draft + layer))
+        engine.commit()
+    assert engine.stats()["sealed"] == int(seal)
+    assert [engine.has_page(block) for block in (7, 3, 19)] == [not seal, True, False]
+    if not seal:  # one draft was right: what comes after it is written again, as if there had been no more
+        twin = make_engine("int4")
+        step(twin, tables, [0], [BLOCK - 2], 0)
+        for each in (engine, twin):
+            step(each, tables, [BLOCK - 2], [1], 1000)
+        lens = [BLOCK - 1]
+        for seed, count in enumerate((3, 1)):
+            found, expected = (step(each, tables, lens, [count], 10 + seed) for each in (engine, twin))
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, atol=PAGE_TOLERANCE["int4"], rtol=0)
+            lens = [lens[0] + count]
+        assert engine.stats()["sealed"] == twin.stats()["sealed"] == 1
+        engine.release([7, 3, 19])
+        assert engine.stats()["open_pages"] == 0
+        assert not engine.has_page(3)
+
+
 @pytest.mark.parametrize("format", ["raw", "int8", "int4"])
 def test_history_merged_with_the_step_s_own_tokens_is_attention_to_all(format: str) -> None:
     engine = make_engine(format)

@@ -62,9 +62,9 @@ def test_block_sizes_and_backends_of_others_are_refused() -> None:
         ({"prefix_match_unit": 32}, "--prefix-match-unit 32"),
         ({"kv_transfer_config": object()}, "use kvarn_int8"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
-        ({"method": "eagle"}, "'eagle'.*use ngram"),
+        ({"method": "dflash"}, "'dflash'.*use ngram, suffix, draft_model, eagle"),
+        ({"method": "ngram", "pipeline_parallel_size": 2}, "pipeline parallelism.*only the last rank"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
-        ({"tensor_parallel_size": 2, "additional_config": {"kvarn": {"calibration": "x"}}}, "calibration.*tensor"),
     ],
 )
 def test_features_that_a_format_does_not_work_with_are_refused(change: dict[str, Any], words: str) -> None:
@@ -74,7 +74,7 @@ def test_features_that_a_format_does_not_work_with_are_refused(change: dict[str,
             cache_config=SimpleNamespace(prefix_match_unit=change.pop("prefix_match_unit", None)),
             parallel_config=SimpleNamespace(
                 decode_context_parallel_size=change.pop("decode_context_parallel_size", 1),
-                tensor_parallel_size=change.pop("tensor_parallel_size", 1),
+                pipeline_parallel_size=change.pop("pipeline_parallel_size", 1),
             ),
             speculative_config=None if method is None else SimpleNamespace(method=method),
             **{"kv_transfer_config": None, "use_v2_model_runner": False, "additional_config": {}, **change},

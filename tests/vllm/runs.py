@@ -85,10 +85,12 @@ def core(llm: LLM) -> Any:
 
 
 def groups(llm: LLM) -> list[Any]:
-    """kvarn's groups of layers."""
+    """kvarn's groups of layers, those of a draft model last."""
     runner = core(llm).model_executor.driver_worker.worker.model_runner
-    builders = [builder for groups in runner.attn_groups for group in groups for builder in group.metadata_builders]
-    return [builder.group for builder in builders if hasattr(builder, "group")]
+    attention = [group for groups in runner.attn_groups for group in groups]
+    attention += getattr(getattr(runner, "drafter", None), "draft_attn_groups", [])
+    builders = [builder for group in attention for builder in group.metadata_builders]
+    return [builder.group for builder in builders if getattr(builder, "group", None) is not None]
 
 
 def num_blocks(llm: LLM) -> int:

@@ -49,7 +49,7 @@ def test_the_log_says_at_the_start_what_fits_and_what_is_beside_it(model: Path, 
     (line,) = [message for message in logged if message.startswith("kvarn-rs: int4")]
     blocks, mebibytes = num_blocks(llm), PAGES * 2 * 2 * formats.open_page_bytes(64) / 2**20
     assert f"2 layers, 292 bytes a token, {blocks} blocks of 128 tokens: {blocks * 128} tokens; " in line
-    assert f"{PAGES} open pages a layer, {mebibytes:.1f} MiB beside vLLM's blocks; calibrated: no" in line
+    assert f"{PAGES} open pages a layer, {mebibytes:.1f} MiB beside vLLM's blocks; calibration: learned" in line
 
 
 def test_an_engine_in_this_process_reports_its_blocks_pages_and_seals(model: Path) -> None:

@@ -14,9 +14,10 @@ import torch
 from kvarn_rs import Calibration
 from kvarn_rs._core import FIRST_TOKENS, QUERY_TOKENS
 from kvarn_rs.errors import CalibrationError, ConfigError
+from kvarn_rs.identity import path_of
 
 from .cache import KvarnCache
-from .calibration import path_of, remember
+from .calibration import remember
 from .compat import attention_of
 from .fingerprint import fingerprint
 

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from kvarn_rs import Calibration
 from kvarn_rs.errors import CalibrationError, ConfigError
+from kvarn_rs.identity import path_of
 
 from .fingerprint import fingerprint
 
@@ -25,21 +26,9 @@ _of_model: WeakKeyDictionary[Any, Calibration] = WeakKeyDictionary()
 _warned: set[Path] = set()
 
 
-def calibration_folder() -> Path:
-    """Where calibrations are kept: `kvarn-rs/calibration` under `XDG_CACHE_HOME`, or under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return folder / "kvarn-rs" / "calibration"
-
-
 def calibration_path(model: Any) -> Path:
     """The file of a model's calibration, whether it is there or not."""
     return path_of(fingerprint(model))
-
-
-def path_of(model_fingerprint: str) -> Path:
-    """The same, of a model whose fingerprint is known."""
-    return calibration_folder() / f"{model_fingerprint}.safetensors"
 
 
 def resolve(model: Any, calibration: Calibration | str | os.PathLike[str] | None = None) -> Calibration:
@@ -48,7 +37,7 @@ def resolve(model: Any, calibration: Calibration | str | os.PathLike[str] | None
     Args:
         model: the model, or None where only its config is known.
         calibration: one, or the file of one; None: the model's own, which is the same for all its caches. That is its
-            file in `calibration_folder()` if there is one (looked for once), else one that learns.
+            file in `identity.calibration_folder()` if there is one (looked for once), else one that learns.
 
     Raises:
         CalibrationError: a given file that cannot be read, is damaged, or is of another model. The model's own file is

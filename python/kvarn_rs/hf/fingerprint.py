@@ -1,48 +1,22 @@
-"""The identity of a model: a hash of its config and of a sample of its weights."""
+"""The identity of a model object: the fingerprint of its decoder."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from kvarn_rs.errors import ConfigError
-
-# What a config says of how and by whom a model is run, not of what it computes.
-_VOLATILE = frozenset(
-    (
-        "architectures",
-        "dtype",
-        "id2label",
-        "label2id",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "quantization_config",
-        "return_dict",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    )
-)
-_SAMPLED_ROWS = 4  # of each weight, evenly spaced
-_SAMPLED_COLUMNS = 64  # of each of them
+from kvarn_rs.identity import fingerprint_of
 
 
 def fingerprint(model: Any) -> str:
-    """Identifies a decoder by its text config and a sample of its weights, in a fraction of a second.
+    """Identifies a decoder by a sample of its weights and a few settings, in a fraction of a second.
 
-    The same for the same weights in another dtype that holds them exactly (float32 from bfloat16 files), with or
-    without a language model head, and under any attention implementation. A weight that cannot be read as numbers
-    (on no device, or packed by another library) takes part by its name and shape alone.
+    The same in float32, bfloat16, and float16 where it holds the weights, with or without a language model head, under
+    any attention implementation, and from the model's files (`identity.fingerprint_of_checkpoint`). A weight on no
+    device takes part by its shape alone, one that is packed by another library not at all.
 
     Returns:
         64 hexadecimal digits of a sha256.
@@ -55,44 +29,11 @@ def fingerprint(model: Any) -> str:
         raise ConfigError(f"expected a transformers model, not {type(model).__name__}")
     find_decoder: Any = getattr(model, "get_decoder", None)
     decoder = model if find_decoder is None else find_decoder()
-    digest = hashlib.sha256()
-    digest.update(json.dumps(_lasting(config.get_text_config(decoder=True).to_dict()), sort_keys=True).encode())
-    samples = []
-    for name, weight in sorted(decoder.named_parameters(), key=lambda entry: entry[0]):
-        digest.update(f"{name} {list(weight.shape)}\n".encode())
-        samples += _sample(weight.detach())
-    if samples:
-        digest.update(torch.cat(samples).numpy().astype("<f4", copy=False).tobytes())
-    return digest.hexdigest()
-
-
-def _lasting(value: Any) -> Any:
-    """A config's part without what may change: keys of `_VOLATILE`, private ones, token ids, those without a value."""
-    if isinstance(value, dict):
-        return {
-            str(key): _lasting(entry)
-            for key, entry in value.items()
-            if entry is not None and key not in _VOLATILE and not re.match(r"_|.*_token_id$", str(key))
-        }
-    if isinstance(value, (list, tuple)):
-        return [_lasting(entry) for entry in value]
-    return value if isinstance(value, (bool, int, float, str)) else repr(value)
-
-
-def _sample(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Some elements of a weight as float32, whatever its strides; none of one that has no memory or is not dense."""
-    if weight.is_meta or weight.numel() == 0 or not weight.is_floating_point():
-        return
-    try:
-        for part in range(_SAMPLED_ROWS):
-            row = weight
-            while row.dim() > 1:
-                row = row[(row.shape[0] - 1) * part // (_SAMPLED_ROWS - 1)]
-            row = row.reshape(-1)
-            start = max(row.shape[0] - _SAMPLED_COLUMNS, 0) * part // (_SAMPLED_ROWS - 1)
-            yield row[start : start + _SAMPLED_COLUMNS].to("cpu", torch.float32)
-    except (RuntimeError, NotImplementedError, TypeError):  # a quantized weight that cannot be indexed
-        return
+    weights = (
+        (name, tuple(weight.shape), weight.is_floating_point(), weight.detach().__getitem__)
+        for name, weight in decoder.named_parameters()
+    )
+    return fingerprint_of(config.get_text_config(decoder=True), weights)
 
 
 class Origin:

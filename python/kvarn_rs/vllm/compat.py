@@ -9,12 +9,14 @@ is extended.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
 import vllm.config.cache as cache_module
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.utils import torch_utils
 from vllm.v1 import kv_cache_interface
 from vllm.v1.attention import selector
@@ -27,7 +29,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
-from . import formats, settings
+from . import calibration, formats, settings
 from .wrapping import wrap as _wrap
 
 __all__ = [
@@ -38,13 +40,13 @@ __all__ = [
     "AttentionMetadataBuilder",
     "builders",
     "install",
-    "is_first_rank",
     "layer_number",
     "layers",
     "packed_spec",
     "record_layouts",
     "smallest_block",
     "step_limits",
+    "tensor_parallel",
 ]
 
 _CUSTOMIZES_SPECS = hasattr(AttentionBackend, "customize_spec")
@@ -122,6 +124,8 @@ def _check_engine_configs() -> None:
         config = original(arguments, *args, **kwargs)
         settings.check_config(config, arguments.kv_cache_dtype)
         config.cache_config.kv_cache_dtype_skip_layers = settings.skipped_layers(config, smallest_block())
+        if formats.seals(formats.format_of(arguments.kv_cache_dtype)):
+            calibration.check_named(config)
         return config
 
     _wrap(EngineArgs, "create_engine_config", create)
@@ -233,16 +237,15 @@ def step_limits() -> tuple[int, int]:
     return scheduler.max_num_seqs, scheduler.max_num_batched_tokens
 
 
-def is_first_rank(config: Any) -> bool:
-    """Whether this worker is the first of those that have heads of the same layers."""
-    parallel = config.parallel_config
-    return parallel.rank % parallel.tensor_parallel_size == 0
-
-
 def layers(config: Any, names: Iterable[str]) -> dict[str, Any]:
     """vLLM's modules of layers, by name."""
     known = config.compilation_config.static_forward_context
     return {name: known[name] for name in names}
+
+
+def tensor_parallel() -> tuple[int, int]:
+    """This worker's rank among those that share the heads of its layers, and their number."""
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
 
 def layer_number(name: str) -> int:
@@ -250,12 +253,20 @@ def layer_number(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
+def _attention_groups(runner: Any) -> list[tuple[int, Any, bool]]:
+    """Groups of layers: the KV cache group that each is of, itself, and whether it is the drafter's.
+
+    A draft model's layers are in a group of the drafter, and in one of the runner too.
+    """
+    drafting = getattr(getattr(runner, "drafter", None), "draft_attn_groups", [])
+    found = [(index, group, False) for index, groups in enumerate(runner.attn_groups) for group in groups]
+    return found + [(group.kv_cache_group_id, group, True) for group in drafting]
+
+
 def builders(runner: Any, builder_class: type) -> Iterator[tuple[int, Any]]:
     """Builders of a class in a worker's model runner, with the number of the KV cache group that each is of."""
-    for index, groups in enumerate(runner.attn_groups):
-        for builder in (builder for group in groups for builder in group.metadata_builders):
-            if isinstance(builder, builder_class):
-                yield index, builder
+    for index, group, _ in _attention_groups(runner):
+        yield from ((index, builder) for builder in group.metadata_builders if isinstance(builder, builder_class))
 
 
 def _watch_runner(builder_class: type) -> None:
@@ -264,8 +275,13 @@ def _watch_runner(builder_class: type) -> None:
 
     def start(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(runner, *args, **kwargs)
-        for _, builder in builders(runner, builder_class):
-            builder.start()
+        config, groups = runner.vllm_config, _attention_groups(runner)
+        drafts = {name for _, group, is_draft in groups if is_draft for name in group.layer_names}
+        for _, group, is_draft in groups:
+            model = config.speculative_config.draft_model_config if is_draft else config.model_config
+            names = [name for name in group.layer_names if is_draft or name not in drafts]
+            for builder in (each for each in group.metadata_builders if isinstance(each, builder_class)):
+                builder.start(names, model)
         return result
 
     def settle(original: Any, runner: Any, scheduled: Any) -> Any:
@@ -274,7 +290,10 @@ def _watch_runner(builder_class: type) -> None:
         gone |= scheduled.scheduled_cached_reqs.resumed_req_ids
         states = {request: runner.requests[request] for request in gone if request in runner.requests}
         for index, builder in builders(runner, builder_class):
-            known = [(request, _kept(state), state.block_ids[index]) for request, state in last]
+            if builder.group is None:
+                continue
+            kept = [_kept(state, runner.speculative_config is not None) for _, state in last]
+            known = [(name, count, state.block_ids[index]) for (name, state), count in zip(last, kept, strict=True)]
             builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
         return original(runner, scheduled)
 
@@ -282,6 +301,9 @@ def _watch_runner(builder_class: type) -> None:
     _wrap(GPUModelRunner, "_update_states", settle)
 
 
-def _kept(state: Any) -> int:
-    """Tokens of a request whose keys and values stay: all but the newest, and no draft that was rejected."""
-    return max(state.num_prompt_tokens, state.num_tokens - 1)
+def _kept(state: Any, has_drafts: bool) -> int:
+    """The most tokens of a request whose keys and values stay: all but the newest, and no draft that was rejected.
+
+    Without drafts all that were computed stay. Only the last rank of pipeline parallelism would know how many.
+    """
+    return max(state.num_prompt_tokens, state.num_tokens - 1) if has_drafts else sys.maxsize

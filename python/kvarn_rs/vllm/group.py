@@ -25,18 +25,25 @@ class Group:
     vLLM says which tokens of a step it keeps only with the next one, so that a step is committed then: `settle`.
     """
 
-    def __init__(self, layers: Mapping[str, Any], config: Any) -> None:
+    def __init__(self, layers: Mapping[str, Any], config: Any, model: Any) -> None:
         """Lends the blocks of layers to an engine.
 
         Args:
             layers: vLLM's modules by their names, which have their blocks.
             config: vLLM's.
+            model: vLLM's config of their model: the one that is served, or its draft model.
+
+        Raises:
+            CalibrationError: the calibration file that was named is of another model.
         """
         first = next(iter(layers.values()))
         impl = first.impl
         blocks = [_records(layer.kv_cache) for layer in layers.values()]
         seals = formats.seals(impl.format)
         self._index = {name: index for index, name in enumerate(layers)}
+        numbers = [compat.layer_number(name) for name in layers]
+        rank, num_ranks = compat.tensor_parallel()
+        found = calibration_of(config, model, numbers, rank, num_ranks) if seals else None
         self._engine = Engine(
             num_kv_heads=impl.num_kv_heads,
             head_dim=impl.head_size,
@@ -46,17 +53,17 @@ class Group:
             block_size=formats.BLOCK_SIZE,
             dtype=str(first.dtype).removeprefix("torch."),
             window=impl.window,
-            calibration=calibration_of(config) if seals else None,
-            layers=[compat.layer_number(name) for name in layers],
+            calibration=None if found is None else found.calibration,
+            layers=numbers,
         )
         self._prefill = PrefillAttention(self._engine, first.dtype) if compat_torch.is_faster(first.dtype) else None
         self._seals = seals
         self._window = impl.window
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
-        self._context = self._ends = torch.empty(0, dtype=torch.int32)
+        self._first_context = self._context = self._ends = torch.empty(0, dtype=torch.int32)
         self._lengths: dict[str, int] = {}
-        if compat.is_first_rank(config):
-            _log(self._engine, blocks, impl)
+        if rank == 0:
+            _log(self._engine, blocks, impl, None if found is None else found.origin)
 
     @property
     def engine(self) -> Engine:
@@ -86,8 +93,18 @@ class Group:
         """Begins a step; see `Engine.begin`. One that never came to its layers is dropped."""
         if self._engine.is_open:
             self._engine.abort()
-        self._context, self._ends = context_lens, context_lens + starts.diff()
+        self._first_context = self._context = context_lens
+        self._ends = context_lens + starts.diff()
         self._engine.begin(block_tables, context_lens, starts)
+
+    def commit(self, accepted: list[int]) -> bool:
+        """Commits so many tokens of each sequence; False for a run without requests, which vLLM does to warm up."""
+        try:
+            self._engine.commit(accepted)
+        except OpenStepError:
+            self._engine.abort()
+            return False
+        return True
 
     def settle(self, known: Iterable[tuple[str, int, list[int]]], gone: Mapping[str, list[int]]) -> None:
         """Commits the last step, and lets go of the blocks of requests that finished or were preempted.
@@ -100,7 +117,7 @@ class Group:
             gone: blocks of each request.
         """
         if self._engine.is_open:
-            self._commit(list(known))
+            self._keep(list(known))
         if not self._seals:
             return
         left = {request: blocks for request, blocks in gone.items() if request in self._lengths}
@@ -108,21 +125,21 @@ class Group:
             held = [(blocks, self._lengths.pop(request)) for request, blocks in left.items()]
             self._let_go(held, [block for blocks, length in held for block in blocks[self._first_held(length) :]])
 
-    def _commit(self, known: list[tuple[str, int, list[int]]]) -> None:
-        accepted, passed = [], []
-        ranges = zip(known, self._context.tolist(), self._ends.tolist(), strict=True)
-        for (request, num_tokens, blocks), context, end in ranges:
-            length = max(context, min(end, num_tokens))
-            accepted.append(length - context)
-            if self._seals:
-                self._lengths[request] = length
-                of_window = range(self._first_held(context), self._first_held(length))
-                passed += [(blocks, (index + 1) * formats.BLOCK_SIZE) for index in of_window]
-        try:
-            self._engine.commit(accepted)
-        except OpenStepError:  # a run without requests, which vLLM does to warm up
-            self._engine.abort()
+    def _keep(self, known: list[tuple[str, int, list[int]]]) -> None:
+        """Commits the last step or pass, of whose tokens vLLM has kept some."""
+        accepted, passed, unused = [], [], []
+        ranges = zip(known, *(each.tolist() for each in (self._first_context, self._context, self._ends)), strict=True)
+        lengths = {}
+        for (request, num_tokens, blocks), first, context, end in ranges:
+            lengths[request] = length = min(end, num_tokens)
+            accepted.append(max(length - context, 0))
+            unused += blocks[-(-length // formats.BLOCK_SIZE) : -(-end // formats.BLOCK_SIZE)]
+            of_window = range(self._first_held(first), self._first_held(length))
+            passed += [(blocks, (index + 1) * formats.BLOCK_SIZE) for index in of_window]
+        if not self.commit(accepted) or not self._seals:
             return
+        self._lengths.update(lengths)
+        self._engine.release(unused)  # drafts alone were in them
         if passed:  # vLLM may give them to others from now on
             self._let_go(passed, [blocks[length // formats.BLOCK_SIZE - 1] for blocks, length in passed])
 
@@ -155,15 +172,14 @@ def _records(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.view(torch.uint8).flatten(2)
 
 
-def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any) -> None:
+def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any, calibration: str | None) -> None:
     bytes_per_token = engine.num_layers * engine.num_kv_heads * blocks[0].shape[2] / formats.BLOCK_SIZE
     open_pages = ""
     if impl.open_pages is not None:
         mebibytes = engine.num_layers * impl.open_pages.nbytes / 2**20
-        calibrated = engine.stats()["calibrated"]
         open_pages = (
             f"; {len(impl.open_pages)} open pages a layer, {mebibytes:.1f} MiB beside vLLM's blocks; "
-            f"calibrated: {calibrated}"
+            f"calibration: {calibration}"
         )
     _logger.info(
         "kvarn-rs: %s, %d layers, %.0f bytes a token, %d blocks of %d tokens: %d tokens%s",

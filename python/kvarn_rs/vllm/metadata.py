@@ -10,13 +10,14 @@ import torch
 from kvarn_rs.errors import StaleStepError, UnsupportedError
 
 from . import compat
+from .drafts import DraftGroup
 from .group import Group
 from .prefill import Prefill, prefills
 
 
 @dataclass
 class KVarnMetadata(compat.AttentionMetadata):
-    """A step that the group's engine has begun."""
+    """A step, or a pass of a draft model, that the group's engine has begun."""
 
     group: Group
     num_tokens: int
@@ -33,31 +34,59 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._group: Group | None = None
+        self._has_layers = True
 
     @property
     def group(self) -> Group | None:
         """The layers' engine and requests; None before vLLM has allocated blocks."""
         return self._group
 
-    def start(self) -> None:
-        """Lends the layers' blocks to an engine."""
-        self._group = Group(compat.layers(self.vllm_config, self.layer_names), self.vllm_config)
+    def start(self, names: list[str], model: Any) -> None:
+        """Lends layers' blocks to an engine.
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> KVarnMetadata:
-        """Begins the step.
+        Args:
+            names: of those that the builder is for. A draft model's have a builder of their own, and are of the one of
+                their KV cache group too: that one may be left without any.
+            model: vLLM's config of their model.
+        """
+        self._has_layers = bool(names)
+        if names:
+            kind = Group if model is self.vllm_config.model_config else DraftGroup
+            self._group = kind(compat.layers(self.vllm_config, names), self.vllm_config, model)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> KVarnMetadata | None:
+        """Begins the step; None without layers.
 
         Args:
             common_prefix_len: not used.
             common_attn_metadata: vLLM's description of the step.
             fast_build: not used.
         """
-        step = common_attn_metadata
+        return self._begin(common_attn_metadata, 0)
+
+    def build_for_drafting(self, common_attn_metadata: Any, draft_index: int) -> KVarnMetadata | None:
+        """Begins a pass of a draft model.
+
+        Args:
+            common_attn_metadata: vLLM's description of the pass.
+            draft_index: its number within the step. The first has the step's tokens, each other one draft a sequence.
+        """
+        return self._begin(common_attn_metadata, draft_index)
+
+    def _begin(self, step: Any, draft_index: int) -> KVarnMetadata | None:
         if step.causal is not True:
             raise UnsupportedError("kvarn-rs has causal attention alone")
+        if not self._has_layers:
+            return None
         if self._group is None:
             raise StaleStepError("kvarn-rs: a step before the model has blocks")
         starts = step.query_start_loc_cpu[: step.num_reqs + 1].to(torch.int32)
         lens = step.seq_lens[: step.num_reqs].to("cpu", torch.int32)
-        context_lens = lens - starts.diff()
-        self._group.begin(step.block_table_tensor[: step.num_reqs], context_lens, starts)
+        tables, context_lens = step.block_table_tensor[: step.num_reqs], lens - starts.diff()
+        if isinstance(self._group, DraftGroup):
+            self._group.begin_pass(tables, context_lens, starts, draft_index)
+        else:
+            self._group.begin(tables, context_lens, starts)
         return KVarnMetadata(self._group, int(starts[-1]), prefills(context_lens, starts))

@@ -12,6 +12,9 @@ from . import formats
 
 _logger = logging.getLogger("vllm.kvarn_rs")
 
+SPECULATION = ("ngram", "suffix", "draft_model", "eagle")
+"""Methods of `--speculative-config` that are tried."""
+
 
 def kvarn_options(config: Any) -> Mapping[str, Any]:
     """What `--additional-config` says under `kvarn`."""
@@ -103,13 +106,13 @@ def check_config(config: Any, cache_dtype: str) -> None:
         raise UnsupportedError(
             "kvarn-rs does not follow the requests of vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    if parallel.tensor_parallel_size > 1 and kvarn_options(config).get("calibration"):
-        raise UnsupportedError(
-            "a calibration file has the heads of the whole model: leave it out with tensor parallelism"
-        )
     speculative = config.speculative_config
-    if speculative is not None and speculative.method not in ("ngram", "suffix"):
+    if speculative is not None and parallel.pipeline_parallel_size > 1:
         raise UnsupportedError(
-            f"speculation by {speculative.method!r} does not work with {cache_dtype} yet: its draft layers take "
-            "steps of their own; use ngram"
+            f"speculation with pipeline parallelism does not work with {cache_dtype}: only the last rank knows which "
+            "drafts were accepted"
+        )
+    if speculative is not None and speculative.method not in SPECULATION:
+        raise UnsupportedError(
+            f"speculation by {speculative.method!r} is not tried with {cache_dtype}: use {', '.join(SPECULATION)}"
         )

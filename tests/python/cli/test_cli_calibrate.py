@@ -23,10 +23,10 @@ PROMPT = "The tide comes in because of the moon."
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of calibrations, empty, for this test only."""
-    from kvarn_rs.hf import calibration
+    from kvarn_rs import identity
 
     made = tmp_path / "calibrations"
-    monkeypatch.setattr(calibration, "calibration_folder", lambda: made)  # the demo model stays where it is
+    monkeypatch.setattr(identity, "calibration_folder", lambda: made)  # the demo model stays where it is
     return made
 
 

@@ -97,9 +97,9 @@ def test_an_unwritable_folder_is_an_error_and_leaves_no_files(tmp_path: Path) ->
 @pytest.fixture
 def _no_calibration_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Caches that learn on their own, whatever this machine's user has calibrated."""
-    from kvarn_rs.hf import calibration
+    from kvarn_rs import identity
 
-    monkeypatch.setattr(calibration, "calibration_folder", lambda: tmp_path)
+    monkeypatch.setattr(identity, "calibration_folder", lambda: tmp_path)
 
 
 @pytest.mark.demo
