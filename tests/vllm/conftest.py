@@ -1,7 +1,8 @@
-"""Real vLLM on a tiny random model. `just test-vllm` runs these tests in an environment that has vLLM."""
+"""Real vLLM on tiny random models. `just test-vllm` runs these tests in an environment that has vLLM."""
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -28,3 +29,20 @@ def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = MistralConfig(**SIZES, sliding_window=100)
     return saved(MistralForCausalLM, config, tmp_path_factory.mktemp("sliding_model"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines_in_one_process() -> None:
+    """Lets a process make an engine after one with ngram speculation, which stock vLLM 0.32 cannot.
+
+    It replaces its Triton kernels again for each engine, by a walk through the attributes of all modules, and fails at
+    one of numba's, which that speculation loads. Once is enough.
+    """
+    try:
+        from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return
+    platform = type(current_platform)
+    register = getattr(platform, "register_triton_kernel_overrides", None)
+    if register is not None:
+        platform.register_triton_kernel_overrides = staticmethod(functools.cache(register))
