@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import probe
 from vllm import LLM, SamplingParams  # pyright: ignore
 
 VOCABULARY = 512
@@ -38,6 +40,7 @@ class Answer(NamedTuple):
 
 def make_llm(model: Path, cache_dtype: str, **options: Any) -> LLM:
     """An engine in this process, with blocks of 128 tokens in 64 MiB."""
+    gc.collect()  # an engine before it ends now, not in the midst of this one's work, whose process groups it would end
     settings: dict[str, Any] = {
         "model": str(model),
         "skip_tokenizer_init": True,
@@ -77,8 +80,12 @@ def greedy(llm: LLM, num_tokens: int = 20) -> list[Answer]:
 
 def answer_of(completion: Any) -> Answer:
     """What vLLM answered, of a request with the log probabilities of all tokens."""
-    rows = [[row[token].logprob for token in range(VOCABULARY)] for row in completion.logprobs]
-    return Answer(list(completion.token_ids), rows)
+    return Answer(list(completion.token_ids), [row_of(row) for row in completion.logprobs])
+
+
+def row_of(logprobs: Any) -> list[float]:
+    """The log probabilities of all tokens, of vLLM's by token."""
+    return [logprobs[token].logprob for token in range(VOCABULARY)]
 
 
 def same_tokens(expected: list[Answer], found: list[Answer]) -> bool:
@@ -109,9 +116,7 @@ def core(llm: LLM) -> Any:
 
 def groups(llm: LLM) -> list[Any]:
     """kvarn's groups of layers."""
-    runner = core(llm).model_executor.driver_worker.worker.model_runner
-    builders = [builder for groups in runner.attn_groups for group in groups for builder in group.metadata_builders]
-    return [builder.group for builder in builders if hasattr(builder, "group")]
+    return probe.groups_of(core(llm).model_executor.driver_worker.worker.model_runner)
 
 
 def num_blocks(llm: LLM) -> int:
