@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from models import SIZES, saved
 
+# At lower levels pytest keeps vLLM's records of errors, which keep engines alive by their tracebacks.
 os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"
 )
 
 
