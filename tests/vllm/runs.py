@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import math
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import probe
 from vllm import LLM, SamplingParams  # pyright: ignore
 
+OF_0_26 = importlib.metadata.version("vllm").startswith("0.26.")
 VOCABULARY = 512
 BLOCK = 128
 KV_CACHE_BYTES = 64 << 20

@@ -89,7 +89,8 @@ def test_engines_of_other_formats_follow_in_one_process(model: Path) -> None:
         gone = use(model, format, expected)
         assert len(gone) == (format != "auto")
         gc.collect()
-        assert [group() for group in gone] == [None] * len(gone)
+        if not runs.OF_0_26:  # which keeps the memory of deleted engines itself
+            assert [group() for group in gone] == [None] * len(gone)
 
 
 @pytest.mark.parametrize("format", ["raw", "int4"])

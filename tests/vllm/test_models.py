@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Gemma 3n does not divide logits by the root of head_dim: eight times the logits, and errors of them.
 FACTORS = {"layers that read others' keys and values": 20}
-OF_0_26 = importlib.metadata.version("vllm").startswith("0.26.")
 STOCK_0_26_FAILS = {
     "sinks": "stock vLLM 0.26 takes sinks in bfloat16 alone",
     "layers that read others' keys and values": "stock vLLM 0.26 misses weights of such layers that no checkpoint has",
@@ -72,12 +70,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_answers_as_in_stock_vllm_and_leaves_nothing(tiny: Callable[[str], Path], name: str) -> None:
-    if OF_0_26 and name in STOCK_0_26_FAILS:
+    if runs.OF_0_26 and name in STOCK_0_26_FAILS:
         pytest.skip(STOCK_0_26_FAILS[name])
     check(tiny(name), FACTORS.get(name, 1))
 
 
-@pytest.mark.skipif(OF_0_26, reason="stock vLLM 0.26 fails to give such layers blocks of one kind")
+@pytest.mark.skipif(runs.OF_0_26, reason="stock vLLM 0.26 fails to give such layers blocks of one kind")
 @pytest.mark.parametrize("name", ["softcap", "sliding and full layers"])
 def test_layers_with_and_without_a_window_can_share_blocks(tiny: Callable[[str], Path], name: str) -> None:
     check(tiny(name), 1, disable_hybrid_kv_cache_manager=True)
