@@ -1,7 +1,8 @@
-"""Real vLLM on a tiny random model. `just test-vllm` runs these tests in an environment that has vLLM."""
+"""Real vLLM on tiny random models. `just test-vllm` runs these tests in an environment that has vLLM."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 from models import SIZES, saved
 
+# At lower levels pytest keeps vLLM's records of errors, which keep engines alive by their tracebacks.
 os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"
 )
 
 
@@ -50,3 +52,20 @@ def ask() -> Callable[..., tuple[Any, str]]:
         return json.loads(results[-1]), done.stdout + done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines_in_one_process() -> None:
+    """Lets a process make an engine after one with ngram speculation, which stock vLLM 0.32 cannot.
+
+    It replaces its Triton kernels again for each engine, by a walk through the attributes of all modules, and fails at
+    one of numba's, which that speculation loads. Once is enough.
+    """
+    try:
+        from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return
+    platform = type(current_platform)
+    register = getattr(platform, "register_triton_kernel_overrides", None)
+    if register is not None:
+        platform.register_triton_kernel_overrides = staticmethod(functools.cache(register))

@@ -19,9 +19,15 @@ SIZES = {
 
 
 def saved(kind: Any, config: Any, folder: Path) -> Path:
-    """A model of random weights, the same each time, in a folder."""
+    """A model of random weights, the same each time, and a tokenizer of numbers, in a folder."""
     import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     kind(config).save_pretrained(folder)
+    words = {str(token): token for token in range(SIZES["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="2", bos_token="1").save_pretrained(folder)
     return folder

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.metadata
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import probe
 from vllm import LLM, SamplingParams  # pyright: ignore
 
+OF_0_26 = importlib.metadata.version("vllm").startswith("0.26.")
 VOCABULARY = 512
 BLOCK = 128
 KV_CACHE_BYTES = 64 << 20
+PASSES = 2  # the second finds the prefixes of the first
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -28,8 +33,16 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+class Answer(NamedTuple):
+    """Tokens, and before each the log probabilities of all: `[tokens][vocabulary]`."""
+
+    tokens: list[int]
+    logprobs: list[list[float]]
+
+
 def make_llm(model: Path, cache_dtype: str, **options: Any) -> LLM:
     """An engine in this process, with blocks of 128 tokens in 64 MiB."""
+    gc.collect()  # an engine before it ends now, not in the midst of this one's work, whose process groups it would end
     settings: dict[str, Any] = {
         "model": str(model),
         "skip_tokenizer_init": True,
@@ -59,22 +72,41 @@ def prompts() -> list[Any]:
     return [{"prompt_token_ids": prompt} for prompt in [*shared, (tokens(40) * 6)[:230]]]
 
 
-def greedy(llm: LLM, num_tokens: int = 20) -> list[tuple[list[int], list[Any]]]:
-    """The most likely tokens after each of `prompts`, and the log probabilities of all tokens at each."""
+def greedy(llm: LLM, num_tokens: int = 20) -> list[Answer]:
+    """The most likely tokens after each of `prompts`, and what all others had."""
     parameters = SamplingParams(
         temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, logprobs=VOCABULARY
     )
-    outputs = llm.generate(prompts(), parameters, use_tqdm=False)
-    return [(list(output.outputs[0].token_ids), output.outputs[0].logprobs or []) for output in outputs]
+    return [answer_of(output.outputs[0]) for output in llm.generate(prompts(), parameters, use_tqdm=False)]
 
 
-def largest_divergence(expected: list[tuple[list[int], list[Any]]], found: list[tuple[list[int], list[Any]]]) -> float:
+def answer_of(completion: Any) -> Answer:
+    """What vLLM answered, of a request with the log probabilities of all tokens."""
+    return Answer(list(completion.token_ids), [row_of(row) for row in completion.logprobs])
+
+
+def row_of(logprobs: Any) -> list[float]:
+    """The log probabilities of all tokens, of vLLM's by token."""
+    return [logprobs[token].logprob for token in range(VOCABULARY)]
+
+
+def same_tokens(expected: list[Answer], found: list[Answer]) -> bool:
+    """Whether all answers have the same tokens."""
+    return [answer.tokens for answer in expected] == [answer.tokens for answer in found]
+
+
+def divergence(expected: list[float], found: list[float]) -> float:
+    """The KL divergence of two distributions, given by their log probabilities."""
+    return sum(math.exp(p) * (p - q) for p, q in zip(expected, found, strict=True))
+
+
+def largest_divergence(expected: list[Answer], found: list[Answer]) -> float:
     """Of the positions with the same tokens before them, the largest KL divergence."""
     divergences = []
-    for (tokens, expected_logprobs), (other_tokens, found_logprobs) in zip(expected, found, strict=True):
-        for token, other, p, q in zip(tokens, other_tokens, expected_logprobs, found_logprobs, strict=True):
-            divergences.append(sum(math.exp(p[i].logprob) * (p[i].logprob - q[i].logprob) for i in p))
-            if token != other:
+    for one, other in zip(expected, found, strict=True):
+        for token, other_token, p, q in zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=True):
+            divergences.append(divergence(p, q))
+            if token != other_token:
                 break
     return max(divergences)
 
@@ -86,11 +118,7 @@ def core(llm: LLM) -> Any:
 
 def groups(llm: LLM) -> list[Any]:
     """kvarn's groups of layers, those of a draft model last."""
-    runner = core(llm).model_executor.driver_worker.worker.model_runner
-    attention = [group for groups in runner.attn_groups for group in groups]
-    attention += getattr(getattr(runner, "drafter", None), "draft_attn_groups", [])
-    builders = [builder for group in attention for builder in group.metadata_builders]
-    return [builder.group for builder in builders if getattr(builder, "group", None) is not None]
+    return probe.groups_of(core(llm).model_executor.driver_worker.worker.model_runner)
 
 
 def num_blocks(llm: LLM) -> int:
@@ -106,3 +134,27 @@ def blocks_in_use(llm: LLM) -> int:
 def finish(llm: LLM) -> None:
     """The step in which a worker hears of the requests that have finished."""
     core(llm).step()
+
+
+def measure(model: Path, cache_dtype: str, feature: str, expected: list[Answer]) -> dict[str, Any]:
+    """Runs a format with a feature, and says how far it is from what was expected, and what is left in use."""
+    llm = make_llm(model, cache_dtype, **FEATURES[feature])
+    scheduler, preempted = core(llm).scheduler, []
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[1]
+    answers = [greedy(llm) for _ in range(PASSES)]
+    finish(llm)
+    (group,) = groups(llm)
+    stats = group.engine.stats()
+    return {
+        "same_tokens": [same_tokens(expected, found) for found in answers],
+        "divergences": [largest_divergence(expected, found) for found in answers],
+        "num_blocks": num_blocks(llm),
+        "blocks_in_use": blocks_in_use(llm),
+        "open_pages": stats["open_pages"],
+        "peak_open_pages": stats["peak_open_pages"],
+        "num_open_pages": group.num_open_pages,
+        "sealed": stats["sealed"],
+        "requests": group.num_requests,
+        "preempted": len(preempted),
+    }

@@ -100,6 +100,7 @@ def test_nothing_is_asked_of_workers_without_log_stats_or_for_other_cache_dtypes
         llm = make_llm(model, **options)  # pyright: ignore[reportArgumentType]
         assert "step" not in vars(core(llm))
         greedy(llm, 1)
+        del llm  # or it would end the process groups of the next
 
 
 def test_figures_that_cannot_be_read_end_metrics_and_not_the_engine(

@@ -34,7 +34,7 @@ def test_one_flag_selects_backend_and_block_size(model: Path) -> None:
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             UnsupportedError,
-            "use kvarn_int8",
+            "KV transfer is not tried with kvarn_int4",
         ),
     ],
 )

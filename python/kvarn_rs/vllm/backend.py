@@ -60,8 +60,13 @@ class KVarnBackend(compat.AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """Transfer of blocks to other engines: not in formats with open pages, which a block's bytes lack."""
-        return not formats.seals(cls.format)
+        """Transfer of blocks to other engines: not tried, and without the open pages of formats that seal."""
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Steps in which a device drops drafts that the host counts: not these, since a step is planned on the host."""
+        return False
 
     @classmethod
     def token_bytes(cls, head_size: int) -> int:

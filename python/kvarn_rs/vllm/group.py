@@ -29,17 +29,19 @@ class Group:
         """Lends the blocks of layers to an engine.
 
         Args:
-            layers: vLLM's modules by their names, which have their blocks.
+            layers: vLLM's modules by their names. Those that read the blocks of another layer are left out.
             config: vLLM's.
             model: vLLM's config of their model: the one that is served, or its draft model.
 
         Raises:
             CalibrationError: the calibration file that was named is of another model.
         """
+        layers = {name: layer for name, layer in layers.items() if layer.impl.shares_layer is None}
         first = next(iter(layers.values()))
         impl = first.impl
         blocks = [_records(layer.kv_cache) for layer in layers.values()]
         seals = formats.seals(impl.format)
+        window = _widest(layer.impl.window for layer in layers.values())
         self._index = {name: index for index, name in enumerate(layers)}
         numbers = [compat.layer_number(name) for name in layers]
         rank, num_ranks = compat.tensor_parallel()
@@ -52,13 +54,13 @@ class Group:
             format=impl.format,
             block_size=formats.BLOCK_SIZE,
             dtype=str(first.dtype).removeprefix("torch."),
-            window=impl.window,
+            window=window,
             calibration=None if found is None else found.calibration,
             layers=numbers,
         )
         self._prefill = PrefillAttention(self._engine, first.dtype) if compat_torch.is_faster(first.dtype) else None
         self._seals = seals
-        self._window = impl.window
+        self._window = window
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
         self._first_context = self._context = self._ends = torch.empty(0, dtype=torch.int32)
         self._lengths: dict[str, int] = {}
@@ -165,6 +167,12 @@ class Group:
         for layer in range(self._engine.num_layers):
             self._engine.append(layer, nothing, nothing)
         self._engine.commit()
+
+
+def _widest(windows: Iterable[int | None]) -> int | None:
+    """The window of the layers that see most; None if one of them sees everything."""
+    known = list(windows)
+    return None if None in known else max(window for window in known if window is not None)
 
 
 def _records(blocks: torch.Tensor) -> torch.Tensor:

@@ -95,10 +95,10 @@ def check_config(config: Any, cache_dtype: str) -> None:
     unit = getattr(cache, "prefix_match_unit", None)
     if unit not in (None, formats.BLOCK_SIZE):
         raise UnsupportedError(f"--prefix-match-unit {unit}: kvarn's blocks are shared whole; leave it out")
-    if config.kv_transfer_config is not None and formats.seals(formats.format_of(cache_dtype)):
+    if config.kv_transfer_config is not None:
         raise UnsupportedError(
-            f"KV transfer does not work with {cache_dtype}, whose open pages are beside vLLM's blocks; use "
-            f"{formats.PREFIX}int8"
+            f"KV transfer is not tried with {cache_dtype}, whose blocks a connector must copy whole: leave out one of "
+            "the two"
         )
     if getattr(parallel, "decode_context_parallel_size", 1) > 1:
         raise UnsupportedError("kvarn-rs does not support decode context parallelism")

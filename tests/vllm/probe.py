@@ -1,0 +1,36 @@
+"""What a worker of vLLM says of kvarn's groups: the tests' `worker_extension_cls`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from kvarn_rs._core import num_threads
+
+
+def groups_of(runner: Any) -> list[Any]:
+    """kvarn's groups of layers of a model runner, those of a draft model last."""
+    attention = [group for groups in runner.attn_groups for group in groups]
+    attention += getattr(getattr(runner, "drafter", None), "draft_attn_groups", [])
+    builders = [builder for group in attention for builder in group.metadata_builders]
+    return [builder.group for builder in builders if getattr(builder, "group", None) is not None]
+
+
+class Probe:
+    """Methods that vLLM adds to its workers."""
+
+    model_runner: Any
+
+    def kvarn_state(self) -> dict[str, Any]:
+        """Sums over the groups: pages and requests that are followed; and the worker's process."""
+        groups = groups_of(self.model_runner)
+        stats = [group.engine.stats() for group in groups]
+        return {
+            "formats": sorted({group.engine.format for group in groups}),
+            "num_kv_heads": sorted({group.engine.num_kv_heads for group in groups}),
+            "open_pages": sum(stat["open_pages"] for stat in stats),
+            "sealed": sum(stat["sealed"] for stat in stats),
+            "requests": sum(group.num_requests for group in groups),
+            "process": os.getpid(),
+            "threads": num_threads(),
+        }
