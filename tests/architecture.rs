@@ -38,7 +38,7 @@ const VLLM_INTERNALS: &str = "python/kvarn_rs/vllm/compat";
 const MAX_LINES: usize = 400;
 
 /// Lines in a stub: an extension module is described in one file.
-const MAX_STUB_LINES: usize = 800;
+const MAX_STUB_LINES: usize = 850;
 
 /// What is wrong with `files`, one line each: `path:line: why`.
 fn check(files: &[File]) -> Vec<String> {
