@@ -60,7 +60,7 @@ def test_block_sizes_and_backends_of_others_are_refused() -> None:
     ("change", "words"),
     [
         ({"prefix_match_unit": 32}, "--prefix-match-unit 32"),
-        ({"kv_transfer_config": object()}, "use kvarn_int8"),
+        ({"kv_transfer_config": object()}, "KV transfer is not tried"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"method": "dflash"}, "'dflash'.*use ngram, suffix, draft_model, eagle"),
         ({"method": "ngram", "pipeline_parallel_size": 2}, "pipeline parallelism.*only the last rank"),

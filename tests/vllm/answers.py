@@ -13,7 +13,7 @@ def largest_divergence(one: dict[str, Any], other: dict[str, Any]) -> float:
         one["tokens"], other["tokens"], one["logprobs"], other["logprobs"], strict=True
     ):
         for a, b, p, q in zip(tokens, found, expected_at, found_at, strict=True):
-            divergences.append(sum(math.exp(p[token]) * (p[token] - q[token]) for token in p))
+            divergences.append(sum(math.exp(x) * (x - y) for x, y in zip(p, q, strict=True)))
             if a != b:
                 break
     return max(divergences)

@@ -25,8 +25,8 @@ def main() -> None:
     llm = runs.make_llm(Path(model), cache_dtype, disable_log_stats=False, **json.loads(options))
     outputs = runs.greedy(llm, int(num_tokens))
     found: dict[str, Any] = {
-        "tokens": [tokens for tokens, _ in outputs],
-        "logprobs": [[{token: p.logprob for token, p in at.items()} for at in steps] for _, steps in outputs],
+        "tokens": [answer.tokens for answer in outputs],
+        "logprobs": [answer.logprobs for answer in outputs],
         "metrics": {each.name: each.value for each in llm.get_metrics() if hasattr(each, "value")},
     }
     in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
