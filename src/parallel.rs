@@ -29,10 +29,16 @@ pub struct OpenMp {
 }
 
 impl Threads {
-    /// The threads of this process: OpenMP's from the first call on that finds them.
+    /// The threads of this process: OpenMP's from the first call on that finds them. A team does not survive `fork`: in
+    /// another process than that of the first call they are rayon's.
     #[must_use]
     pub fn of_process() -> Self {
         static FOUND: OnceLock<OpenMp> = OnceLock::new();
+        static FIRST: OnceLock<u32> = OnceLock::new();
+        let current = std::process::id();
+        if *FIRST.get_or_init(|| current) != current {
+            return Self::Rayon;
+        }
         match FOUND.get().copied().or_else(OpenMp::find) {
             Some(openmp) => Self::OpenMp(*FOUND.get_or_init(|| openmp)),
             None => Self::Rayon,

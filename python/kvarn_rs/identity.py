@@ -117,18 +117,18 @@ def fingerprint_of_checkpoint(folder: str | os.PathLike[str], *, trust_remote_co
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         handles = [safe_open(str(file), "pt") for file in files]
         holders = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        prefix = _decoder_prefix(list(holders))
+        if prefix is None:
+            return None
+
+        def weights() -> Iterable[tuple[str, tuple[int, ...], bool, Reader]]:
+            for name in (name for name in holders if name.startswith(prefix)):
+                found = holders[name].get_slice(name)
+                yield name[len(prefix) :], tuple(found.get_shape()), "F" in found.get_dtype(), found.__getitem__
+
+        return fingerprint_of(config.get_text_config(decoder=True), weights())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError):
         return None
-    prefix = _decoder_prefix(list(holders))
-    if prefix is None:
-        return None
-
-    def weights() -> Iterable[tuple[str, tuple[int, ...], bool, Reader]]:
-        for name in (name for name in holders if name.startswith(prefix)):
-            found = holders[name].get_slice(name)
-            yield name[len(prefix) :], tuple(found.get_shape()), "F" in found.get_dtype(), found.__getitem__
-
-    return fingerprint_of(config.get_text_config(decoder=True), weights())
 
 
 def _files(folder: Path) -> list[Path]:

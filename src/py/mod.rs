@@ -39,6 +39,13 @@ mod _core {
         block_bytes, capacity, codec_bytes_per_token, codecs, first_seen, formats, is_prefill, num_threads, simd_level,
     };
 
+    /// Remembers the process whose OpenMP threads may be used.
+    #[pymodule_init]
+    fn init(_module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {
+        let _ = super::Threads::of_process();
+        Ok(())
+    }
+
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");

@@ -79,3 +79,24 @@ def test_every_call_that_starts_threads_records_the_process(saved, start) -> Non
 def test_a_forked_child_may_truncate_within_a_page(saved) -> None:
     call = f"cache.truncate(sequence, {NUM_TOKENS - 1}); os._exit(0)"
     run(saved, STARTS["begin_step"] + CHILD.format(call=call))
+
+
+def test_a_child_of_a_process_whose_openmp_threads_ran_computes_on_threads_of_its_own() -> None:
+    pytest.importorskip("torch")
+    code = """
+import torch
+torch.set_num_threads(2)
+(torch.ones(600, 600) @ torch.ones(600, 600)).sum()
+if os.fork() == 0:
+    signal.alarm(30)
+    cache = kvarn_rs.PagedKvCache(num_layers=1, num_kv_heads=2, head_dim=64)
+    rows = np.ones((1, 2, 4096, 64), np.float32)
+    with cache.begin_step([cache.new_sequence()], 4096) as step:
+        step.append(0, rows, rows)
+        step.attend(0, rows, rows, rows)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    run_fresh = "import os, signal, sys, numpy as np, kvarn_rs" + code
+    done = subprocess.run([sys.executable, "-c", run_fresh], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr[-600:])

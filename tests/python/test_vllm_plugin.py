@@ -65,13 +65,21 @@ def test_block_sizes_and_backends_of_others_are_refused() -> None:
         ({"method": "dflash"}, "'dflash'.*use ngram, suffix, draft_model, eagle"),
         ({"method": "ngram", "pipeline_parallel_size": 2}, "pipeline parallelism.*only the last rank"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"model": {"is_hybrid": True}}, "layers of a constant state"),
+        ({"model": {"hf_text_config": SimpleNamespace(attention_chunk_size=64)}}, "chunked attention"),
+        ({"model": {"hf_text_config": SimpleNamespace(layer_types=["chunked_attention"])}}, "chunked attention"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
     ],
 )
 def test_features_that_a_format_does_not_work_with_are_refused(change: dict[str, Any], words: str) -> None:
     def config(**change: Any) -> Any:
         method = change.pop("method", None)
         return SimpleNamespace(
-            cache_config=SimpleNamespace(prefix_match_unit=change.pop("prefix_match_unit", None)),
+            cache_config=SimpleNamespace(
+                prefix_match_unit=change.pop("prefix_match_unit", None),
+                kv_sharing_fast_prefill=change.pop("kv_sharing_fast_prefill", False),
+            ),
+            model_config=SimpleNamespace(**{"hf_text_config": SimpleNamespace(), **change.pop("model", {})}),
             parallel_config=SimpleNamespace(
                 decode_context_parallel_size=change.pop("decode_context_parallel_size", 1),
                 pipeline_parallel_size=change.pop("pipeline_parallel_size", 1),
@@ -83,3 +91,9 @@ def test_features_that_a_format_does_not_work_with_are_refused(change: dict[str,
     settings.check_config(config(), "kvarn_int4")
     with pytest.raises(UnsupportedError, match=words):
         settings.check_config(config(**change), "kvarn_int4")
+
+
+@pytest.mark.parametrize("options", ["x", {"calibraton": "x"}, {"calibration": 3}, {"sliding_window": "yes"}])
+def test_options_that_are_not_known_are_refused(options: Any) -> None:
+    with pytest.raises(ConfigError, match=r"calibration.*sliding_window"):
+        settings.kvarn_options(SimpleNamespace(additional_config={"kvarn": options}))

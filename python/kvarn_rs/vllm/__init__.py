@@ -30,8 +30,8 @@ def register() -> None:
             return
         from . import backend, compat, compat_metrics, metadata
 
-        compat.install(backend.backend_of, metadata.KVarnMetadataBuilder)
         compat_metrics.install()
+        compat.install(backend.backend_of, metadata.KVarnMetadataBuilder)
     except Exception:  # it would end every run of vLLM
         _logger.exception("kvarn-rs is disabled: it cannot be added to this vLLM")
 

@@ -41,13 +41,13 @@ class DraftGroup(Group):
 
         vLLM makes no drafts while a sequence of the step is as long as the model allows: the others' tokens are missed.
         """
+        if self.engine.is_open:
+            self.engine.abort()
         partial = [(row, length) for row, length in enumerate(context_lens.tolist()) if length % formats.BLOCK_SIZE]
         ends = [(int(block_tables[row, length // formats.BLOCK_SIZE]), length) for row, length in partial]
         missed = [(block, length % formats.BLOCK_SIZE) for block, length in ends if not self.engine.has_page(block)]
         if not missed:
             return
-        if self.engine.is_open:
-            self.engine.abort()
         blocks, counts = (torch.tensor(each, dtype=torch.int32) for each in zip(*missed, strict=True))
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
         self.engine.begin(blocks[:, None], torch.zeros_like(counts), starts)

@@ -16,15 +16,35 @@ SPECULATION = ("ngram", "suffix", "draft_model", "eagle")
 """Methods of `--speculative-config` that are tried."""
 
 
+OPTIONS = {"calibration": str, "sliding_window": bool}
+"""What `--additional-config` may say under `kvarn`."""
+
+
 def kvarn_options(config: Any) -> Mapping[str, Any]:
-    """What `--additional-config` says under `kvarn`."""
+    """What `--additional-config` says under `kvarn`.
+
+    Raises:
+        ConfigError: not a mapping, an unknown name, or a value of another type.
+    """
     options = config.additional_config
-    return options.get("kvarn", {}) if isinstance(options, Mapping) else {}
+    options = options.get("kvarn", {}) if isinstance(options, Mapping) else {}
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"--additional-config: kvarn is {options!r}, not a mapping of {', '.join(OPTIONS)}")
+    for name, value in options.items():
+        if name not in OPTIONS or not isinstance(value, OPTIONS[name]):
+            known = ", ".join(f"{known} ({kind.__name__})" for known, kind in OPTIONS.items())
+            raise ConfigError(f"--additional-config: kvarn has {name!r}: {value!r}; known are {known}")
+    return options
 
 
 def model_dtype(config: Any) -> str:
     """A model's dtype by its name in torch, such as `bfloat16`."""
     return str(config.model_config.dtype).removeprefix("torch.")
+
+
+def layer_types(config: Any) -> set[str]:
+    """The kinds of attention that a model's config names; empty if it names none."""
+    return set(getattr(config.model_config.hf_text_config, "layer_types", None) or ())
 
 
 def skipped_layers(config: Any, smallest_block: int | None) -> list[str]:
@@ -51,11 +71,14 @@ def skipped_layers(config: Any, smallest_block: int | None) -> list[str]:
             f"block, {fit} tokens, on this platform; leave it out"
         )
     kinds = {"sliding_attention", "full_attention"}
-    is_hybrid = kinds <= set(getattr(model.hf_text_config, "layer_types", None) or ())
+    is_hybrid = kinds <= layer_types(config)
     if named or not is_hybrid or kvarn_options(config).get("sliding_window", False):
         return named
     if not possible:
-        _logger.info("kvarn-rs: sliding-window layers are quantized too: no unquantized block fits in %s's", name)
+        _logger.info(
+            "kvarn-rs: sliding-window layers are quantized too: no unquantized block fits in the bytes of a %s block",
+            name,
+        )
         return []
     return ["sliding_window"]
 
@@ -91,7 +114,17 @@ def check_config(config: Any, cache_dtype: str) -> None:
     Raises:
         UnsupportedError: naming the feature, and what to do.
     """
-    cache, parallel = config.cache_config, config.parallel_config
+    cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
+    if getattr(model, "is_hybrid", False):
+        raise UnsupportedError(
+            f"models with layers of a constant state do not work with {cache_dtype}: vLLM would split its blocks"
+        )
+    if getattr(model.hf_text_config, "attention_chunk_size", None) or "chunked_attention" in layer_types(config):
+        raise UnsupportedError(
+            f"chunked attention does not work with {cache_dtype}: its steps are not those of requests"
+        )
+    if getattr(cache, "kv_sharing_fast_prefill", False):
+        raise UnsupportedError(f"--kv-sharing-fast-prefill does not work with {cache_dtype}: leave it out")
     unit = getattr(cache, "prefix_match_unit", None)
     if unit not in (None, formats.BLOCK_SIZE):
         raise UnsupportedError(f"--prefix-match-unit {unit}: kvarn's blocks are shared whole; leave it out")
