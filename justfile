@@ -75,10 +75,10 @@ test-vllm VERSION="0.32.0" *OPTIONS="": (vllm-env VERSION)
 # Run all tests of the vLLM plugin on both versions; results and figures in target/vllm-VERSION.xml
 test-vllm-full *OPTIONS="": (vllm-env "0.26.0") (vllm-env "0.32.0")
     kvarn generate --model demo --max-new-tokens 1 Hello # converts the weights that a test uses
-    for version in 0.26.0 0.32.0; do \
+    status=0; for version in 0.26.0 0.32.0; do \
         env -u VIRTUAL_ENV PYTHONPATH=tests/vllm target/vllm-$version/bin/python -m pytest tests/vllm \
-            -o filterwarnings=default -o timeout=1800 --durations=0 --junitxml target/vllm-$version.xml {{ OPTIONS }}; \
-    done
+            -o filterwarnings=default -o timeout=1800 --durations=0 --junitxml target/vllm-$version.xml {{ OPTIONS }} || status=1; \
+    done; exit $status
 
 # Measure decode attention against torch (OPTIONS are those of `kvarn bench attend`)
 bench *OPTIONS="": dev
