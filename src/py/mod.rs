@@ -41,6 +41,7 @@ mod _core {
 
     /// Remembers the process whose OpenMP threads may be used.
     #[pymodule_init]
+    #[allow(clippy::unnecessary_wraps)] // what pyo3 asks for
     fn init(_module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {
         let _ = super::Threads::of_process();
         Ok(())
