@@ -1,9 +1,9 @@
 //! Parallel loops, on the OpenMP threads of the process where it has some, else on rayon's.
 //!
-//! torch computes on the threads of libgomp (or of libiomp5, which has the same entry points). They wait for the next
-//! loop by spinning, bound to cores where the user or vLLM asks for it, and so is the thread that calls them. Threads of
-//! our own would share the cores with those that spin, or inherit the one core of their creator. In a process without
-//! torch nobody has loaded an OpenMP, and rayon does the work.
+//! torch computes on the threads of libgomp (or of libiomp5, which is to have the same entry points: not tried). They
+//! wait for the next loop by spinning, bound to cores where the user or vLLM asks for it, and so is the thread that calls
+//! them. Threads of our own would share the cores with those that spin, or inherit the one core of their creator. In a
+//! process without torch nobody has loaded an OpenMP, and rayon does the work.
 
 use rayon::prelude::*;
 use std::any::Any;

@@ -22,8 +22,6 @@ from .sizes import format_bytes, format_count
 # Bytes of an element of vLLM's own cache dtypes.
 _ELEMENT_BYTES = {"bf16": 2, "fp8": 1}
 _DTYPE = "bfloat16"
-# Tokens of the smallest block of vLLM's own attention on the CPU. Sliding layers with less in a block are quantized.
-_SMALLEST_BLOCK = 32
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -75,7 +73,7 @@ def layout(layers: list[tuple[LayerGroup, int]], name: str) -> Layout:
     for group, heads in layers:
         size = formats.BLOCK_SIZE * heads * _token_bytes(name, group)
         tokens = formats.unquantized_tokens(name, group.head_dim, _DTYPE) if is_ours and is_mixed else 0
-        is_quantized = is_ours and (group.window is None or tokens < _SMALLEST_BLOCK)
+        is_quantized = is_ours and (group.window is None or tokens < formats.SMALLEST_CPU_BLOCK)
         tokens_of[group.window] = formats.BLOCK_SIZE if is_quantized or not is_ours else tokens
         if is_quantized and formats.seals(name):
             page_bytes += group.num_layers * heads * formats.open_page_bytes(group.head_dim)

@@ -140,7 +140,8 @@ def smallest_block() -> int | None:
 
     if not current_platform.is_cpu():
         return 16
-    return 32 if _CUSTOMIZES_SPECS else None  # before, its kernels read the size of all blocks from the config
+    # Before, its kernels read the size of all blocks from the config.
+    return formats.SMALLEST_CPU_BLOCK if _CUSTOMIZES_SPECS else None
 
 
 def _size_blocks() -> None:

@@ -12,6 +12,9 @@ CACHE_DTYPES = tuple(PREFIX + name for name in FORMATS)
 BLOCK_SIZE = 128
 """Tokens of a block."""
 
+SMALLEST_CPU_BLOCK = 32
+"""Tokens of the smallest block of vLLM's own attention on the CPU."""
+
 
 def is_ours(cache_dtype: object) -> bool:
     """Whether a `--kv-cache-dtype` names one of kvarn's formats."""
