@@ -1,4 +1,4 @@
-"""Prefills by torch's attention, as machines with AMX have them in bfloat16, in real vLLM and on any machine."""
+"""Prefills by vLLM's own kernels, in real vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 from runs import blocks_in_use, finish, greedy, largest_divergence, make_llm
 
-from kvarn_rs.vllm import compat_torch, prefill
+from kvarn_rs.vllm import prefill
 
 # As `test_formats.MOST_DIVERGENCE`.
 FLOAT32_DIVERGENCE = {"raw": 1e-5, "int8": 1e-4}
@@ -23,15 +23,14 @@ HISTORY_TOKENS = 90
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The prefills of each call, which torch attends for."""
+    """Rows and prefills of each call."""
     found = []
     forward = prefill.PrefillAttention.forward
 
-    def noted(self: Any, layer: int, sequences: list[Any], q: Any, *args: Any, **kwargs: Any) -> None:
-        found.append((len(q), sequences))
-        forward(self, layer, sequences, q, *args, **kwargs)
+    def noted(self: Any, layer: int, batches: list[Any], q: Any, *args: Any, **kwargs: Any) -> None:
+        found.append((len(q), [one for batch in batches for one in batch.prefills]))
+        forward(self, layer, batches, q, *args, **kwargs)
 
-    monkeypatch.setattr(compat_torch, "is_faster", lambda dtype: True)
     monkeypatch.setattr(prefill, "HISTORY_TOKENS", HISTORY_TOKENS)
     monkeypatch.setattr(prefill.PrefillAttention, "forward", noted)
     return found

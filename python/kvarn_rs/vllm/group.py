@@ -12,7 +12,7 @@ from kvarn_rs import Engine
 from kvarn_rs._core import first_seen
 from kvarn_rs.errors import OpenStepError
 
-from . import compat, compat_torch, formats
+from . import compat, compat_cpu, formats
 from .calibration import calibration_of
 from .prefill import PrefillAttention
 
@@ -58,7 +58,10 @@ class Group:
             calibration=None if found is None else found.calibration,
             layers=numbers,
         )
-        self._prefill = PrefillAttention(self._engine, first.dtype) if compat_torch.is_faster(first.dtype) else None
+        num_tokens = max(model.max_model_len, config.scheduler_config.max_num_batched_tokens)
+        self._prefill = None
+        if compat_cpu.has_kernels(impl.head_size, first.dtype):
+            self._prefill = PrefillAttention(self._engine, first.dtype, num_tokens)
         self._seals = seals
         self._window = window
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
@@ -74,7 +77,7 @@ class Group:
 
     @property
     def prefill(self) -> PrefillAttention | None:
-        """Attention of prefills; None where the engine's own is as fast."""
+        """Attention of prefills by vLLM's kernels; None where it has none for such heads."""
         return self._prefill
 
     @property

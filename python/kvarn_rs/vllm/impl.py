@@ -88,9 +88,10 @@ class KVarnImpl(compat.AttentionImpl):
             engine.attend(index, query[:rows], None, None, output[:rows], **options)
             return output
         tensors = query[:rows], key[:rows], value[:rows], output[:rows]
-        prefill, prefills = attn_metadata.group.prefill, attn_metadata.prefills
-        if prefills and prefill is not None and self.window is None and self.softcap is None:
-            prefill.forward(index, prefills, *tensors, scale=self.scale, sinks=self.sinks)
+        prefill, batches = attn_metadata.group.prefill, attn_metadata.prefills
+        has_kernel = self.window is None and (self.sinks is None or self.sinks.dtype is torch.bfloat16)
+        if batches and prefill is not None and has_kernel:
+            prefill.forward(index, batches, *tensors, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         else:
             engine.forward(index, *tensors, **options)
         return output

@@ -12,7 +12,7 @@ from kvarn_rs.errors import StaleStepError, UnsupportedError
 from . import compat
 from .drafts import DraftGroup
 from .group import Group
-from .prefill import Prefill, prefills
+from .prefill import PrefillBatch, prefills
 
 
 @dataclass
@@ -21,7 +21,7 @@ class KVarnMetadata(compat.AttentionMetadata):
 
     group: Group
     num_tokens: int
-    prefills: list[Prefill]
+    prefills: list[PrefillBatch]
 
 
 class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
@@ -89,4 +89,6 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
             self._group.begin_pass(tables, context_lens, starts, draft_index)
         else:
             self._group.begin(tables, context_lens, starts)
-        return KVarnMetadata(self._group, int(starts[-1]), prefills(context_lens, starts))
+        attention = self._group.prefill
+        batches = [] if attention is None else attention.batches(prefills(context_lens, starts))
+        return KVarnMetadata(self._group, int(starts[-1]), batches)
