@@ -287,22 +287,32 @@ def _watch_runner(builder_class: type) -> None:
 
     def settle(original: Any, runner: Any, scheduled: Any) -> Any:
         last = [(request, runner.requests[request]) for request in runner.input_batch.req_ids]
-        gone = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
-        gone |= scheduled.scheduled_cached_reqs.resumed_req_ids
-        states = {request: runner.requests[request] for request in gone if request in runner.requests}
+        ended = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
+        ended |= scheduled.scheduled_cached_reqs.resumed_req_ids
+        states = {request: runner.requests[request] for request in ended if request in runner.requests}
+        has_drafts = runner.speculative_config is not None
         for index, builder in builders(runner, builder_class):
-            if builder.group is None:
-                continue
-            kept = [_kept(state, runner.speculative_config is not None) for _, state in last]
-            known = [(name, count, state.block_ids[index]) for (name, state), count in zip(last, kept, strict=True)]
-            builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
+            if builder.group is not None:
+                known = [(name, _num_valid(state, has_drafts), state.block_ids[index]) for name, state in last]
+                builder.group.settle(known, {name: state.block_ids[index] for name, state in states.items()})
         return original(runner, scheduled)
+
+    def warm_up(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+        found = [builder for _, builder in builders(runner, builder_class)]
+        for builder in found:
+            builder.is_warming_up = True
+        try:
+            return original(runner, *args, **kwargs)
+        finally:
+            for builder in found:
+                builder.is_warming_up = False
 
     _wrap(GPUModelRunner, "initialize_kv_cache", start)
     _wrap(GPUModelRunner, "_update_states", settle)
+    _wrap(GPUModelRunner, "_dummy_run", warm_up)
 
 
-def _kept(state: Any, has_drafts: bool) -> int:
+def _num_valid(state: Any, has_drafts: bool) -> int:
     """The most tokens of a request whose keys and values stay: all but the newest, and no draft that was rejected.
 
     Without drafts all that were computed stay. Only the last rank of pipeline parallelism would know how many.
