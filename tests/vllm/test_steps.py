@@ -76,7 +76,8 @@ def test_drafts_go_on_after_a_request_longer_than_the_draft_model_allows(model: 
     engine: Any = llm.llm_engine
     for name, (prompt, count) in (("long", long), ("short", short)):
         engine.add_request(name, {"prompt_token_ids": prompt}, greedy(count))
-    found = {}
+    found: dict[str, Any] = {}
+    was_written = False
     while engine.has_unfinished_requests():
         was_written = drafting.engine.stats()["open_pages"] > 0
         assert "long" in found or not was_written, "no drafts are made beside the long request"
