@@ -73,7 +73,7 @@ def layout(layers: list[tuple[LayerGroup, int]], name: str) -> Layout:
     for group, heads in layers:
         size = formats.BLOCK_SIZE * heads * _token_bytes(name, group)
         tokens = formats.unquantized_tokens(name, group.head_dim, _DTYPE) if is_ours and is_mixed else 0
-        is_quantized = is_ours and (group.window is None or tokens < formats.SMALLEST_CPU_BLOCK)
+        is_quantized = is_ours and (group.window is None or tokens < formats.SMALLEST_UNQUANTIZED_BLOCK)
         tokens_of[group.window] = formats.BLOCK_SIZE if is_quantized or not is_ours else tokens
         if is_quantized and formats.seals(name):
             page_bytes += group.num_layers * heads * formats.open_page_bytes(group.head_dim)

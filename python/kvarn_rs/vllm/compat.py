@@ -59,34 +59,43 @@ def install(backend_of: Callable[[str, torch.dtype], Any], builder_class: type) 
         backend_of: the backend for a cache dtype and a model's dtype.
         builder_class: what makes its metadata.
     """
-    _add_cache_dtypes(formats.CACHE_DTYPES)
     _select_backend(backend_of, builder_class)
     _check_engine_configs()
     _size_blocks()
+    _add_cache_dtypes(formats.CACHE_DTYPES)  # last: without them, nothing of the others does anything
 
 
 # Cache dtypes.
 
 
 def _add_cache_dtypes(names: Iterable[str]) -> None:
-    known = get_args(cache_module.CacheDType)
-    extended = Literal[tuple(dict.fromkeys((*known, *names)))]  # type: ignore[valid-type]
-    if extended == cache_module.CacheDType:
+    original = cache_module.CacheDType
+    extended = Literal[tuple(dict.fromkeys((*get_args(original), *names)))]  # type: ignore[valid-type]
+    if extended == original:
         return
     import vllm.config.vllm as vllm_module
     import vllm.engine.arg_utils as arguments
     from pydantic.dataclasses import rebuild_dataclass
 
-    torch_utils.STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(names, torch.uint8))
     config = cache_module.CacheConfig
-    for module in (cache_module, arguments, selector):
-        vars(module)["CacheDType"] = extended
-    config.__annotations__["cache_dtype"] = extended
-    next(field for field in dataclasses.fields(config) if field.name == "cache_dtype").type = extended
-    config.__pydantic_fields__["cache_dtype"].annotation = extended
-    for rebuilt in (config, vllm_module.VllmConfig):
-        rebuild_dataclass(rebuilt, force=True, raise_errors=False)
-    arguments._compute_kwargs.cache_clear()
+    field = next(field for field in dataclasses.fields(config) if field.name == "cache_dtype")
+    validated = config.__pydantic_fields__["cache_dtype"]
+    dtypes, forget_options = torch_utils.STR_DTYPE_TO_TORCH_DTYPE, arguments._compute_kwargs.cache_clear
+
+    def accept(cache_dtypes: Any) -> None:
+        for module in (cache_module, arguments, selector):
+            vars(module)["CacheDType"] = cache_dtypes
+        config.__annotations__["cache_dtype"] = field.type = validated.annotation = cache_dtypes
+        for rebuilt in (config, vllm_module.VllmConfig):
+            rebuild_dataclass(rebuilt, force=True, raise_errors=False)
+        forget_options()
+
+    try:
+        accept(extended)
+    except Exception:
+        accept(original)
+        raise
+    dtypes.update(dict.fromkeys(names, torch.uint8))
 
 
 # One flag.
@@ -138,10 +147,9 @@ def smallest_block() -> int | None:
     """Tokens of the smallest block of vLLM's own cache; None if all layers' blocks must have the same tokens."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return 16
-    # Before, its kernels read the size of all blocks from the config.
-    return formats.SMALLEST_CPU_BLOCK if _CUSTOMIZES_SPECS else None
+    # Before 0.28, its CPU kernels read the size of all blocks from the config.
+    has_one_size = current_platform.is_cpu() and not _CUSTOMIZES_SPECS
+    return None if has_one_size else formats.SMALLEST_UNQUANTIZED_BLOCK
 
 
 def _size_blocks() -> None:

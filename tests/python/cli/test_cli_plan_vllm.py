@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from kvarn_rs.cli import plan_vllm
+from kvarn_rs.cli.model_shape import LayerGroup
+from kvarn_rs.vllm import formats, settings
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -96,6 +101,19 @@ def test_draft_models_with_windows_or_without_vllm_are_refused(
     assert "window" in refused
     refused = kvarn("plan", model, "--memory", "8GiB", "--draft-model", draft).refused()
     assert "--draft-model are for --engine vllm" in refused
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2"])
+def test_the_plan_and_the_plugin_agree_on_layers_that_stay_unquantized(name: str, head_dim: int) -> None:
+    text_config = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+    model = SimpleNamespace(hf_text_config=text_config, dtype="bfloat16", get_head_size=lambda: head_dim)
+    cache = SimpleNamespace(cache_dtype=f"kvarn_{name}", kv_cache_dtype_skip_layers=[])
+    config = SimpleNamespace(model_config=model, cache_config=cache, additional_config={})
+    skipped = settings.skipped_layers(config, formats.SMALLEST_UNQUANTIZED_BLOCK)
+    layers = [(LayerGroup(1, 1, head_dim, window), 1) for window in (100, None)]
+    blocks = {tokens for _, tokens in plan_vllm.layout(layers, name).groups}
+    assert (len(blocks) == 2) == (skipped == ["sliding_window"])
 
 
 # (full layers, sliding layers): layers of a group, groups that are full, groups that slide.
