@@ -53,7 +53,7 @@ def test_attention_that_is_not_supported_is_refused_before_a_model_is_loaded(mod
 
     configs: list[tuple[Any, str, dict[str, Any], str]] = [
         (BloomConfig(hidden_size=64, n_layer=1, n_head=1), "BloomForCausalLM", {}, "ALiBi does not work"),
-        (LlamaConfig(**SIZES, is_causal=False), "LlamaModel", {"runner": "pooling"}, "not causal"),
+        (LlamaConfig(**{**SIZES, "is_causal": False}), "LlamaModel", {"runner": "pooling"}, "not causal"),
     ]
     for config, architecture, options, words in configs:
         folder = tmp_path / architecture

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
-from runs import BLOCK, answer_of, blocks_in_use, core, finish, groups, largest_divergence, make_llm
-from test_formats import MOST_DIVERGENCE
+from runs import BLOCK, MOST_DIVERGENCE, answer_of, blocks_in_use, core, finish, groups, largest_divergence, make_llm
 from vllm import SamplingParams  # pyright: ignore
 
 from kvarn_rs.errors import OpenStepError
