@@ -9,13 +9,21 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 from models import SIZES, saved
-from runs import blocks_in_use, finish, greedy, groups, largest_divergence, make_llm, num_blocks
+from runs import (
+    MOST_DIVERGENCE,
+    MOST_DIVERGENCE_IN_16_BITS,
+    blocks_in_use,
+    finish,
+    greedy,
+    groups,
+    largest_divergence,
+    make_llm,
+    num_blocks,
+)
 
 from kvarn_rs.errors import UnsupportedError
 from kvarn_rs.vllm import compat, formats
 
-# As `test_formats.MOST_DIVERGENCE`.
-MOST_DIVERGENCE = {"raw": 1e-5, "int8": 1e-4}
 needs_blocks_of_several_sizes = pytest.mark.skipif(
     compat.smallest_block() is None, reason="vLLM's own CPU attention has blocks of one size in this release"
 )
@@ -48,6 +56,20 @@ def test_full_attention_alone_is_quantized_by_default(hybrid_model: Path, expect
         assert largest_divergence(expected, greedy(llm)) < MOST_DIVERGENCE[format]
     finish(llm)
     assert blocks_in_use(llm) == 0
+
+
+@needs_blocks_of_several_sizes
+def test_blocks_that_are_sealed_go_with_unquantized_layers_beside_them(hybrid_model: Path) -> None:
+    stock = greedy(make_llm(hybrid_model, "auto", dtype="bfloat16"))  # in 32 bits, no unquantized block fits
+    llm = make_llm(hybrid_model, "kvarn_int4", dtype="bfloat16", enable_prefix_caching=True)
+    (group,) = groups(llm)
+    assert group.engine.num_layers == 1
+    for _ in range(2):  # the second time finds prefixes in all groups
+        assert largest_divergence(stock, greedy(llm)) < MOST_DIVERGENCE_IN_16_BITS["int4"]
+    finish(llm)
+    assert blocks_in_use(llm) == 0
+    assert group.engine.stats()["sealed"] > 0
+    assert (group.engine.stats()["open_pages"], group.num_requests) == (0, 0)
 
 
 @needs_blocks_of_several_sizes

@@ -35,6 +35,8 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._group: Group | None = None
         self._has_layers = True
+        self.is_warming_up = False
+        """Whether vLLM runs the model without requests: no step is begun then."""
 
     @property
     def group(self) -> Group | None:
@@ -57,7 +59,7 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> KVarnMetadata | None:
-        """Begins the step; None without layers.
+        """Begins the step; None without layers, or while vLLM warms up.
 
         Args:
             common_prefix_len: not used.
@@ -78,17 +80,17 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
     def _begin(self, step: Any, draft_index: int) -> KVarnMetadata | None:
         if step.causal is not True:
             raise UnsupportedError("kvarn-rs has causal attention alone")
-        if not self._has_layers:
+        if not self._has_layers or self.is_warming_up:
             return None
         if self._group is None:
             raise StaleStepError("kvarn-rs: a step before the model has blocks")
         starts = step.query_start_loc_cpu[: step.num_reqs + 1].to(torch.int32)
         lens = step.seq_lens[: step.num_reqs].to("cpu", torch.int32)
-        tables, context_lens = step.block_table_tensor[: step.num_reqs], lens - starts.diff()
+        arrays = step.block_table_tensor[: step.num_reqs], lens - starts.diff(), starts
         if isinstance(self._group, DraftGroup):
-            self._group.begin_pass(tables, context_lens, starts, draft_index)
+            context_lens = self._group.begin_pass(*arrays, draft_index)
         else:
-            self._group.begin(tables, context_lens, starts)
+            context_lens = self._group.begin(*arrays)
         attention = self._group.prefill
         batches = [] if attention is None else attention.batches(prefills(context_lens, starts))
         return KVarnMetadata(self._group, int(starts[-1]), batches)

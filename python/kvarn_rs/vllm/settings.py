@@ -119,6 +119,12 @@ def check_config(config: Any, cache_dtype: str) -> None:
         raise UnsupportedError(
             f"models with layers of a constant state do not work with {cache_dtype}: vLLM would split its blocks"
         )
+    if model.uses_alibi:
+        raise UnsupportedError(f"ALiBi does not work with {cache_dtype}: leave --kv-cache-dtype at auto")
+    if model.attn_type != "decoder" or config.attention_config.use_non_causal:
+        raise UnsupportedError(
+            f"attention that is not causal does not work with {cache_dtype}: leave --kv-cache-dtype at auto"
+        )
     if getattr(model.hf_text_config, "attention_chunk_size", None) or "chunked_attention" in layer_types(config):
         raise UnsupportedError(
             f"chunked attention does not work with {cache_dtype}: its steps are not those of requests"
