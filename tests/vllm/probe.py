@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from kvarn_rs._core import num_threads
-
 
 def groups_of(runner: Any) -> list[Any]:
     """kvarn's groups of layers of a model runner, those of a draft model last."""
@@ -36,5 +34,4 @@ class Probe:
                 for group in groups_of(self.model_runner)
             ],
             "process": os.getpid(),
-            "threads": num_threads(),
         }

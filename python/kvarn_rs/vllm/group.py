@@ -43,7 +43,7 @@ class Group:
         Raises:
             CalibrationError: the calibration file that was named is of another model.
         """
-        layers = {name: layer for name, layer in layers.items() if layer.impl.shares_layer is None}
+        layers = {name: layer for name, layer in layers.items() if layer.impl.kv_sharing_target is None}
         first = next(iter(layers.values()))
         impl = first.impl
         blocks = [_records(layer.kv_cache) for layer in layers.values()]
