@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,18 @@ def test_a_pool_of_mixed_layers_has_the_blocks_of_the_format(hybrid_model: Path)
 
 
 @needs_blocks_of_several_sizes
+@needs_blocks_of_several_sizes
+def test_the_log_claims_no_tokens_of_a_pool_that_other_groups_share(
+    hybrid_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages: list[str] = []
+    logger = logging.getLogger("vllm.kvarn_rs")
+    monkeypatch.setattr(logger, "info", lambda text, *values: messages.append(text % values))
+    llm = make_llm(hybrid_model, "kvarn_int4")
+    (line,) = [message for message in messages if message.startswith("kvarn-rs: int4")]
+    assert f"{num_blocks(llm)} blocks of 128 tokens for " in line
+
+
 def test_layers_named_by_hand_are_not_quantized(hybrid_model: Path, expected: list[Any]) -> None:
     llm = make_llm(hybrid_model, "kvarn_int8", kv_cache_dtype_skip_layers=["0", "3"])
     assert sum(group.engine.num_layers for group in groups(llm)) == 2

@@ -290,7 +290,7 @@ def _watch_runner(builder_class: type) -> None:
             model = config.speculative_config.draft_model_config if is_draft else config.model_config
             names = [name for name in group.layer_names if is_draft or name not in drafts]
             for builder in (each for each in group.metadata_builders if isinstance(each, builder_class)):
-                builder.start(names, model)
+                builder.start(names, model, len(runner.kv_cache_config.kv_cache_groups))
         return result
 
     def settle(original: Any, runner: Any, scheduled: Any) -> Any:

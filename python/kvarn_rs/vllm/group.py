@@ -32,13 +32,14 @@ class Group:
     vLLM says which tokens of a step it keeps only with the next one, so that a step is committed then: `settle`.
     """
 
-    def __init__(self, layers: Mapping[str, Any], config: Any, model: Any) -> None:
+    def __init__(self, layers: Mapping[str, Any], config: Any, model: Any, num_groups: int) -> None:
         """Lends the blocks of layers to an engine.
 
         Args:
             layers: vLLM's modules by their names. Those that read the blocks of another layer are left out.
             config: vLLM's.
             model: vLLM's config of their model: the one that is served, or its draft model.
+            num_groups: KV cache groups, which share the pool of blocks.
 
         Raises:
             CalibrationError: the calibration file that was named is of another model.
@@ -75,7 +76,7 @@ class Group:
         self._step = self._pass = _Range(*2 * (torch.empty(0, dtype=torch.int32),))
         self._lengths: dict[str, int] = {}
         if rank == 0:
-            _log(self._engine, blocks, impl, None if found is None else found.origin)
+            _log(self._engine, blocks, impl, num_groups, None if found is None else found.origin)
 
     @property
     def engine(self) -> Engine:
@@ -201,7 +202,11 @@ def _records(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.view(torch.uint8).flatten(2)
 
 
-def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any, calibration: str | None) -> None:
+def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any, num_groups: int, calibration: str | None) -> None:
+    # A sequence has blocks of each group, so that how many tokens fit depends on windows: vLLM says it.
+    fit = (
+        f": {len(blocks[0]) * formats.BLOCK_SIZE} tokens" if num_groups == 1 else f" for {num_groups} groups of layers"
+    )
     bytes_per_token = engine.num_layers * engine.num_kv_heads * blocks[0].shape[2] / formats.BLOCK_SIZE
     open_pages = ""
     if impl.open_pages is not None:
@@ -211,12 +216,12 @@ def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any, calibration: str
             f"calibration: {calibration}"
         )
     _logger.info(
-        "kvarn-rs: %s, %d layers, %.0f bytes a token, %d blocks of %d tokens: %d tokens%s",
+        "kvarn-rs: %s, %d layers, %.0f bytes a token, %d blocks of %d tokens%s%s",
         engine.format,
         engine.num_layers,
         bytes_per_token,
         len(blocks[0]),
         formats.BLOCK_SIZE,
-        len(blocks[0]) * formats.BLOCK_SIZE,
+        fit,
         open_pages,
     )

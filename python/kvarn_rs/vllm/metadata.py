@@ -43,18 +43,19 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
         """The layers' engine and requests; None before vLLM has allocated blocks."""
         return self._group
 
-    def start(self, names: list[str], model: Any) -> None:
+    def start(self, names: list[str], model: Any, num_groups: int) -> None:
         """Lends layers' blocks to an engine.
 
         Args:
             names: of those that the builder is for. A draft model's have a builder of their own, and are of the one of
                 their KV cache group too: that one may be left without any.
             model: vLLM's config of their model.
+            num_groups: KV cache groups, which share the pool of blocks.
         """
         self._has_layers = bool(names)
         if names:
             kind = Group if model is self.vllm_config.model_config else DraftGroup
-            self._group = kind(compat.layers(self.vllm_config, names), self.vllm_config, model)
+            self._group = kind(compat.layers(self.vllm_config, names), self.vllm_config, model, num_groups)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
