@@ -48,6 +48,12 @@ def test_settings_that_contradict_the_format_are_refused(
         make_llm(model, "kvarn_int4", **options)
 
 
+@pytest.mark.parametrize("format", ["raw", "int8", "int4"])
+def test_options_of_kvarn_are_checked_in_every_format(model: Path, format: str) -> None:
+    with pytest.raises(ConfigError, match="kvarn has 'calibratoin'"):
+        make_llm(model, f"kvarn_{format}", additional_config={"kvarn": {"calibratoin": "FILE"}})
+
+
 def test_attention_that_is_not_supported_is_refused_before_a_model_is_loaded(model: Path, tmp_path: Path) -> None:
     from transformers import BloomConfig, LlamaConfig
 

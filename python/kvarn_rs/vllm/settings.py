@@ -112,8 +112,10 @@ def check_config(config: Any, cache_dtype: str) -> None:
     """Refuses features of a run that a format does not work with.
 
     Raises:
+        ConfigError: an option of kvarn's is unknown, or of another type.
         UnsupportedError: naming the feature, and what to do.
     """
+    kvarn_options(config)
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     if getattr(model, "is_hybrid", False):
         raise UnsupportedError(
