@@ -60,7 +60,7 @@ def test_block_sizes_and_backends_of_others_are_refused() -> None:
     ("change", "words"),
     [
         ({"prefix_match_unit": 32}, "--prefix-match-unit 32"),
-        ({"kv_transfer_config": object()}, "KV transfer is not tried"),
+        ({"kv_transfer_config": object()}, "KV transfer and offloading"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"method": "dflash"}, "'dflash'.*use ngram, suffix, draft_model, eagle"),
         ({"method": "ngram", "pipeline_parallel_size": 2}, "pipeline parallelism.*only the last rank"),
@@ -90,6 +90,7 @@ def test_features_that_a_format_does_not_work_with_are_refused(change: dict[str,
                 pipeline_parallel_size=change.pop("pipeline_parallel_size", 1),
             ),
             speculative_config=None if method is None else SimpleNamespace(method=method),
+            additional_config={},
             **{"kv_transfer_config": None, "use_v2_model_runner": False, "attention_config": causal, **change},
         )
 

@@ -35,7 +35,7 @@ def test_one_flag_selects_backend_and_block_size(model: Path) -> None:
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             UnsupportedError,
-            "KV transfer is not tried with kvarn_int4",
+            "KV transfer and offloading",
         ),
     ],
 )

@@ -67,8 +67,8 @@ def skipped_layers(config: Any, smallest_block: int | None) -> list[str]:
     named = config.cache_config.kv_cache_dtype_skip_layers
     if named and not possible:
         raise UnsupportedError(
-            f"--kv-cache-dtype-skip-layers {' '.join(named)}: vLLM's own cache has no blocks of the bytes of a {name} "
-            f"block, {fit} tokens, on this platform; leave it out"
+            f"--kv-cache-dtype-skip-layers {' '.join(named)}: vLLM's own cache has no blocks of the bytes of one of "
+            f"{name}, {fit} tokens, on this platform; leave it out"
         )
     kinds = {"sliding_attention", "full_attention"}
     is_hybrid = kinds <= layer_types(config)
@@ -138,8 +138,8 @@ def check_config(config: Any, cache_dtype: str) -> None:
         raise UnsupportedError(f"--prefix-match-unit {unit}: kvarn's blocks are shared whole; leave it out")
     if config.kv_transfer_config is not None:
         raise UnsupportedError(
-            f"KV transfer is not tried with {cache_dtype}, whose blocks a connector must copy whole: leave out one of "
-            "the two"
+            f"KV transfer and offloading (--kv-transfer-config, --kv-offloading-size) are not tried with {cache_dtype}: "
+            "leave out one of the two"
         )
     if getattr(parallel, "decode_context_parallel_size", 1) > 1:
         raise UnsupportedError("kvarn-rs does not support decode context parallelism")
