@@ -138,8 +138,8 @@ def check_config(config: Any, cache_dtype: str) -> None:
         raise UnsupportedError(f"--prefix-match-unit {unit}: kvarn's blocks are shared whole; leave it out")
     if config.kv_transfer_config is not None:
         raise UnsupportedError(
-            f"KV transfer and offloading (--kv-transfer-config, --kv-offloading-size) are not tried with {cache_dtype}: "
-            "leave out one of the two"
+            f"KV transfer and offloading (--kv-transfer-config, --kv-offloading-size) are not tried with "
+            f"{cache_dtype}: leave out one of the two"
         )
     if getattr(parallel, "decode_context_parallel_size", 1) > 1:
         raise UnsupportedError("kvarn-rs does not support decode context parallelism")
