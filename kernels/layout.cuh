@@ -159,6 +159,21 @@ static_assert(OFFSET_OF(EncodeParams, rows_per_batch) == 196, "rows_per_batch");
 static_assert(OFFSET_OF(EncodeParams, is_aligned) == 200, "is_aligned");
 static_assert(OFFSET_OF(EncodeParams, has_whole_pages) == 204, "has_whole_pages");
 
+/// Copies of pages in every layer.
+struct CopyParams {
+    /// `LayerRecords [num_layers]`
+    uint64_t layers;
+    int32_t record_bytes;
+    int32_t num_copies;
+    /// Source and destination of each.
+    int32_t copies[128];
+};
+static_assert(sizeof(CopyParams) == 528, "size");
+static_assert(OFFSET_OF(CopyParams, layers) == 0, "layers");
+static_assert(OFFSET_OF(CopyParams, record_bytes) == 8, "record_bytes");
+static_assert(OFFSET_OF(CopyParams, num_copies) == 12, "num_copies");
+static_assert(OFFSET_OF(CopyParams, copies) == 16, "copies");
+
 /// A range of positions of one sequence as values.
 struct DequantizeParams {
     Records pages;

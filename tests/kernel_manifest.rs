@@ -18,7 +18,7 @@ fn manifest() -> Value {
 
 fn hash(path: &Path) -> String {
     let bytes = std::fs::read(path).unwrap_or_default();
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(bytes).iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 /// Names of files of a folder that end so, without the ending.

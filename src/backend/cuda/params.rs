@@ -161,6 +161,16 @@ parameters! {
         has_whole_pages: i32,
     }
 
+    /// Copies of pages in every layer.
+    CopyParams {
+        /// `LayerRecords [num_layers]`
+        layers: u64,
+        record_bytes: i32,
+        num_copies: i32,
+        /// Source and destination of each.
+        copies: [i32; 128],
+    }
+
     /// A range of positions of one sequence as values.
     DequantizeParams {
         pages: Records,
