@@ -23,12 +23,12 @@ pub(super) fn check(call: &'static str, result: CUresult) -> Result<()> {
 }
 
 /// A call of the driver by its name, checked.
-macro_rules! call {
+macro_rules! checked_call {
     ($name:ident($($argument:expr),* $(,)?)) => {
         $crate::backend::cuda::driver::check(stringify!($name), cudarc::driver::sys::$name($($argument),*))
     };
 }
-pub(super) use call;
+pub(super) use checked_call as call;
 
 /// Starts the driver, once a process.
 ///
