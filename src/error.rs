@@ -158,6 +158,14 @@ pub enum Error {
         /// The tensor's device.
         got: String,
     },
+    /// A call of a device's driver that failed, by itself or because work launched before it did.
+    #[error("{call} failed: {reason}")]
+    Driver {
+        /// The driver's function.
+        call: &'static str,
+        /// The driver's code and text.
+        reason: String,
+    },
     /// A NaN or infinity in appended keys or values.
     #[error("{name}: non-finite value {value} at token row {row}, head {head}, channel {channel}")]
     NonFinite {

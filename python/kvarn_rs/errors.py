@@ -48,6 +48,10 @@ class OutOfOpenPagesError(OutOfBlocksError):
     """
 
 
+class DriverError(KvarnError, RuntimeError):
+    """A call of a device's driver that failed, by itself or because work launched before it did."""
+
+
 class OutOfMemoryError(KvarnError, MemoryError):
     """A failed memory allocation; nothing was changed."""
 

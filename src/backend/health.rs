@@ -19,6 +19,20 @@ pub struct LayerHealth {
 }
 
 impl LayerHealth {
+    /// What a device has counted since it last forgot: over `num_rows` rows the sum of squares of `head_dim` values each.
+    #[cfg(feature = "cuda")]
+    pub(super) fn counted(
+        squares: f64,
+        num_rows: u64,
+        head_dim: usize,
+        codes: [u64; 2],
+        num_out_of_range: u64,
+    ) -> Self {
+        let [num_codes, num_clamped] = codes;
+        let squares = (num_rows > 0).then(|| squares / (num_rows * head_dim as u64) as f64);
+        Self { squares, num_codes, num_clamped, num_out_of_range }
+    }
+
     /// Takes in `num_tokens` more whose mean square is `squares`.
     pub(super) fn wrote(&mut self, num_tokens: usize, squares: f64) {
         let before = self.squares.unwrap_or(squares);

@@ -97,6 +97,11 @@ impl RawView {
         Err(Error::Dtype { name, expected: dtype.name().to_owned(), got: self.dtype.name().to_owned() })
     }
 
+    fn all_strides(&self) -> [i64; 4] {
+        let [batch, heads, rows] = self.strides.map(|stride| stride as i64);
+        [batch, heads, rows, 1]
+    }
+
     /// First element of (row, head).
     #[inline(always)]
     fn at(&self, row: usize, head: usize) -> *mut u8 {
@@ -140,6 +145,24 @@ impl<'a> TensorView<'a> {
     #[must_use]
     pub fn shape(&self) -> [usize; 4] {
         self.raw.shape
+    }
+
+    /// Address of the first element.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.raw.base as u64
+    }
+
+    /// The strides, in elements.
+    #[must_use]
+    pub fn strides(&self) -> [i64; 4] {
+        self.raw.all_strides()
+    }
+
+    /// The element type.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        self.raw.dtype
     }
 
     /// Checks the device.
@@ -236,6 +259,24 @@ impl<'a> TensorViewMut<'a> {
     #[must_use]
     pub fn shape(&self) -> [usize; 4] {
         self.raw.shape
+    }
+
+    /// Address of the first element.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.raw.base as u64
+    }
+
+    /// The strides, in elements.
+    #[must_use]
+    pub fn strides(&self) -> [i64; 4] {
+        self.raw.all_strides()
+    }
+
+    /// The element type.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        self.raw.dtype
     }
 
     /// Checks the device.

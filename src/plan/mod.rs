@@ -87,6 +87,12 @@ impl StepPlan {
         self.block_size
     }
 
+    /// Queries see this many tokens at most.
+    #[must_use]
+    pub fn window(&self) -> Option<usize> {
+        self.window
+    }
+
     /// What a backend must have memory for.
     #[must_use]
     pub fn bounds(&self) -> Bounds {
@@ -267,6 +273,12 @@ impl<'a> StepView<'a> {
     #[must_use]
     pub fn sequence(&self, index: usize) -> SequencePlan<'a> {
         SequencePlan::of(self.plan, self.places, index)
+    }
+
+    /// The table of places.
+    #[must_use]
+    pub const fn places(&self) -> Places<'a> {
+        self.places
     }
 
     /// The place of a block of a sequence.

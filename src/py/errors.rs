@@ -28,6 +28,7 @@ impl From<Error> for PyErr {
                 Error::Stride { .. } | Error::Overlap { .. } => "StrideError",
                 Error::OutOfMemory { .. } => "OutOfMemoryError",
                 Error::Device { .. } => "DeviceError",
+                Error::Driver { .. } => "DriverError",
                 Error::NonFinite { .. } => "NonFiniteError",
             };
             exception(py, class, (message,))
