@@ -202,4 +202,120 @@ static_assert(OFFSET_OF(DequantizeParams, start) == 148, "start");
 static_assert(OFFSET_OF(DequantizeParams, count) == 152, "count");
 static_assert(OFFSET_OF(DequantizeParams, is_aligned) == 156, "is_aligned");
 
+/// Of the kernels of a call of attend but prefills: `schedule`, `query`, `decode` and `combine`, in this order. What
+/// they leave for each other is in a workspace; sizes are those of the structs of `kernels/attend/params.cuh`.
+///
+/// Query heads `h * group ..` are of key/value head h. A *column* is a query row of one (sequence, key/value head): of
+/// head `h * group + member` at the sequence's new token `token`, it is number `token * group + member`.
+struct AttendParams {
+    PlanPointers plan;
+    Records pages;
+    /// Zeros in formats that do not seal.
+    Records tiles;
+    Tensor q;
+    Tensor out;
+    /// Base 0: not asked for. `float`
+    Tensor lse;
+    /// `float [num_q_heads]`, or 0
+    uint64_t sinks;
+    /// `Work [blocks][warps]`
+    uint64_t work;
+    /// `Scheduled [sequences]`
+    uint64_t sequences;
+    /// `Parts [sequences][num_kv_heads]`
+    uint64_t parts;
+    /// `int2 [rows]`: sequence and new token, or ROW_PADDING or ROW_OTHERS.
+    uint64_t row_tokens;
+    /// `uint4 [sequences][num_kv_heads][column_tiles][frames][head_dim * tile columns / 8]`: q as operands.
+    uint64_t operands;
+    /// `float [sequences][num_kv_heads][column_tiles]`
+    uint64_t factors;
+    /// `float2 [partials][columns]`: maximum, in log2 units, and sum.
+    uint64_t part_ml;
+    /// `float [partials][columns][head_dim]`
+    uint64_t part_o;
+    int32_t num_kv_heads;
+    int32_t group;
+    /// T of the tensors.
+    int32_t rows_per_batch;
+    int32_t block_size;
+    /// Those of the sequence that has the most.
+    int32_t columns;
+    /// Tiles of 8 or 16 columns that hold them.
+    int32_t column_tiles;
+    /// Sequences of fewer new tokens are left to another launch.
+    int32_t min_new;
+    /// So are those of more.
+    int32_t max_new;
+    /// A query sees so many tokens at most, itself included; 2^31 - 1 where that is all.
+    int32_t window;
+    /// Are only tokens from before the step attended to?
+    int32_t over_history;
+    /// 0: warps get equal runs of blocks. Else cuts are at the multiples of this power of two, and results the same in
+    /// any batch.
+    int32_t chunk_tokens;
+    /// Of the decode kernel's grid, in x.
+    int32_t blocks;
+    /// Of one of its blocks.
+    int32_t warps;
+    float scale;
+    /// 0: none.
+    float softcap;
+    int32_t unused;
+};
+static_assert(sizeof(AttendParams) == 384, "size");
+static_assert(OFFSET_OF(AttendParams, plan) == 0, "plan");
+static_assert(OFFSET_OF(AttendParams, pages) == 80, "pages");
+static_assert(OFFSET_OF(AttendParams, tiles) == 104, "tiles");
+static_assert(OFFSET_OF(AttendParams, q) == 128, "q");
+static_assert(OFFSET_OF(AttendParams, out) == 168, "out");
+static_assert(OFFSET_OF(AttendParams, lse) == 208, "lse");
+static_assert(OFFSET_OF(AttendParams, sinks) == 248, "sinks");
+static_assert(OFFSET_OF(AttendParams, work) == 256, "work");
+static_assert(OFFSET_OF(AttendParams, sequences) == 264, "sequences");
+static_assert(OFFSET_OF(AttendParams, parts) == 272, "parts");
+static_assert(OFFSET_OF(AttendParams, row_tokens) == 280, "row_tokens");
+static_assert(OFFSET_OF(AttendParams, operands) == 288, "operands");
+static_assert(OFFSET_OF(AttendParams, factors) == 296, "factors");
+static_assert(OFFSET_OF(AttendParams, part_ml) == 304, "part_ml");
+static_assert(OFFSET_OF(AttendParams, part_o) == 312, "part_o");
+static_assert(OFFSET_OF(AttendParams, num_kv_heads) == 320, "num_kv_heads");
+static_assert(OFFSET_OF(AttendParams, group) == 324, "group");
+static_assert(OFFSET_OF(AttendParams, rows_per_batch) == 328, "rows_per_batch");
+static_assert(OFFSET_OF(AttendParams, block_size) == 332, "block_size");
+static_assert(OFFSET_OF(AttendParams, columns) == 336, "columns");
+static_assert(OFFSET_OF(AttendParams, column_tiles) == 340, "column_tiles");
+static_assert(OFFSET_OF(AttendParams, min_new) == 344, "min_new");
+static_assert(OFFSET_OF(AttendParams, max_new) == 348, "max_new");
+static_assert(OFFSET_OF(AttendParams, window) == 352, "window");
+static_assert(OFFSET_OF(AttendParams, over_history) == 356, "over_history");
+static_assert(OFFSET_OF(AttendParams, chunk_tokens) == 360, "chunk_tokens");
+static_assert(OFFSET_OF(AttendParams, blocks) == 364, "blocks");
+static_assert(OFFSET_OF(AttendParams, warps) == 368, "warps");
+static_assert(OFFSET_OF(AttendParams, scale) == 372, "scale");
+static_assert(OFFSET_OF(AttendParams, softcap) == 376, "softcap");
+static_assert(OFFSET_OF(AttendParams, unused) == 380, "unused");
+
+/// Of the kernel of prefills.
+struct PrefillParams {
+    /// Without the workspace.
+    AttendParams attend;
+    /// Read where `has_new`; else all tokens are read from records.
+    Tensor k;
+    Tensor v;
+    int32_t has_new;
+    /// 0 f16, 1 bf16, 2 f32
+    int32_t q_dtype;
+    int32_t kv_dtype;
+    int32_t out_dtype;
+};
+static_assert(sizeof(PrefillParams) == 480, "size");
+static_assert(OFFSET_OF(PrefillParams, attend) == 0, "attend");
+static_assert(OFFSET_OF(PrefillParams, k) == 384, "k");
+static_assert(OFFSET_OF(PrefillParams, v) == 424, "v");
+static_assert(OFFSET_OF(PrefillParams, has_new) == 464, "has_new");
+static_assert(OFFSET_OF(PrefillParams, q_dtype) == 468, "q_dtype");
+static_assert(OFFSET_OF(PrefillParams, kv_dtype) == 472, "kv_dtype");
+static_assert(OFFSET_OF(PrefillParams, out_dtype) == 476, "out_dtype");
+
 }  // namespace kvarn

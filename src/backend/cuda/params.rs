@@ -186,4 +186,80 @@ parameters! {
         count: i32,
         is_aligned: i32,
     }
+
+    /// Of the kernels of a call of attend but prefills: `schedule`, `query`, `decode` and `combine`, in this order. What
+    /// they leave for each other is in a workspace; sizes are those of the structs of `kernels/attend/params.cuh`.
+    ///
+    /// Query heads `h * group ..` are of key/value head h. A *column* is a query row of one (sequence, key/value head): of
+    /// head `h * group + member` at the sequence's new token `token`, it is number `token * group + member`.
+    AttendParams {
+        plan: PlanPointers,
+        pages: Records,
+        /// Zeros in formats that do not seal.
+        tiles: Records,
+        q: Tensor,
+        out: Tensor,
+        /// Base 0: not asked for. `float`
+        lse: Tensor,
+        /// `float [num_q_heads]`, or 0
+        sinks: u64,
+        /// `Work [blocks][warps]`
+        work: u64,
+        /// `Scheduled [sequences]`
+        sequences: u64,
+        /// `Parts [sequences][num_kv_heads]`
+        parts: u64,
+        /// `int2 [rows]`: sequence and new token, or ROW_PADDING or ROW_OTHERS.
+        row_tokens: u64,
+        /// `uint4 [sequences][num_kv_heads][column_tiles][frames][head_dim * tile columns / 8]`: q as operands.
+        operands: u64,
+        /// `float [sequences][num_kv_heads][column_tiles]`
+        factors: u64,
+        /// `float2 [partials][columns]`: maximum, in log2 units, and sum.
+        part_ml: u64,
+        /// `float [partials][columns][head_dim]`
+        part_o: u64,
+        num_kv_heads: i32,
+        group: i32,
+        /// T of the tensors.
+        rows_per_batch: i32,
+        block_size: i32,
+        /// Those of the sequence that has the most.
+        columns: i32,
+        /// Tiles of 8 or 16 columns that hold them.
+        column_tiles: i32,
+        /// Sequences of fewer new tokens are left to another launch.
+        min_new: i32,
+        /// So are those of more.
+        max_new: i32,
+        /// A query sees so many tokens at most, itself included; 2^31 - 1 where that is all.
+        window: i32,
+        /// Are only tokens from before the step attended to?
+        over_history: i32,
+        /// 0: warps get equal runs of blocks. Else cuts are at the multiples of this power of two, and results the same in
+        /// any batch.
+        chunk_tokens: i32,
+        /// Of the decode kernel's grid, in x.
+        blocks: i32,
+        /// Of one of its blocks.
+        warps: i32,
+        scale: f32,
+        /// 0: none.
+        softcap: f32,
+        unused: i32,
+    }
+
+    /// Of the kernel of prefills.
+    PrefillParams {
+        /// Without the workspace.
+        attend: AttendParams,
+        /// Read where `has_new`; else all tokens are read from records.
+        k: Tensor,
+        v: Tensor,
+        has_new: i32,
+        /// 0 f16, 1 bf16, 2 f32
+        q_dtype: i32,
+        kv_dtype: i32,
+        out_dtype: i32,
+    }
 }
