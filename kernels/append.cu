@@ -4,12 +4,14 @@
 
 namespace kvarn {
 
-/// Clears `raw` pages that the step opens and does not write whole: grid (opens, heads, layers).
-__device__ __forceinline__ void open_raw(const EncodeParams& p, int record_bytes) {
+/// Clears `raw` pages that the step opens and does not write whole, those whose statistics would be of stored tokens or the
+/// others: grid (opens, heads, layers).
+__device__ __forceinline__ void open_raw(const EncodeParams& p, int record_bytes, bool of_stored) {
     const Step step(p);
     const int at = blockIdx.x * OPENS_WIDTH, sequence = step.word(OPENS, at);
     if (sequence < 0) return;
     const int block = step.word(OPENS, at + 1), context_len = step.context_len(sequence), first = block * p.block_size;
+    if ((step.word(OPENS, at + 3) <= step.context_len(step.word(OPENS, at + 4))) != of_stored) return;
     if (context_len > first || step.seq_len(sequence) >= first + p.block_size) return;
     clear_record(record_of(layer_records(p, blockIdx.z).pages, step.place(sequence, block), blockIdx.y), record_bytes);
 }
@@ -18,7 +20,9 @@ __device__ __forceinline__ void open_raw(const EncodeParams& p, int record_bytes
 
 using namespace kvarn;
 
-extern "C" __global__ __launch_bounds__(256) void open_raw(EncodeParams p, int record_bytes) { kvarn::open_raw(p, record_bytes); }
+extern "C" __global__ __launch_bounds__(256) void open_raw(EncodeParams p, int record_bytes, int of_stored) {
+    kvarn::open_raw(p, record_bytes, of_stored);
+}
 
 #define REFIT(D) \
     extern "C" __global__ __launch_bounds__(FIRST_THREADS) void refit_d##D(EncodeParams p) { refit_first<D>(p); }

@@ -16,7 +16,7 @@ constexpr float F16_MAX = 65504.f;
 constexpr float LARGEST_VALUE = 1e30f;     // larger ones are taken for this where sums of them are formed
 constexpr float SHIFT = 12582912.f;        // 1.5 * 2^23: adding it rounds to a whole number, which is then the low byte
 constexpr uint16_t F16_MAX_BITS = 0x7bff;
-constexpr float SMALLEST_SCALE_OF_V = 4.76837158203125e-7f;  // 2^-21: a smaller f16 has fewer than four bits
+constexpr float SMALLEST_F16_SCALE = 4.76837158203125e-7f;  // 2^-21: a smaller f16 has fewer than four bits
 
 // ---------------------------------------------------------------- numbers
 
@@ -76,6 +76,12 @@ __device__ __forceinline__ uint32_t low_bytes(float a, float b, float c, float d
     const uint32_t low = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
     const uint32_t high = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
     return __byte_perm(low, high, 0x5410);
+}
+
+/// Does f16 not hold a row of V from lo to hi, stored under these parameters?
+__device__ __forceinline__ bool v_is_out_of_range(float lo, float hi, half scale, half zero_point) {
+    return is_at_the_end(scale) || (is_at_the_end(zero_point) && fabsf(lo) > F16_MAX) ||
+           (__half2float(scale) < SMALLEST_F16_SCALE && lo != hi);
 }
 
 /// The factor of the rotation of D channels: 1 / sqrt(D).

@@ -13,8 +13,6 @@ template <int D> struct FirstShared {
     Statistics<D, 1> statistics;
     float rows[1][D];  // as many as the block has tokens
 };
-template <int D> constexpr int first_shared_bytes(int block_size) { return int(sizeof(Statistics<D, 1>)) + block_size * D * 4; }
-
 /// Stores the statistics of the first `num_rows` rows, and encodes the first `num_stored` of them again for a page of
 /// `num_tokens`.
 template <int D>

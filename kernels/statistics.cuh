@@ -81,16 +81,13 @@ template <int D, int NUM_WARPS> struct Statistics {
     /// [mean, deviation, query rms][D].
     template <int PER_THREAD>
     __device__ __forceinline__ void store(float (&mean_of)[PER_THREAD], float (&squares_of)[PER_THREAD], float rows, const float* model, bool is_first_page, half* k_channel_mean, half* k_channel_scale) {
-        auto each = [&](auto&& visit) {
-#pragma unroll
-            for (int i = 0; i < PER_THREAD; i++)
-                if (const int d = threadIdx.x + i * blockDim.x; d < D) visit(i, d);
-        };
         const float known = is_first_page ? MODEL_ROWS_FIRST_PAGE : MODEL_ROWS;
         float weight = known, pooled = 0;
-        each([&](int i, int d) {
-            const float raw = mean_of[i];
-            const float wanted = model ? fmaf(known, model[d], rows * raw) / (known + rows) : raw;
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; i++) {
+            const int d = threadIdx.x + i * blockDim.x;
+            if (d >= D) continue;
+            const float raw = mean_of[i], wanted = model ? fmaf(known, model[d], rows * raw) / (known + rows) : raw;
             mean_of[i] = __half2float(to_half(wanted));
             const float off = raw - mean_of[i];
             squares_of[i] = fmaf(rows * off, off, squares_of[i]);
@@ -99,30 +96,41 @@ template <int D, int NUM_WARPS> struct Statistics {
                 const float deviation = model[D + d], by = model[d] - mean_of[i];
                 squares_of[i] += known * fmaf(deviation, deviation, by * by);
             }
-        });
+        }
         if (!model) {
             weight = POOLED_ROWS / rows;
             pooled = weight * block_sum(pooled, scratch) / (D * fmaxf(rows - 1.f, 1.f));
-            each([&](int i, int) { squares_of[i] += pooled; });
+        } else {
+            pooled = 0;
         }
         float largest = 0, ratios = 0, scale[PER_THREAD];
-        each([&](int i, int) { largest = fmaxf(largest, squares_of[i] = sqrtf(squares_of[i] / (weight + rows - 1.f))); });
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; i++) {
+            squares_of[i] = sqrtf((squares_of[i] + pooled) / (weight + rows - 1.f));
+            if (threadIdx.x + i * blockDim.x < D) largest = fmaxf(largest, squares_of[i]);
+        }
         largest = block_max(largest, scratch);
-        each([&](int i, int d) {
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; i++) {
+            const int d = threadIdx.x + i * blockDim.x;
+            if (d >= D) continue;
             const float deviation = fmaxf(squares_of[i], fmaxf(RELATIVE_FLOOR * largest, ABSOLUTE_FLOOR));
             const float q = model ? model[2 * D + d] : 1.f;
             // (deviation^3 / q)^(1/4), without deviation^3
             scale[i] = is_first_page ? deviation : sqrtf(deviation) * sqrtf(sqrtf(deviation / q));
             const float ratio = deviation / scale[i];
             ratios = fmaf(ratio, ratio, ratios);
-        });
+        }
         const float factor = is_first_page ? 1.f : sqrtf(block_sum(ratios, scratch) * (1.f / D));
         __syncthreads();
-        each([&](int i, int d) {
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; i++) {
+            const int d = threadIdx.x + i * blockDim.x;
+            if (d >= D) continue;
             const half stored = to_half(fmaxf(scale[i] * factor, ABSOLUTE_FLOOR));
             k_channel_mean[d] = to_half(mean_of[i]), k_channel_scale[d] = stored;
             mean()[d] = mean_of[i], inverse_scale()[d] = 1.f / __half2float(stored);
-        });
+        }
     }
 };
 

@@ -105,11 +105,6 @@ template <int C> __device__ __forceinline__ float first_zero(const float (&x)[C]
     return __shfl_sync(ALL_LANES, mine, __ffs(lanes) - 1);
 }
 
-__device__ __forceinline__ bool v_is_out_of_range(float lo, float hi, half scale, half zero_point) {
-    return is_at_the_end(scale) || (is_at_the_end(zero_point) && fabsf(lo) > F16_MAX) ||
-           (__half2float(scale) < SMALLEST_SCALE_OF_V && lo != hi);
-}
-
 /// Encodes V, rotated already where it is stored so; is it out of range?
 template <int D, int C> __device__ __forceinline__ bool write_v(const PageView<D>& page, int token, const float (&v)[C]) {
     float lo = v[0], hi = v[0];

@@ -1,0 +1,119 @@
+// Where a tile comes from: rows of the step, or an INT8 page. Of V, a thread gets the row of its token (K: seal_fill.cuh).
+#pragma once
+#include "seal_common.cuh"
+
+namespace kvarn {
+
+/// A tile of a step: which seal, of which head and layer. Units count tiles first, then heads.
+struct Unit {
+    int layer, head, at;
+
+    __device__ __forceinline__ Unit(const Step& step, int unit) {
+        const int tiles = step.num_words(SEALS) / SEALS_WIDTH;
+        at = unit % tiles * SEALS_WIDTH, head = unit / tiles % step.p.num_kv_heads, layer = unit / tiles / step.p.num_kv_heads;
+    }
+    __device__ __forceinline__ int sequence(const Step& step) const { return step.word(SEALS, at); }
+    __device__ __forceinline__ int block(const Step& step) const { return step.word(SEALS, at + 1); }
+    __device__ __forceinline__ int page(const Step& step) const { return step.word(SEALS, at + 2); }
+    __device__ __forceinline__ int first_row(const Step& step) const { return step.word(SEALS, at + 3); }
+    /// Is there such a tile, and are its tokens in a page, or among the step's rows?
+    __device__ __forceinline__ bool is_from(const Step& step, bool page_wanted) const { return sequence(step) >= 0 && (page(step) >= 0) == page_wanted; }
+    __device__ __forceinline__ uint8_t* record(const Step& step) const {
+        return record_of(layer_records(step.p, layer).tiles, ~step.place(sequence(step), block(step)), head);
+    }
+};
+/// The first unit from `unit` on, in steps of the grid, that there is; -1 for none.
+__device__ __forceinline__ int next_unit(const Step& step, int unit, int total, bool from_page) {
+    while (unit < total && !Unit(step, unit).is_from(step, from_page)) unit += gridDim.x;
+    return unit < total ? unit : -1;
+}
+__device__ __forceinline__ int num_units(const Step& step) {
+    return step.num_words(SEALS) / SEALS_WIDTH * step.p.num_kv_heads * step.p.num_layers;
+}
+
+/// Bytes of a row of In in shared memory: a quarter warp of rows hits distinct banks.
+template <int D, class In> constexpr int ROW_PITCH = int(sizeof(In)) * D + 16;
+
+/// Rows of the step.
+template <class In> struct RowSource {
+    using Input = In;
+    static constexpr bool FROM_PAGE = false, V_IS_ROTATED = false;
+    const EncodeParams& p;
+    const int32_t* token_rows;  // of the tile's first token
+    int head;
+
+    __device__ __forceinline__ RowSource(const Step& step, const Unit& unit) : p(step.p), head(unit.head) {
+        token_rows = step.words + p.plan.starts[TOKEN_ROWS] + step.first_token(unit.sequence(step)) + unit.block(step) * TILE_TOKENS - step.context_len(unit.sequence(step));
+    }
+    __device__ __forceinline__ const In* row(const Tensor& tensor, int token) const { return row_of<In>(tensor, p.rows_per_batch, __ldg(token_rows + token), head); }
+
+    template <int D> __device__ __forceinline__ void stage_v(uint8_t* stage) const {
+        constexpr int CHUNKS = D * int(sizeof(In)) / 16, STEP = SEAL_THREADS / CHUNKS, PER_CHUNK = 16 / int(sizeof(In));
+        const int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+#pragma unroll 8
+        for (int i = 0; i < TILE_TOKENS / STEP; i++) {
+            const In* from = row(p.v, first + i * STEP) + chunk * PER_CHUNK;
+            uint8_t* to = stage + (first + i * STEP) * ROW_PITCH<D, In> + chunk * 16;
+            if (p.is_aligned) copy16(to, from);
+            else
+                for (int j = 0; j < PER_CHUNK; j++) reinterpret_cast<In*>(to)[j] = from[j];
+        }
+    }
+    template <int D> __device__ __forceinline__ void read_v(const uint8_t* stage, float (&x)[D]) const {
+        const uint8_t* from = stage + threadIdx.x * ROW_PITCH<D, In>;
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) {
+            Eight<In> eight;
+            uint4* to = reinterpret_cast<uint4*>(&eight);
+#pragma unroll
+            for (int j = 0; j < int(sizeof(In)) / 2; j++) to[j] = *reinterpret_cast<const uint4*>(from + 8 * sizeof(In) * i + 16 * j);
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[8 * i + 2 * j] = eight.pair(j).x, x[8 * i + 2 * j + 1] = eight.pair(j).y;
+        }
+    }
+    /// Makes the thread's staged row finite; was it not? Seldom called.
+    template <int D> __device__ __noinline__ static bool repair(uint8_t* stage) {
+        uint32_t odd = 0;
+        for (int i = 0; i < D / 8; i++) odd |= reinterpret_cast<Eight<In>*>(stage + threadIdx.x * ROW_PITCH<D, In>)[i].repair();
+        return odd;
+    }
+};
+
+/// Sixteen-byte chunks of codes are turned so that the chunks of a fragment's eight rows lie in distinct banks.
+__device__ __forceinline__ int turned(int chunk) { return chunk ^ (chunk >> 3 & 3); }
+
+/// An INT8 page of a format that seals: V is rotated already, and all is finite.
+struct PageSource {
+    static constexpr bool FROM_PAGE = true, V_IS_ROTATED = true;
+    const uint8_t* page;
+
+    __device__ __forceinline__ PageSource(const Step& step, const Unit& unit) : page(record_of(layer_records(step.p, unit.layer).pages, unit.page(step), unit.head)) {}
+    /// Codes of all groups, in their order but for `turned`.
+    template <int D> __device__ __forceinline__ void stage_v(uint8_t* stage) const {
+        constexpr int CHUNKS = GROUP * D / 16;
+#pragma unroll
+        for (int i = 0; i < TILE_TOKENS * D / 16; i += SEAL_THREADS)
+            copy16(stage + 16 * (i + turned(threadIdx.x)), page + Page<D>::CHANNEL_BYTES + i / CHUNKS * Page<D>::GROUP_BYTES + Page<D>::V + (i % CHUNKS + threadIdx.x) * 16);
+    }
+    template <int D> __device__ static bool repair(uint8_t*) { return false; }
+    template <int D> __device__ __forceinline__ float token_field(int field) const {
+        const int t = threadIdx.x;
+        const uint8_t* group = page + Page<D>::CHANNEL_BYTES + t / GROUP * Page<D>::GROUP_BYTES;
+        return __half2float(reinterpret_cast<const half*>(group + field)[token_index(GROUP, t % GROUP)]);
+    }
+    template <int D> __device__ __forceinline__ void read_v(const uint8_t* stage, float (&x)[D]) const {
+        const float scale = token_field<D>(Page<D>::V_TOKEN_SCALE), zero = token_field<D>(Page<D>::V_TOKEN_ZERO);
+        const int t = threadIdx.x;
+        const uint32_t byte = t / 8 % 2 * 2 + t % 2;
+#pragma unroll
+        for (int i = 0; i < D / 4; i++) {  // four channels are the words of a chunk
+            const int g = i / (D / 32), pair = i % (D / 32);
+            const uint4 v = *reinterpret_cast<const uint4*>(stage + 16 * ((t / FRAGMENT * (D / 32) + pair) * 32 + turned(4 * g + t % 8 / 2)));
+            const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[4 * i + j] = fmaf(byte_of(words[j], byte), scale, zero);
+        }
+    }
+};
+
+}  // namespace kvarn
