@@ -22,7 +22,7 @@ template <int D, class In> struct StepRows {
         for (int i = 0; i < 4; i++) {
             const In* row = source.row(source.p.k, threadIdx.x / 32 * 32 + 8 * i + g) + 8 * q;
 #pragma unroll
-            for (int b = 0; b < D / 32; b++) raw[i][b].load(row + 32 * b, source.p.is_aligned);
+            for (int b = 0; b < D / 32; b++) raw[i][b].v = __ldg(reinterpret_cast<const uint4*>(row + 32 * b));
         }
     }
     __device__ __forceinline__ void turn(bool rotated) { channels_operand<Operand>(rotated, a); }

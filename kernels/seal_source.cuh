@@ -4,32 +4,38 @@
 
 namespace kvarn {
 
-/// A tile of a step: which seal, of which head and layer. Units count tiles first, then heads.
+/// A tile of a step: which of the plan's seals, of which head and layer. `seal` is -1 for none.
 struct Unit {
-    int layer, head, at;
+    int seal, head_layer;
 
-    __device__ __forceinline__ Unit(const Step& step, int unit) {
-        const int tiles = step.num_words(SEALS) / SEALS_WIDTH;
-        at = unit % tiles * SEALS_WIDTH, head = unit / tiles % step.p.num_kv_heads, layer = unit / tiles / step.p.num_kv_heads;
-    }
-    __device__ __forceinline__ int sequence(const Step& step) const { return step.word(SEALS, at); }
-    __device__ __forceinline__ int block(const Step& step) const { return step.word(SEALS, at + 1); }
-    __device__ __forceinline__ int page(const Step& step) const { return step.word(SEALS, at + 2); }
-    __device__ __forceinline__ int first_row(const Step& step) const { return step.word(SEALS, at + 3); }
-    /// Is there such a tile, and are its tokens in a page, or among the step's rows?
-    __device__ __forceinline__ bool is_from(const Step& step, bool page_wanted) const { return sequence(step) >= 0 && (page(step) >= 0) == page_wanted; }
+    __device__ __forceinline__ int head() const { return head_layer & 0xffff; }
+    __device__ __forceinline__ int layer() const { return head_layer >> 16; }
+    __device__ __forceinline__ int sequence(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH); }
+    __device__ __forceinline__ int block(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH + 1); }
+    __device__ __forceinline__ int page(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH + 2); }
+    __device__ __forceinline__ int first_row(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH + 3); }
     __device__ __forceinline__ uint8_t* record(const Step& step) const {
-        return record_of(layer_records(step.p, layer).tiles, ~step.place(sequence(step), block(step)), head);
+        return record_of(layer_records(step.p, layer()).tiles, ~step.place(sequence(step), block(step)), head());
     }
 };
-/// The first unit from `unit` on, in steps of the grid, that there is; -1 for none.
-__device__ __forceinline__ int next_unit(const Step& step, int unit, int total, bool from_page) {
-    while (unit < total && !Unit(step, unit).is_from(step, from_page)) unit += gridDim.x;
-    return unit < total ? unit : -1;
-}
-__device__ __forceinline__ int num_units(const Step& step) {
-    return step.num_words(SEALS) / SEALS_WIDTH * step.p.num_kv_heads * step.p.num_layers;
-}
+
+/// Units from number `at` on, in steps of `by`, whose tokens are in a page, or among the step's rows. They count seals first,
+/// then heads, then layers.
+struct Units {
+    int at, by;
+
+    __device__ __forceinline__ Unit next(const Step& step, bool from_page) {
+        const int seals = step.num_words(SEALS) / SEALS_WIDTH, total = seals * step.p.num_kv_heads * step.p.num_layers;
+        for (; at < total; at += by) {
+            const int rest = at / seals;
+            const Unit unit{at % seals, rest % step.p.num_kv_heads | rest / step.p.num_kv_heads << 16};
+            if (unit.sequence(step) < 0 || (unit.page(step) >= 0) != from_page) continue;
+            at += by;
+            return unit;
+        }
+        return {-1, 0};
+    }
+};
 
 /// Bytes of a row of In in shared memory: a quarter warp of rows hits distinct banks.
 template <int D, class In> constexpr int ROW_PITCH = int(sizeof(In)) * D + 16;
@@ -42,7 +48,7 @@ template <class In> struct RowSource {
     const int32_t* token_rows;  // of the tile's first token
     int head;
 
-    __device__ __forceinline__ RowSource(const Step& step, const Unit& unit) : p(step.p), head(unit.head) {
+    __device__ __forceinline__ RowSource(const Step& step, const Unit& unit) : p(step.p), head(unit.head()) {
         token_rows = step.words + p.plan.starts[TOKEN_ROWS] + step.first_token(unit.sequence(step)) + unit.block(step) * TILE_TOKENS - step.context_len(unit.sequence(step));
     }
     __device__ __forceinline__ const In* row(const Tensor& tensor, int token) const { return row_of<In>(tensor, p.rows_per_batch, __ldg(token_rows + token), head); }
@@ -87,7 +93,7 @@ struct PageSource {
     static constexpr bool FROM_PAGE = true, V_IS_ROTATED = true;
     const uint8_t* page;
 
-    __device__ __forceinline__ PageSource(const Step& step, const Unit& unit) : page(record_of(layer_records(step.p, unit.layer).pages, unit.page(step), unit.head)) {}
+    __device__ __forceinline__ PageSource(const Step& step, const Unit& unit) : page(record_of(layer_records(step.p, unit.layer()).pages, unit.page(step), unit.head())) {}
     /// Codes of all groups, in their order but for `turned`.
     template <int D> __device__ __forceinline__ void stage_v(uint8_t* stage) const {
         constexpr int CHUNKS = GROUP * D / 16;

@@ -110,10 +110,10 @@ __device__ __forceinline__ void seal_v(uint8_t* stage, const Source& source, uin
 template <int D, int BITS, class Source> __device__ __forceinline__ void seal_values(const EncodeParams& p) {
     extern __shared__ __align__(16) uint8_t shared[];
     const Step step(p);
-    const Unit unit(step, blockIdx.x);
-    if (!unit.is_from(step, Source::FROM_PAGE)) return;
+    const Unit unit = Units{int(blockIdx.x), 1 << 30}.next(step, Source::FROM_PAGE);
+    if (unit.seal < 0) return;
     const int first_row = unit.first_row(step) < 0 ? NO_FIRST_ROW : unit.first_row(step);
-    seal_v<D, BITS>(shared, Source(step, unit), unit.record(step), first_row, health_of(p, unit.layer, blockIdx.x));
+    seal_v<D, BITS>(shared, Source(step, unit), unit.record(step), first_row, health_of(p, unit.layer(), blockIdx.x));
 }
 
 }  // namespace kvarn
