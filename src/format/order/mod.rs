@@ -17,8 +17,8 @@
 //! channel, which encoders tabulate (but see [`Arrangement::wraps`]). Kernels that read whole fields use the offsets of the
 //! layouts, and are tied to arrangements that keep them so.
 
-mod cpu;
-mod cuda;
+pub mod cpu;
+pub mod cuda;
 #[cfg(test)]
 mod tests;
 
