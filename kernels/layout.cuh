@@ -59,7 +59,7 @@ static_assert(sizeof(LayerRecords) == 48, "size");
 static_assert(__builtin_offsetof(LayerRecords, pages) == 0, "pages");
 static_assert(__builtin_offsetof(LayerRecords, tiles) == 24, "tiles");
 
-/// A tensor [B, H, T, D]; strides in elements, the last of which is 1. Row r of a step is (r / T, r % T).
+/// A tensor `[B, H, T, D]`; strides in elements, the last of which is 1. Row r of a step is `(r / T, r % T)`.
 struct Tensor {
     uint64_t base;
     int64_t strides[4];
@@ -71,9 +71,9 @@ static_assert(__builtin_offsetof(Tensor, strides) == 8, "strides");
 /// A plan, and the table of places. Word j of record i of array a is `words[starts[a] + i * width(a) + j]`; entry
 /// `places[row * places_stride + block]` is page p where p >= 0, the tile of block ~p where p < 0.
 struct PlanPointers {
-    /// int32_t
+    /// `int32_t`
     uint64_t words;
-    /// int32_t
+    /// `int32_t`
     uint64_t places;
     int32_t places_stride;
     int32_t starts[15];
@@ -87,7 +87,7 @@ static_assert(__builtin_offsetof(PlanPointers, starts) == 20, "starts");
 /// What is known of a layer's model. Of a layer without calibration `channels` is 0, `feedback` that of no feedback
 /// and `feedback_stride` 0.
 struct LayerModel {
-    /// float [num_kv_heads][mean, deviation, query_rms][head_dim]
+    /// `float [num_kv_heads][mean, deviation, query_rms][head_dim]`
     uint64_t channels;
     /// Of each head: the constants of the plain frame, then those of the rotated one.
     uint64_t feedback;
@@ -99,7 +99,7 @@ static_assert(__builtin_offsetof(LayerModel, channels) == 0, "channels");
 static_assert(__builtin_offsetof(LayerModel, feedback) == 8, "feedback");
 static_assert(__builtin_offsetof(LayerModel, feedback_stride) == 16, "feedback_stride");
 
-/// Counters of a layer, added to by all kernels that encode. There are HEALTH_SLOTS of each layer, so that blocks
+/// Counters of a layer, added to by all kernels that encode. There are `HEALTH_SLOTS` of each layer, so that blocks
 /// do not wait for each other; the host sums them.
 struct HealthSlot {
     /// Of K, in units of the page's channel scales.
@@ -129,11 +129,11 @@ struct EncodeParams {
     /// The step's rows; not read where all tokens are stored ones.
     Tensor k;
     Tensor v;
-    /// LayerRecords [num_layers]
+    /// `LayerRecords [num_layers]`
     uint64_t layers;
-    /// LayerModel [num_layers]
+    /// `LayerModel [num_layers]`
     uint64_t models;
-    /// HealthSlot [num_layers][HEALTH_SLOTS]
+    /// `HealthSlot [num_layers][HEALTH_SLOTS]`
     uint64_t health;
     int32_t num_layers;
     int32_t num_kv_heads;
@@ -163,7 +163,7 @@ static_assert(__builtin_offsetof(EncodeParams, has_whole_pages) == 204, "has_who
 struct DequantizeParams {
     Records pages;
     Records tiles;
-    /// int32_t: of the block of position `start`, and on.
+    /// `int32_t`: of the block of position `start`, and on.
     uint64_t places;
     Tensor k;
     Tensor v;

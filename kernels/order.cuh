@@ -13,7 +13,7 @@ struct Place {
     __host__ __device__ constexpr int lane() const { return 4 * g + t; }
 };
 
-/// K: rows are tokens. Lane t has the channels [32 b + 8 t, + 8) of each 32; of the last 16 of an odd number of them, four.
+/// K: rows are tokens. Lane t has channels [32 b + 8 t, + 8) of each 32; of the last 16 of an odd number of them, four.
 __host__ __device__ constexpr Place k_place(int dim, int token, int channel) {
     const bool whole = channel / 32 < dim / 32;
     return {token / 16,    whole ? channel / 32 * 2 + channel / 4 % 2 : channel / 16,

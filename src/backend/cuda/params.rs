@@ -93,7 +93,7 @@ parameters! {
         tiles: Records,
     }
 
-    /// A tensor [B, H, T, D]; strides in elements, the last of which is 1. Row r of a step is (r / T, r % T).
+    /// A tensor `[B, H, T, D]`; strides in elements, the last of which is 1. Row r of a step is `(r / T, r % T)`.
     Tensor {
         base: u64,
         strides: [i64; 4],
@@ -102,9 +102,9 @@ parameters! {
     /// A plan, and the table of places. Word j of record i of array a is `words[starts[a] + i * width(a) + j]`; entry
     /// `places[row * places_stride + block]` is page p where p >= 0, the tile of block ~p where p < 0.
     PlanPointers {
-        /// int32_t
+        /// `int32_t`
         words: u64,
-        /// int32_t
+        /// `int32_t`
         places: u64,
         places_stride: i32,
         starts: [i32; 15],
@@ -113,7 +113,7 @@ parameters! {
     /// What is known of a layer's model. Of a layer without calibration `channels` is 0, `feedback` that of no feedback
     /// and `feedback_stride` 0.
     LayerModel {
-        /// float [num_kv_heads][mean, deviation, query_rms][head_dim]
+        /// `float [num_kv_heads][mean, deviation, query_rms][head_dim]`
         channels: u64,
         /// Of each head: the constants of the plain frame, then those of the rotated one.
         feedback: u64,
@@ -121,7 +121,7 @@ parameters! {
         feedback_stride: u64,
     }
 
-    /// Counters of a layer, added to by all kernels that encode. There are HEALTH_SLOTS of each layer, so that blocks
+    /// Counters of a layer, added to by all kernels that encode. There are `HEALTH_SLOTS` of each layer, so that blocks
     /// do not wait for each other; the host sums them.
     HealthSlot {
         /// Of K, in units of the page's channel scales.
@@ -144,11 +144,11 @@ parameters! {
         /// The step's rows; not read where all tokens are stored ones.
         k: Tensor,
         v: Tensor,
-        /// LayerRecords [num_layers]
+        /// `LayerRecords [num_layers]`
         layers: u64,
-        /// LayerModel [num_layers]
+        /// `LayerModel [num_layers]`
         models: u64,
-        /// HealthSlot [num_layers][HEALTH_SLOTS]
+        /// `HealthSlot [num_layers][HEALTH_SLOTS]`
         health: u64,
         num_layers: i32,
         num_kv_heads: i32,
@@ -165,7 +165,7 @@ parameters! {
     DequantizeParams {
         pages: Records,
         tiles: Records,
-        /// int32_t: of the block of position `start`, and on.
+        /// `int32_t`: of the block of position `start`, and on.
         places: u64,
         k: Tensor,
         v: Tensor,
