@@ -14,6 +14,7 @@
 mod check;
 mod codec;
 pub mod cpu;
+pub mod cuda;
 mod device;
 mod executor;
 mod health;

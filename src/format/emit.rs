@@ -1,8 +1,9 @@
-//! Prints the layouts: what other languages and the golden file check themselves against. Places of codes are printed as
-//! indices within their field.
+//! Prints the layouts: what other languages and the golden file check themselves against. Places of values are printed as
+//! bytes of their record, those of a tile's codes as bits.
 
 use super::{
-    Arrangement, BLOCK_SIZES, Dtype, FORMAT_VERSION, Format, Int8Page, Plane, RawPage, SealedTile, record_bytes,
+    Arrangement, BLOCK_SIZES, Dtype, FORMAT_VERSION, Format, Int8Page, Int8Parameter, Plane, RawPage, SealedTile,
+    TileParameter, record_bytes,
 };
 use core::fmt::{self, Display, Formatter};
 
@@ -36,39 +37,42 @@ impl Display for LayoutJson {
         writeln!(out, "\n  ],\n  \"orders\": [")?;
         separator = "";
         for order in Arrangement::ALL {
-            for (token, channel) in [(0, 0), (1, 0), (0, 1), (5, 7), (17, 19), (127, 63)] {
-                out.write_str(separator)?;
-                places(out, order, token, channel)?;
-                separator = ",\n";
+            for head_dim in HEAD_DIMS {
+                for (token, channel) in [(0, 0), (1, 0), (0, 1), (5, 7), (17, 19), (127, 63)] {
+                    out.write_str(separator)?;
+                    places(out, order, head_dim, token, channel % head_dim)?;
+                    separator = ",\n";
+                }
             }
         }
         writeln!(out, "\n  ]\n}}")
     }
 }
 
-/// The indices of one token and channel in each field of 128 tokens and 64 channels.
-fn places(out: &mut Formatter<'_>, order: Arrangement, token: usize, channel: usize) -> fmt::Result {
-    let (head_dim, block_size) = (64, 128);
+/// The places of one token and channel in records of 128 tokens: codes of an INT8 page, the parameters of a token,
+/// elements of a `raw` page, and codes of tiles in planes of 4, 2 and 1 bits.
+fn places(out: &mut Formatter<'_>, order: Arrangement, head_dim: usize, token: usize, channel: usize) -> fmt::Result {
+    let block_size = 128;
     let page = Int8Page { head_dim, block_size };
     let raw = RawPage { head_dim, block_size, dtype: Dtype::Bf16 };
     let planes = [4, 2, 1].map(|bits| {
         let tile = SealedTile { head_dim, block_size, bits: if bits == 1 { 3 } else { bits } };
         (tile, Plane { bits, shift: if bits == 1 { 2 } else { 0 } })
     });
-    let index = |(tile, plane): (SealedTile, Plane), bit: usize, codes: usize| {
-        (bit - 8 * (codes + tile.plane(plane))) / plane.bits as usize
-    };
+    let tile = planes[0].0;
     write!(
         out,
         "    {{\"order\": \"{order:?}\", \"block_size\": {block_size}, \"head_dim\": {head_dim}, \"token\": {token}, \
-         \"channel\": {channel}, \"k_code\": {}, \"v_code\": {}, \"raw_k\": {}, \"raw_v\": {}, \
-         \"tile_k\": {:?}, \"tile_v\": {:?}}}",
-        order.k_code(page, token, channel) - page.k_codes(),
-        order.v_code(page, token, channel) - page.v_codes(),
-        (order.raw_k(raw, token, channel) - raw.k()) / raw.dtype.bytes(),
-        (order.raw_v(raw, token, channel) - raw.v()) / raw.dtype.bytes(),
-        planes.map(|(tile, plane)| index((tile, plane), order.tile_k(tile, plane, token, channel), tile.k_codes())),
-        planes.map(|(tile, plane)| index((tile, plane), order.tile_v(tile, plane, token, channel), tile.v_codes())),
+         \"channel\": {channel}, \"k_code\": {}, \"v_code\": {}, \"v_token_scale\": {}, \"raw_k\": {}, \"raw_v\": {}, \
+         \"tile_k\": {:?}, \"tile_v\": {:?}, \"tile_v_token_scale\": {}}}",
+        order.k_code(page, token, channel),
+        order.v_code(page, token, channel),
+        order.parameter(page, Int8Parameter::VTokenScale, token),
+        order.raw_k(raw, token, channel),
+        order.raw_v(raw, token, channel),
+        planes.map(|(tile, plane)| order.tile_k(tile, plane, token, channel)),
+        planes.map(|(tile, plane)| order.tile_v(tile, plane, token, channel)),
+        order.tile_parameter(tile, TileParameter::VTokenScale, token),
     )
 }
 

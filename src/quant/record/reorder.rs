@@ -75,9 +75,7 @@ pub fn clear_rows(layout: RecordLayout, record: &mut [u8], used: usize, is_first
 mod tests {
     use super::*;
     use crate::format::tile::{K_ROTATED, NO_FIRST_ROW, TILE_VERSION};
-    use crate::format::{BLOCK_SIZES, Dtype, Format, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM};
-
-    const ORDER: Arrangement = Arrangement::Cpu;
+    use crate::format::{BLOCK_SIZES, Dtype, Format, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, Plane};
 
     fn layouts() -> impl Iterator<Item = RecordLayout> {
         let shapes = BLOCK_SIZES
@@ -113,40 +111,44 @@ mod tests {
         record
     }
 
+    const ORDERS: [Arrangement; 2] = [Arrangement::Cpu, Arrangement::Cuda];
+
     #[test]
     fn a_record_comes_back_from_canonical_order_bit_by_bit() {
-        for layout in layouts() {
-            let own = record(layout);
-            let (mut canonical, mut back) = (vec![0xa5; layout.bytes()], vec![0x5a; layout.bytes()]);
-            reorder(layout, [ORDER, Arrangement::Canonical], &own, &mut canonical);
-            reorder(layout, [Arrangement::Canonical, ORDER], &canonical, &mut back);
-            assert!(back == own, "{layout:?}");
-            assert!(canonical != own || layout.bytes() < 600, "{layout:?}");
+        for (layout, order) in layouts().flat_map(|layout| ORDERS.map(|order| (layout, order))) {
+            let canonical = record(layout);
+            let (mut own, mut back) = (vec![0xa5; layout.bytes()], vec![0x5a; layout.bytes()]);
+            reorder(layout, [Arrangement::Canonical, order], &canonical, &mut own);
+            reorder(layout, [order, Arrangement::Canonical], &own, &mut back);
+            assert!(back == canonical, "{layout:?}, {order:?}");
+            assert!(canonical != own || layout.bytes() < 600, "{layout:?}, {order:?}");
         }
     }
 
     #[test]
     fn canonical_order_is_what_the_format_says() {
-        for layout in layouts().step_by(5) {
-            let own = record(layout);
-            let mut canonical = vec![0; layout.bytes()];
-            reorder(layout, [ORDER, Arrangement::Canonical], &own, &mut canonical);
+        for (layout, order) in layouts().step_by(5).flat_map(|layout| ORDERS.map(|order| (layout, order))) {
+            let canonical = record(layout);
+            let mut own = vec![0; layout.bytes()];
+            reorder(layout, [Arrangement::Canonical, order], &canonical, &mut own);
             let code = |record: &[u8], order: Arrangement, t: usize, d: usize| -> Vec<u8> {
                 match layout {
                     RecordLayout::Raw(page) => record[order.raw_v(page, t, d)..][..page.dtype.bytes()].to_vec(),
                     RecordLayout::Int8(page) => vec![record[order.k_code(page, t, d)]],
                     RecordLayout::Tile(tile) => {
-                        let plane = tile.planes()[0];
-                        let bit = order.tile_v(tile, plane, t, d);
-                        vec![record[bit / 8] >> (bit % 8) & ((1 << plane.bits) - 1)]
+                        let of_plane = |plane: &Plane| {
+                            let bit = order.tile_v(tile, *plane, t, d);
+                            record[bit / 8] >> (bit % 8) & ((1 << plane.bits) - 1)
+                        };
+                        tile.planes().iter().map(of_plane).collect()
                     }
                 }
             };
             for (t, d) in [(0, 0), (1, 0), (0, 1), (15, 9), (7, 13)] {
                 assert_eq!(
-                    code(&own, ORDER, t, d),
+                    code(&own, order, t, d),
                     code(&canonical, Arrangement::Canonical, t, d),
-                    "{layout:?} at token {t}, channel {d}"
+                    "{layout:?} at token {t}, channel {d}, {order:?}"
                 );
             }
         }

@@ -1,0 +1,4 @@
+//! The CUDA backend: what its kernels are given, and the text of their header.
+
+pub mod layout;
+pub mod params;
