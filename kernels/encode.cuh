@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "encode_params.cuh"
+#include "layout.cuh"
 #include "order.cuh"
 
 namespace kvarn {
