@@ -68,7 +68,7 @@ __device__ __forceinline__ void append_k(Statistics<D, APPEND_WARPS>& s, Fragmen
         const float stored = __half2float(scale[h]);
         inverse[h] = stored > 0.f ? 1.f / (stored * (2 * K_CODE_MAX)) : 0.f;
     }
-    uint4* codes = reinterpret_cast<uint4*>(page.group(token) + token % page.group_tokens / 16 * (16 * D)) + lane();
+    uint4* codes = reinterpret_cast<uint4*>(page.group(token) + token % page.layout.tokens() / 16 * (16 * D)) + lane();
 #pragma unroll
     for (int b = 0; b < D / 32; b++) {
         uint32_t w[4];  // channels 4 f .. of tokens g + 8 h
@@ -146,7 +146,7 @@ __device__ __forceinline__ void append_v(FragmentRows<D, In>& rows, const PageVi
         inverse[t] = s > 0.f ? 1.f / (s * V_CODE_MAX) : 0.f, bias[t] = -__half2float(zero[t]) * inverse[t], inverse[t] *= norm;
     }
     const int token = 16 * warp() + 2 * q;
-    uint8_t* codes = page.group(token) + page.v_codes() + 16 * warp() % page.group_tokens / 16 * (16 * D);
+    uint8_t* codes = page.group(token) + page.layout.v() + 16 * warp() % page.layout.tokens() / 16 * (16 * D);
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll

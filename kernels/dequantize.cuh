@@ -48,10 +48,10 @@ template <class Out, int D, int BITS, bool ROTATED> __device__ __forceinline__ v
     GroupCodes<BITS, D> codes;
     float scale[4], zero[4], x[4][C];  // of tokens 2 q + e + 8 j at e + 2 j
     int first_row = NO_FIRST_ROW;
-    const TileView<BITS == 8 ? 4 : BITS, D> tile{record, p.block_size};
+    const TileView<BITS == 8 ? 4 : BITS, D> tile(record, p.block_size);
     const PageView<D> page(const_cast<uint8_t*>(record), p.block_size);
-    if constexpr (BITS == 8) codes.load(page.group(token) + page.v_codes(), 16 * warp() % page.group_tokens / 16, 0);
-    else codes.load(tile.v_codes(), warp(), tile.high_plane()), first_row = tile.header()[2];
+    if constexpr (BITS == 8) codes.load(page.group(token) + page.layout.v(), 16 * warp() % page.layout.tokens() / 16, 0);
+    else codes.load(tile.v_codes(), warp(), tile.layout.high_plane()), first_row = record[tile.layout.header() + 2];
 #pragma unroll
     for (int t = 0; t < 4; t++) {
         const int of = token + t % 2 + t / 2 * 8;
@@ -70,12 +70,12 @@ template <class Out, int D, int BITS, bool ROTATED> __device__ __forceinline__ v
         }
     }
     if (BITS < 8 && first_row / 16 == warp()) {
-        const float by = __half2float(tile.first_v_scale()[0]), from = __half2float(tile.first_v_scale()[1]);
+        const float by = f16_at(record + tile.layout.first_v_scale()), from = f16_at(record + tile.layout.first_v_zero_point());
 #pragma unroll
         for (int t = 0; t < 4; t++)
             if (token + t % 2 + t / 2 * 8 == first_row)
 #pragma unroll
-                for (int c = 0; c < C; c++) x[t][c] = fmaf(float(tile.first_v()[g * C + c]), by, from);
+                for (int c = 0; c < C; c++) x[t][c] = fmaf(float(record[tile.layout.first_v() + g * C + c]), by, from);
     }
 #pragma unroll
     for (int t = 0; t < 4; t++) {

@@ -4,7 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "layout.cuh"
-#include "order.cuh"
+#include "records.cuh"
 
 namespace kvarn {
 
@@ -136,29 +136,27 @@ __device__ __forceinline__ uint8_t* record_of(const Records& records, int id, in
     return at_address<uint8_t>(records.base + uint64_t(id) * records.stride + uint64_t(head) * records.head_stride);
 }
 
-/// Where the fields of an INT8 page are: channel means and scales, then groups of 32 tokens (of 16, in pages of 16).
+/// The fields of an INT8 page.
 template <int D> struct PageView {
     uint8_t* record;
-    int group_tokens;
+    Int8Page<D> layout;
 
-    __device__ PageView(uint8_t* record, int block_size) : record(record), group_tokens(block_size < 32 ? block_size : 32) {}
-    static __device__ int bytes(int block_size) { return 4 * D + block_size * (2 * D + 6); }
-    __device__ half* channel_mean() const { return reinterpret_cast<half*>(record); }
-    __device__ half* channel_scale() const { return reinterpret_cast<half*>(record + 2 * D); }
-    /// The group of a token: K codes, V codes, three parameters of each token.
-    __device__ uint8_t* group(int token) const { return record + 4 * D + token / group_tokens * (group_tokens * (2 * D + 6)); }
-    __device__ int v_codes() const { return group_tokens * D; }
-    __device__ half* parameter(int token, int which) const {
-        return reinterpret_cast<half*>(group(token) + 2 * group_tokens * D) + which * group_tokens + token_index(group_tokens, token % group_tokens);
+    __device__ PageView(uint8_t* record, int block_size) : record(record), layout{block_size} {}
+    __device__ half* channel_mean() const { return reinterpret_cast<half*>(record + layout.K_CHANNEL_MEAN); }
+    __device__ half* channel_scale() const { return reinterpret_cast<half*>(record + layout.K_CHANNEL_SCALE); }
+    /// The group of a token: its codes of K and V, and three parameters of each token.
+    __device__ uint8_t* group(int token) const { return record + layout.CHANNEL_BYTES + token / layout.tokens() * layout.group_bytes(); }
+    __device__ half* parameter(int token, int field) const {
+        return reinterpret_cast<half*>(group(token) + field) + token_index(layout.tokens(), token % layout.tokens());
     }
-    __device__ half* k_token_scale(int token) const { return parameter(token, 0); }
-    __device__ half* v_token_scale(int token) const { return parameter(token, 1); }
-    __device__ half* v_token_zero_point(int token) const { return parameter(token, 2); }
+    __device__ half* k_token_scale(int token) const { return parameter(token, layout.k_token_scale()); }
+    __device__ half* v_token_scale(int token) const { return parameter(token, layout.v_token_scale()); }
+    __device__ half* v_token_zero_point(int token) const { return parameter(token, layout.v_token_zero_point()); }
     __device__ uint8_t* k_code(int token, int channel) const {
-        return group(token) + index8(D, k_place(token % group_tokens, channel));
+        return group(token) + layout.k() + index8(D, k_place(D, token % layout.tokens(), channel));
     }
     __device__ uint8_t* v_code(int token, int channel) const {
-        return group(token) + v_codes() + index8(D, v_place(D, token % group_tokens, channel));
+        return group(token) + layout.v() + index8(D, v_place(D, token % layout.tokens(), channel));
     }
 };
 

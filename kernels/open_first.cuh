@@ -78,7 +78,7 @@ template <class In, int D> __device__ __forceinline__ void open_first(const Enco
     }
     __syncthreads();
     if (num_stored == 0 && num_tokens < p.block_size) {
-        clear_record(page.record, PageView<D>::bytes(p.block_size));
+        clear_record(page.record, page.layout.bytes());
         __syncthreads();
     }
     rewrite_first_k<D>(s, page, end - first, num_stored, num_tokens, p.block_size, channels_of<D>(layer_model(p, 0), head), block == 0);

@@ -85,7 +85,7 @@ template <class In, int D, int BITS> __device__ __forceinline__ void open_window
     }
     s.put(moments.mean, moments.squares, moments.count);
     const PageView<D> page(record_of(records.pages, step.place(sequence, block), head), p.block_size);
-    clear_record(page.record, PageView<D>::bytes(p.block_size));  // a page that is written whole has its own statistics
+    clear_record(page.record, page.layout.bytes());  // a page that is written whole has its own statistics
     __syncthreads();
     float mean[D / 128 + 1], squares[D / 128 + 1];
     const float rows = s.join(mean, squares);

@@ -4,28 +4,19 @@
 
 namespace kvarn {
 
-/// Where the fields of a sealed tile are.
+/// The fields of a sealed tile.
 template <int BITS, int D> struct TileView {
     const uint8_t* record;
-    int block_size;
+    Tile<BITS, D> layout;
 
-    __device__ int code_bytes() const { return block_size * (D * BITS / 8); }
-    __device__ const uint8_t* k_codes() const { return record; }
-    __device__ const uint8_t* v_codes() const { return record + code_bytes(); }
-    __device__ int high_plane() const { return block_size * (D / 4); }
-    __device__ const half* k_channel_scale() const { return reinterpret_cast<const half*>(record + 2 * code_bytes()); }
-    __device__ const half* k_channel_zero_point() const { return k_channel_scale() + D; }
-    /// Scales of K, scales of V and zero points of V of tokens.
-    __device__ const half* parameter(int token, int which) const {
-        const int group = block_size < 32 ? block_size : 32;
-        return k_channel_zero_point() + D + which * block_size + token / group * group + token_index(group, token % group);
-    }
-    __device__ const half* k_token_scale(int token) const { return parameter(token, 0); }
-    __device__ const half* v_token_scale(int token) const { return parameter(token, 1); }
-    __device__ const half* v_token_zero_point(int token) const { return parameter(token, 2); }
-    __device__ const uint8_t* first_v() const { return reinterpret_cast<const uint8_t*>(k_channel_zero_point() + D + 3 * block_size); }
-    __device__ const half* first_v_scale() const { return reinterpret_cast<const half*>(first_v() + D); }
-    __device__ const uint8_t* header() const { return first_v() + D + 4; }
+    __device__ TileView(const uint8_t* record, int block_size) : record(record), layout{block_size} {}
+    __device__ const half* halves(int field) const { return reinterpret_cast<const half*>(record + field); }
+    __device__ const half* parameter(int token, int field) const { return halves(field) + token_index(min(layout.block_size, 32), token); }
+    __device__ const uint8_t* k_codes() const { return record + layout.k(); }
+    __device__ const uint8_t* v_codes() const { return record + layout.v(); }
+    __device__ const half* k_token_scale(int token) const { return parameter(token, layout.k_token_scale()); }
+    __device__ const half* v_token_scale(int token) const { return parameter(token, layout.v_token_scale()); }
+    __device__ const half* v_token_zero_point(int token) const { return parameter(token, layout.v_token_zero_point()); }
 };
 
 /// Codes of sixteen tokens: fragment f is four words of two f16 codes, register h + 2 j.
@@ -92,9 +83,9 @@ template <int BITS, int D> struct KeyReader {
             zeros = record + 16 * q, scales = zeros + 2 * D;
             return;
         }
-        const View tile{record, block_size};
-        scales = reinterpret_cast<const uint8_t*>(tile.k_channel_scale()) + 16 * q, zeros = scales + 2 * D;
-        rotated = tile.header()[1] & K_ROTATED;
+        const View tile(record, block_size);
+        scales = record + tile.layout.k_channel_scale() + 16 * q, zeros = scales + 2 * D;
+        rotated = record[tile.layout.header() + 1] & K_ROTATED;
         if (!rotated) return;
         const uint32_t ones[4] = {ONES<half>, ONES<half>, ONES<half>, ONES<half>};
 #pragma unroll
@@ -118,11 +109,11 @@ template <int BITS, int D> struct KeyReader {
         float2 by_token;
         if constexpr (BITS == 8) {
             const PageView<D> page(const_cast<uint8_t*>(record), block_size);
-            codes.load(page.group(token), token % page.group_tokens / 16, 0);
+            codes.load(page.group(token), token % page.layout.tokens() / 16, 0);
             by_token = widen_pair<half>(*reinterpret_cast<const uint32_t*>(page.k_token_scale(token)));
         } else {
-            const View tile{record, block_size};
-            codes.load(tile.k_codes(), group, tile.high_plane());
+            const View tile(record, block_size);
+            codes.load(tile.k_codes(), group, tile.layout.high_plane());
             by_token = widen_pair<half>(*reinterpret_cast<const uint32_t*>(tile.k_token_scale(token)));
         }
         if (!rotated) {

@@ -11,21 +11,10 @@ constexpr int GROUP = 32, FRAGMENT = 16;         // tokens of a group of an INT8
 constexpr uint32_t SHIFT_NIBBLES = 0x3f400000u;  // what the bits of eight SHIFTs, each four bits further up, sum up to
 constexpr float LARGEST_SQUARES = 1e18f;         // of a row; beyond it there is an infinity, a NaN, or what f32 cannot square
 
-/// Offsets of the fields of a tile.
-template <int BITS, int D> struct Tile {
-    static constexpr int CODE_BYTES = TILE_TOKENS * D * BITS / 8, HIGH_PLANE = TILE_TOKENS * D / 4;
-    static constexpr int K = 0, V = CODE_BYTES, K_CHANNEL_SCALE = 2 * CODE_BYTES, K_CHANNEL_ZERO = K_CHANNEL_SCALE + 2 * D;
-    static constexpr int K_TOKEN_SCALE = K_CHANNEL_ZERO + 2 * D, V_TOKEN_SCALE = K_TOKEN_SCALE + 2 * TILE_TOKENS;
-    static constexpr int V_TOKEN_ZERO = V_TOKEN_SCALE + 2 * TILE_TOKENS, FIRST_V = V_TOKEN_ZERO + 2 * TILE_TOKENS;
-    static constexpr int FIRST_V_SCALE = FIRST_V + D, HEADER = FIRST_V_SCALE + 4, BYTES = (HEADER + 4 + 15) / 16 * 16;
-};
-/// Offsets of the fields of an INT8 page: the channels', then those of each group of 32 tokens.
-template <int D> struct Page {
-    static constexpr int K_CHANNEL_MEAN = 0, K_CHANNEL_SCALE = 2 * D, CHANNEL_BYTES = 4 * D;
-    static constexpr int K = 0, V = GROUP * D, K_TOKEN_SCALE = 2 * GROUP * D, V_TOKEN_SCALE = K_TOKEN_SCALE + 2 * GROUP;
-    static constexpr int V_TOKEN_ZERO = V_TOKEN_SCALE + 2 * GROUP, GROUP_BYTES = V_TOKEN_ZERO + 2 * GROUP;
-};
-__device__ __forceinline__ int tile_index(int token) { return token / GROUP * GROUP + token_index(GROUP, token % GROUP); }
+/// The records that they take.
+template <int BITS, int D> constexpr Tile<BITS, D> TILE{TILE_TOKENS};
+template <int D> constexpr Int8Page<D> PAGE{TILE_TOKENS};
+__device__ __forceinline__ int tile_index(int token) { return token_index(GROUP, token); }
 
 // ---------------------------------------------------------------- numbers
 

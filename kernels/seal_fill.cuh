@@ -17,12 +17,15 @@ template <int D, class In> struct StepRows {
     uint32_t a[4];
 
     __device__ __forceinline__ void load(const RowSource<In>& source) {
-        const uint32_t g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+        if (source.p.is_aligned) load_by<true>(source);
+        else load_by<false>(source);
+    }
+    template <bool ALIGNED> __device__ __forceinline__ void load_by(const RowSource<In>& source) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const In* row = source.row(source.p.k, threadIdx.x / 32 * 32 + 8 * i + g) + 8 * q;
+            const In* row = source.row(source.p.k, threadIdx.x / 32 * 32 + 8 * i + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
 #pragma unroll
-            for (int b = 0; b < D / 32; b++) raw[i][b].v = __ldg(reinterpret_cast<const uint4*>(row + 32 * b));
+            for (int b = 0; b < D / 32; b++) raw[i][b].load(row + 32 * b, ALIGNED);
         }
     }
     __device__ __forceinline__ void turn(bool rotated) { channels_operand<Operand>(rotated, a); }
@@ -85,13 +88,13 @@ template <int D> struct PageRows {
 
     __device__ __forceinline__ void load(const PageSource& source) {
         const uint32_t lane = threadIdx.x % 32, q = lane % 4;
-        const uint8_t* group = source.page + Page<D>::CHANNEL_BYTES + threadIdx.x / 32 * Page<D>::GROUP_BYTES;
+        const uint8_t* group = source.page + Int8Page<D>::CHANNEL_BYTES + threadIdx.x / 32 * PAGE<D>.group_bytes();
         channels = source.page + q * 16;
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int b = 0; b < D / 32; b++) codes[i][b] = __ldg(reinterpret_cast<const uint4*>(group + Page<D>::K) + (i * (D / 32) + b) * 32 + lane);
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + Page<D>::K_TOKEN_SCALE);
+            for (int b = 0; b < D / 32; b++) codes[i][b] = __ldg(reinterpret_cast<const uint4*>(group + PAGE<D>.k()) + (i * (D / 32) + b) * 32 + lane);
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + PAGE<D>.k_token_scale());
 #pragma unroll
         for (int i = 0; i < 4; i++) tokens[i] = __ldg(scales + token_index(GROUP, 8 * i + 2 * q)) | uint32_t(__ldg(scales + token_index(GROUP, 8 * i + 2 * q + 1))) << 16;
     }
@@ -100,8 +103,8 @@ template <int D> struct PageRows {
         channels_operand<half>(rotated, one);
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            const uint2 m = __ldg(reinterpret_cast<const uint2*>(channels + Page<D>::K_CHANNEL_MEAN + n / 2 * 64 + n % 2 * 8));
-            const uint2 s = __ldg(reinterpret_cast<const uint2*>(channels + Page<D>::K_CHANNEL_SCALE + n / 2 * 64 + n % 2 * 8));
+            const uint2 m = __ldg(reinterpret_cast<const uint2*>(channels + Int8Page<D>::K_CHANNEL_MEAN + n / 2 * 64 + n % 2 * 8));
+            const uint2 s = __ldg(reinterpret_cast<const uint2*>(channels + Int8Page<D>::K_CHANNEL_SCALE + n / 2 * 64 + n % 2 * 8));
             uint32_t of_mean[4];
             float c[4] = {};
 #pragma unroll

@@ -172,7 +172,7 @@ __device__ __forceinline__ void count_out_of_range(uint32_t grid, bool owns, Hea
 /// K of the unit whose `rows` are loaded; loads those of `next`, if there is one.
 template <int D, int BITS, class Source, class Rows>
 __device__ __forceinline__ void seal_k(SealShared<D>& s, Rows& rows, const Step& step, Unit unit, Unit next) {
-    using T = Tile<BITS, D>;
+    constexpr auto T = TILE<BITS, D>;
     constexpr int TOKENS_A_THREAD = 2;  // two warps a frame
     Stored stored[2] = {};
 #pragma unroll 1
@@ -208,14 +208,14 @@ __device__ __forceinline__ void seal_k(SealShared<D>& s, Rows& rows, const Step&
     const uint8_t* constants = constants_of<D>(step, unit, chosen);
     const Stored best = chosen ? stored[1] : stored[0];
     if (threadIdx.x < D) s.order[threadIdx.x] = __ldg(reinterpret_cast<const uint32_t*>(constants + Constants<D>::STAGED) + threadIdx.x);
-    reinterpret_cast<half*>(record + T::K_TOKEN_SCALE)[tile_index(threadIdx.x)] = best.token;
+    reinterpret_cast<half*>(record + T.k_token_scale())[tile_index(threadIdx.x)] = best.token;
     using Own = RegisterTile<D>;
     if (Own::owns()) {
         const uint32_t p = __ldg(reinterpret_cast<const uint32_t*>(constants + Constants<D>::CHANNEL) + Own::row());
-        reinterpret_cast<uint16_t*>(record + T::K_CHANNEL_SCALE)[p] = uint16_t(best.grid & 0x7fff);
-        reinterpret_cast<uint16_t*>(record + T::K_CHANNEL_ZERO)[p] = uint16_t(best.grid >> 16);
+        reinterpret_cast<uint16_t*>(record + T.k_channel_scale())[p] = uint16_t(best.grid & 0x7fff);
+        reinterpret_cast<uint16_t*>(record + T.k_channel_zero_point())[p] = uint16_t(best.grid >> 16);
     }
-    if (threadIdx.x == 0) record[T::HEADER] = TILE_VERSION, record[T::HEADER + 1] = chosen ? K_ROTATED : 0, record[T::HEADER + 3] = 0;
+    if (threadIdx.x == 0) record[T.header()] = TILE_VERSION, record[T.header() + 1] = chosen ? K_ROTATED : 0, record[T.header() + 3] = 0;
     count_out_of_range(best.grid, Own::owns(), health);  // a barrier, too
     const uint32_t row = threadIdx.x * D, turn = row_turn<D>(threadIdx.x) * 4;
 #pragma unroll 2
@@ -227,7 +227,7 @@ __device__ __forceinline__ void seal_k(SealShared<D>& s, Rows& rows, const Step&
         for (int j = 0; j < 8; j++) s.stage[row + (to[j] ^ turn)] = uint8_t(word >> (4 * j));
     }
     __syncthreads();
-    pack_k<BITS, D>(s.stage, record + T::K);
+    pack_k<BITS, D>(s.stage, record + T.k());
     __syncthreads();
 }
 

@@ -52,7 +52,7 @@ template <int WIDTH, int FROM, int D> __device__ __forceinline__ void pack_k_pla
 template <int BITS, int D> __device__ __forceinline__ void pack_k(const uint8_t* stage, uint8_t* record) {
     if constexpr (BITS == 4) pack_k_plane<4, 0, D>(stage, record);
     else pack_k_plane<2, 0, D>(stage, record);
-    if constexpr (BITS == 3) pack_k_plane<1, 2, D>(stage, record + Tile<BITS, D>::HIGH_PLANE);
+    if constexpr (BITS == 3) pack_k_plane<1, 2, D>(stage, record + TILE<BITS, D>.high_plane());
 }
 
 /// Four words of four tokens to four words of one byte each, in the order A C B D.
@@ -111,7 +111,7 @@ template <int BITS, int D> __device__ __forceinline__ void pack_v(uint8_t* stage
     }
     __syncthreads();
     pack_v_plane<BITS == 4 ? 4 : 2, D, PITCH>(stage, out);
-    if constexpr (BITS == 3) pack_v_plane<1, D, HIGH_PITCH>(stage + HIGH, out + Tile<BITS, D>::HIGH_PLANE);
+    if constexpr (BITS == 3) pack_v_plane<1, D, HIGH_PITCH>(stage + HIGH, out + TILE<BITS, D>.high_plane());
 }
 
 }  // namespace kvarn

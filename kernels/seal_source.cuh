@@ -99,16 +99,16 @@ struct PageSource {
         constexpr int CHUNKS = GROUP * D / 16;
 #pragma unroll
         for (int i = 0; i < TILE_TOKENS * D / 16; i += SEAL_THREADS)
-            copy16(stage + 16 * (i + turned(threadIdx.x)), page + Page<D>::CHANNEL_BYTES + i / CHUNKS * Page<D>::GROUP_BYTES + Page<D>::V + (i % CHUNKS + threadIdx.x) * 16);
+            copy16(stage + 16 * (i + turned(threadIdx.x)), page + Int8Page<D>::CHANNEL_BYTES + i / CHUNKS * PAGE<D>.group_bytes() + PAGE<D>.v() + (i % CHUNKS + threadIdx.x) * 16);
     }
     template <int D> __device__ static bool repair(uint8_t*) { return false; }
     template <int D> __device__ __forceinline__ float token_field(int field) const {
         const int t = threadIdx.x;
-        const uint8_t* group = page + Page<D>::CHANNEL_BYTES + t / GROUP * Page<D>::GROUP_BYTES;
+        const uint8_t* group = page + Int8Page<D>::CHANNEL_BYTES + t / GROUP * PAGE<D>.group_bytes();
         return __half2float(reinterpret_cast<const half*>(group + field)[token_index(GROUP, t % GROUP)]);
     }
     template <int D> __device__ __forceinline__ void read_v(const uint8_t* stage, float (&x)[D]) const {
-        const float scale = token_field<D>(Page<D>::V_TOKEN_SCALE), zero = token_field<D>(Page<D>::V_TOKEN_ZERO);
+        const float scale = token_field<D>(PAGE<D>.v_token_scale()), zero = token_field<D>(PAGE<D>.v_token_zero_point());
         const int t = threadIdx.x;
         const uint32_t byte = t / 8 % 2 * 2 + t % 2;
 #pragma unroll

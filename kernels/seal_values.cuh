@@ -56,7 +56,7 @@ template <int D, int BITS> __device__ __forceinline__ TokenGrid best_grid(const 
 
 template <int D, int BITS, class Source>
 __device__ __forceinline__ void seal_v(uint8_t* stage, const Source& source, uint8_t* record, int first_row, HealthSlot* health) {
-    using T = Tile<BITS, D>;
+    constexpr auto T = TILE<BITS, D>;
     float x[D];
     bool non_finite = false;
     source.template stage_v<D>(stage);
@@ -82,9 +82,9 @@ __device__ __forceinline__ void seal_v(uint8_t* stage, const Source& source, uin
         stored = token_grid<8>(lo, hi, 1.f);
         const Rounder<8> rounder(stored);
 #pragma unroll
-        for (int d = 0; d < D; d++) record[T::FIRST_V + d] = uint8_t(__float_as_uint(rounder.shifted(x[d])));
-        reinterpret_cast<half*>(record + T::FIRST_V_SCALE)[0] = stored.scale;
-        reinterpret_cast<half*>(record + T::FIRST_V_SCALE)[1] = stored.zero;
+        for (int d = 0; d < D; d++) record[T.first_v() + d] = uint8_t(__float_as_uint(rounder.shifted(x[d])));
+        reinterpret_cast<half*>(record + T.first_v_scale())[0] = stored.scale;
+        reinterpret_cast<half*>(record + T.first_v_scale())[1] = stored.zero;
         grid = {__ushort_as_half(0), __ushort_as_half(0)};
     }
     const Rounder<BITS> rounder(grid);  // without scale every code is 0
@@ -95,15 +95,15 @@ __device__ __forceinline__ void seal_v(uint8_t* stage, const Source& source, uin
 #pragma unroll
         for (int j = 0; j < 8; j++) nibbles[i] += __float_as_uint(rounder.shifted(x[8 * i + j])) << (4 * j);
     }
-    reinterpret_cast<half*>(record + T::V_TOKEN_SCALE)[tile_index(threadIdx.x)] = grid.scale;
-    reinterpret_cast<half*>(record + T::V_TOKEN_ZERO)[tile_index(threadIdx.x)] = grid.zero;
-    if (first_row == NO_FIRST_ROW && threadIdx.x < (D + 4) / 4) reinterpret_cast<uint32_t*>(record + T::FIRST_V)[threadIdx.x] = 0;
-    if (threadIdx.x == 0) record[T::HEADER + 2] = uint8_t(first_row);
-    for (int i = T::HEADER + 4 + threadIdx.x; i < T::BYTES; i += SEAL_THREADS) record[i] = 0;
+    reinterpret_cast<half*>(record + T.v_token_scale())[tile_index(threadIdx.x)] = grid.scale;
+    reinterpret_cast<half*>(record + T.v_token_zero_point())[tile_index(threadIdx.x)] = grid.zero;
+    if (first_row == NO_FIRST_ROW && threadIdx.x < (D + 4) / 4) reinterpret_cast<uint32_t*>(record + T.first_v())[threadIdx.x] = 0;
+    if (threadIdx.x == 0) record[T.header() + 2] = uint8_t(first_row);
+    for (int i = T.header() + 4 + threadIdx.x; i < T.bytes(); i += SEAL_THREADS) record[i] = 0;
     const unsigned out = __reduce_add_sync(ALL_LANES, unsigned(v_is_out_of_range(lo, hi, stored.scale, stored.zero)));
     const unsigned odd = __reduce_add_sync(ALL_LANES, unsigned(non_finite));
     if (threadIdx.x % 32 == 0) count(&health->out_of_range, out), count(&health->non_finite, odd);
-    pack_v<BITS, D>(stage, nibbles, record + T::V);
+    pack_v<BITS, D>(stage, nibbles, record + T.v());
 }
 
 /// V of tiles: a block a unit, a thread a token.
