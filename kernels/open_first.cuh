@@ -64,7 +64,7 @@ template <class In, int D> __device__ __forceinline__ void open_first(const Enco
     const int block = step.word(OPENS, at + 1), start = step.word(OPENS, at + 2), end = step.word(OPENS, at + 3), of = step.word(OPENS, at + 4);
     const int context_len = step.context_len(sequence), first = block * p.block_size;
     const bool is_whole = start == first && end == first + p.block_size && context_len <= first;
-    if (of != sequence || start != first || end <= context_len || is_whole) return;
+    if (of != sequence || start != first || end <= context_len || (is_whole && p.has_whole_pages)) return;
     const PageView<D> page(record_of(layer_records(p, 0).pages, step.place(sequence, block), head), p.block_size);
     const int num_tokens = min(step.seq_len(sequence) - first, p.block_size), num_stored = max(context_len - first, 0);
     read_first_rows<D>(s, page, num_stored, p.block_size);
