@@ -165,21 +165,21 @@ __device__ __forceinline__ void append_v(FragmentRows<D, In>& rows, const PageVi
     if (lane() == 0) count(&health->non_finite, non_finite), count(&health->out_of_range, out_of_range);
 }
 
-/// Pages of a layer: grid (opens, heads, K | V), two threads a token of a block.
+/// Pages of a layer: grid (K | V, heads, opens), two threads a token of a block.
 template <class In, int D, Pages PAGES> __device__ __forceinline__ void append_pages(const EncodeParams& p) {
     __shared__ __align__(16) Statistics<D, APPEND_WARPS> s;
     const Step step(p);
-    const int head = blockIdx.y, at = blockIdx.x * OPENS_WIDTH, sequence = step.word(OPENS, at);
+    const int head = blockIdx.y, at = blockIdx.z * OPENS_WIDTH, sequence = step.word(OPENS, at);
     if (sequence < 0) return;
     const int block = step.word(OPENS, at + 1), first = block * p.block_size, context_len = step.context_len(sequence);
     if (step.word(OPENS, at + 2) != first || step.word(OPENS, at + 3) != first + p.block_size || context_len > first) return;
-    const bool is_v = blockIdx.z;
+    const bool is_v = blockIdx.x;
     const int token = step.first_token(sequence) + first - context_len + 16 * warp() + lane() / 4;
     const Tensor& tensor = is_v ? p.v : p.k;
     FragmentRows<D, In> rows;
-    rows.load(row_of<In>(tensor, p.rows_per_batch, step.word(TOKEN_ROWS, token), head), row_of<In>(tensor, p.rows_per_batch, step.word(TOKEN_ROWS, token + 8), head), p.is_aligned);
+    rows.load(token_of<In>(step, tensor, token, head), token_of<In>(step, tensor, token + 8, head), p.is_aligned);
     const PageView<D> page(record_of(layer_records(p, 0).pages, step.place(sequence, block), head), p.block_size);
-    HealthSlot* health = health_of(p, 0, blockIdx.x * p.num_kv_heads + head);
+    HealthSlot* health = health_of(p, 0, blockIdx.z * p.num_kv_heads + head);
     if (is_v) append_v<D, In, PAGES == Pages::INT8_ROTATED>(rows, page, health);
     else append_k<D, In>(s, rows, page, channels_of<D>(layer_model(p, 0), head), block == 0, health);
 }

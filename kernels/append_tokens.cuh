@@ -20,6 +20,12 @@ template <int D, int C, class In> __device__ __forceinline__ void store_raw_row(
     }
 }
 
+/// How many tokens a warp takes, one after the other: few warps look for the tokens of a long step that are not in pages which
+/// `append_pages` has written.
+__device__ __forceinline__ int tokens_per_warp(const EncodeParams& p, int num_tokens) {
+    return p.has_whole_pages ? min(max(num_tokens / 1024, 1), 8) : 1;
+}
+
 /// Is the page of token `index` written whole by this step? Then `append_pages` has written it. Tokens of a sequence follow
 /// each other, so the page's first and last token are where they would be.
 __device__ __forceinline__ bool is_whole(const Step& step, int index, int slot, int block_size) {
@@ -30,25 +36,13 @@ __device__ __forceinline__ bool is_whole(const Step& step, int index, int slot, 
     return first_row >= 0 && last_row >= 0 && step.word(SLOTS, first_row) == first_slot && step.word(SLOTS, last_row) == first_slot + block_size - 1;
 }
 
-template <class In, int D, Pages PAGES> __device__ __forceinline__ void append_tokens(const EncodeParams& p) {
-    constexpr int C = D / 32;
-    const int unit = blockIdx.x * (TOKEN_THREADS / 32) + warp();
-    const int index = unit / 2 / p.num_kv_heads, head = unit / 2 % p.num_kv_heads;
-    const bool is_v = unit % 2;
-    const Step step(p);
-    if (index >= step.num_words(TOKEN_ROWS)) return;
-    const int row = step.word(TOKEN_ROWS, index);
-    if (row < 0) return;
-    const int slot = step.word(SLOTS, row), position = step.word(POSITIONS, row);
-    float x[C];
-    bool non_finite;
-    load_row<In>(row_of<In>(is_v ? p.v : p.k, p.rows_per_batch, row, head), x, non_finite);
-    if (slot < 0) return;
-    if (p.has_whole_pages && is_whole(step, index, slot, p.block_size)) return;
+template <class In, int D, Pages PAGES, int C>
+__device__ __forceinline__ void append_token(const Step& step, int index, int row, int slot, int head, bool is_v, float (&x)[C]) {
+    const EncodeParams& p = step.p;
     const int token = slot % p.block_size;
     uint8_t* record = record_of(layer_records(p, 0).pages, slot / p.block_size, head);
-    HealthSlot* health = health_of(p, 0, unit / 2);
-    if (non_finite && lane() == 0) count(&health->non_finite, 1);
+    HealthSlot* health = health_of(p, 0, index * p.num_kv_heads + head);
+    if (repair_row<In>(x) && lane() == 0) count(&health->non_finite, 1);
     if constexpr (PAGES == Pages::RAW) {
         store_raw_row<D, C, In>(record, token, is_v, x);
     } else {
@@ -65,7 +59,7 @@ template <class In, int D, Pages PAGES> __device__ __forceinline__ void append_t
             LaneStatistics<C> statistics;
             statistics.load(page);
             bool low = false;
-            if (position < p.block_size / 2) {
+            if (step.word(POSITIONS, row) < p.block_size / 2) {
                 const int sequence = step.sequence_of(index);
                 low = has_low_bytes(token, min(step.seq_len(sequence), p.block_size), p.block_size);
             }
@@ -77,6 +71,29 @@ template <class In, int D, Pages PAGES> __device__ __forceinline__ void append_t
             }
         }
         if (out_of_range && lane() == 0) count(&health->out_of_range, 1);
+    }
+}
+
+/// Tokens of a layer: a warp for each (run of `tokens_per_warp`, head, K | V).
+template <class In, int D, Pages PAGES> __device__ __forceinline__ void append_tokens(const EncodeParams& p) {
+    const Step step(p);
+    const int unit = blockIdx.x * (TOKEN_THREADS / 32) + warp(), run = unit / 2 / p.num_kv_heads, head = unit / 2 % p.num_kv_heads;
+    const int num_tokens = step.num_words(TOKEN_ROWS), run_tokens = tokens_per_warp(p, num_tokens);
+    int index = run * run_tokens;
+    const int end = min(index + run_tokens, num_tokens);
+#pragma unroll 1
+    while (index < end) {
+        const int row = p.is_dense ? index : step.word(TOKEN_ROWS, index);
+        if (row < 0) return;
+        float x[D / 32];
+        load_row(row_of<In>(unit % 2 ? p.v : p.k, p.rows_per_batch, row, head), x);
+        const int slot = step.word(SLOTS, row);
+        if (slot >= 0 && p.has_whole_pages && is_whole(step, index, slot, p.block_size)) {
+            index += p.block_size - slot % p.block_size;
+            continue;
+        }
+        if (slot >= 0) append_token<In, D, PAGES>(step, index, row, slot, head, unit % 2, x);
+        index++;
     }
 }
 

@@ -188,10 +188,15 @@ struct Step {
     }
 };
 
-/// The row of a token in K or V: `[B, H, T, D]` by strides.
+/// A row of K or V: `[B, H, T, D]` by strides.
 template <class In> __device__ __forceinline__ const In* row_of(const Tensor& tensor, int rows_per_batch, int row, int head) {
     const int64_t at = int64_t(row / rows_per_batch) * tensor.strides[0] + int64_t(head) * tensor.strides[1] + int64_t(row % rows_per_batch) * tensor.strides[2];
     return at_address<const In>(tensor.base) + at;
+}
+/// The row of token `index` of the step's tokens.
+template <class In> __device__ __forceinline__ const In* token_of(const Step& step, const Tensor& tensor, int index, int head) {
+    if (step.p.is_dense) return at_address<const In>(tensor.base) + int64_t(head) * tensor.strides[1] + int64_t(index) * tensor.strides[2];
+    return row_of<In>(tensor, step.p.rows_per_batch, step.word(TOKEN_ROWS, index), head);
 }
 
 __device__ __forceinline__ LayerRecords layer_records(const EncodeParams& p, int layer) { return at_address<const LayerRecords>(p.layers)[layer]; }

@@ -71,8 +71,8 @@ template <class In, int D> __device__ __forceinline__ void open_first(const Enco
     const int first_token = step.first_token(sequence) - context_len;
     for (int t = num_stored + warp(); t < end - first; t += FIRST_WARPS) {
         float k[C];
-        bool non_finite;
-        load_row<In>(row_of<In>(p.k, p.rows_per_batch, step.word(TOKEN_ROWS, first_token + first + t), head), k, non_finite);
+        load_row(token_of<In>(step, p.k, first_token + first + t, head), k);
+        repair_row<In>(k);
 #pragma unroll
         for (int i = 0; i < C; i++) s.rows[t][lane() * C + i] = k[i];
     }

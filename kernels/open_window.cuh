@@ -29,6 +29,16 @@ template <int N> struct RunningMoments {
         }
         count += rows;
     }
+    __device__ __forceinline__ void add(const float (&x)[2][N]) {
+        const Merge merge(count, 2.f);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float d = x[0][i] - x[1][i], off = fmaf(0.5f, x[0][i] + x[1][i], -mean[i]);
+            mean[i] = fmaf(off, merge.by_mean, mean[i]);
+            squares[i] += fmaf(off * merge.by_squares, off, 0.5f * d * d);
+        }
+        count += 2.f;
+    }
 };
 
 /// Grid (opens, heads, layers). In is void where all tokens of the statistics are stored ones, else the type of the step's rows;
@@ -44,6 +54,8 @@ template <class In, int D, int BITS> __device__ __forceinline__ void open_window
     const bool is_of_stored = end <= context_len;
     if (is_of_stored == HAS_ROWS || (HAS_ROWS && of == sequence && start == first)) return;  // the rest are of `open_first`
     const LayerRecords records = layer_records(p, layer);
+    const PageView<D> page(record_of(records.pages, step.place(sequence, block), head), p.block_size);
+    clear_record(page.record, page.layout.bytes());  // it is new: nobody reads it; written whole, it would have its own statistics
     KeyReader<8, D> page_reader;
     KeyReader<BITS, D> tile_reader;
     RunningMoments<D / 4> moments;
@@ -69,7 +81,7 @@ template <class In, int D, int BITS> __device__ __forceinline__ void open_window
             for (int h = 0; h < 2; h++) {
                 const int token = position + g + 8 * h;
                 if (token < context_len || token >= end) continue;
-                const In* row = row_of<In>(p.k, p.rows_per_batch, step.word(TOKEN_ROWS, step.first_token(of) + token - context_len), head);
+                const In* row = token_of<In>(step, p.k, step.first_token(of) + token - context_len, head);
 #pragma unroll
                 for (int b = 0; b < D / 32; b++) {
                     Eight<In> values;
@@ -81,11 +93,10 @@ template <class In, int D, int BITS> __device__ __forceinline__ void open_window
             }
         }
         const int token = position + g;
-        moments.add(x, token >= start && token < end, token + 8 >= start && token + 8 < end);
+        if (position >= start && position + 16 <= end) moments.add(x);
+        else moments.add(x, token >= start && token < end, token + 8 >= start && token + 8 < end);
     }
     s.put(moments.mean, moments.squares, moments.count);
-    const PageView<D> page(record_of(records.pages, step.place(sequence, block), head), p.block_size);
-    clear_record(page.record, page.layout.bytes());  // a page that is written whole has its own statistics
     __syncthreads();
     float mean[D / 128 + 1], squares[D / 128 + 1];
     const float rows = s.join(mean, squares);

@@ -17,15 +17,23 @@ template <int D, class In> struct StepRows {
     uint32_t a[4];
 
     __device__ __forceinline__ void load(const RowSource<In>& source) {
-        if (source.p.is_aligned) load_by<true>(source);
-        else load_by<false>(source);
+        if (!source.is_plain()) {
+            load_any(source);
+            return;
+        }
+        const int64_t stride = source.step.p.k.strides[2];
+        const In* rows = source.row(source.step.p.k, threadIdx.x / 32 * 32 + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int b = 0; b < D / 32; b++) raw[i][b].v = __ldg(reinterpret_cast<const uint4*>(rows + 8 * i * stride + 32 * b));
     }
-    template <bool ALIGNED> __device__ __forceinline__ void load_by(const RowSource<In>& source) {
+    __device__ __forceinline__ void load_any(const RowSource<In>& source) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const In* row = source.row(source.p.k, threadIdx.x / 32 * 32 + 8 * i + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
+            const In* row = source.row(source.step.p.k, threadIdx.x / 32 * 32 + 8 * i + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
 #pragma unroll
-            for (int b = 0; b < D / 32; b++) raw[i][b].load(row + 32 * b, ALIGNED);
+            for (int b = 0; b < D / 32; b++) raw[i][b].load(row + 32 * b, false);
         }
     }
     __device__ __forceinline__ void turn(bool rotated) { channels_operand<Operand>(rotated, a); }
@@ -53,8 +61,8 @@ template <int D> struct StepRows<D, float> {
 
     __device__ __forceinline__ void load(const RowSource<float>& source) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) row[i] = source.row(source.p.k, threadIdx.x / 32 * 32 + 8 * i + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
-        is_aligned = source.p.is_aligned, is_repaired = false;
+        for (int i = 0; i < 4; i++) row[i] = source.row(source.step.p.k, threadIdx.x / 32 * 32 + 8 * i + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
+        is_aligned = source.step.p.is_aligned, is_repaired = false;
     }
     __device__ __forceinline__ void turn(bool rotated) { channels_operand<bf16>(rotated, a); }
     __device__ __forceinline__ void product(int i, float (&acc)[N][4]) const {

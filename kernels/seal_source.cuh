@@ -44,25 +44,32 @@ template <int D, class In> constexpr int ROW_PITCH = int(sizeof(In)) * D + 16;
 template <class In> struct RowSource {
     using Input = In;
     static constexpr bool FROM_PAGE = false, V_IS_ROTATED = false;
-    const EncodeParams& p;
-    const int32_t* token_rows;  // of the tile's first token
-    int head;
+    const Step& step;
+    int first, head;  // the tile's first token among the step's
 
-    __device__ __forceinline__ RowSource(const Step& step, const Unit& unit) : p(step.p), head(unit.head()) {
-        token_rows = step.words + p.plan.starts[TOKEN_ROWS] + step.first_token(unit.sequence(step)) + unit.block(step) * TILE_TOKENS - step.context_len(unit.sequence(step));
+    __device__ __forceinline__ RowSource(const Step& step, const Unit& unit) : step(step), head(unit.head()) {
+        const int sequence = unit.sequence(step);
+        first = step.first_token(sequence) + unit.block(step) * TILE_TOKENS - step.context_len(sequence);
     }
-    __device__ __forceinline__ const In* row(const Tensor& tensor, int token) const { return row_of<In>(tensor, p.rows_per_batch, __ldg(token_rows + token), head); }
+    __device__ __forceinline__ const In* row(const Tensor& tensor, int token) const { return token_of<In>(step, tensor, first + token, head); }
+    /// Are rows a stride apart, on multiples of 16 bytes?
+    __device__ __forceinline__ bool is_plain() const { return step.p.is_dense && step.p.is_aligned; }
 
     template <int D> __device__ __forceinline__ void stage_v(uint8_t* stage) const {
         constexpr int CHUNKS = D * int(sizeof(In)) / 16, STEP = SEAL_THREADS / CHUNKS, PER_CHUNK = 16 / int(sizeof(In));
-        const int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-#pragma unroll 8
+        const int token = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        uint8_t* to = stage + token * ROW_PITCH<D, In> + chunk * 16;
+        if (is_plain()) {
+            const int64_t stride = step.p.v.strides[2];
+            const In* from = row(step.p.v, token) + chunk * PER_CHUNK;
+#pragma unroll
+            for (int i = 0; i < TILE_TOKENS / STEP; i++, from += STEP * stride) copy16(to + i * STEP * ROW_PITCH<D, In>, from);
+            return;
+        }
+#pragma unroll 1
         for (int i = 0; i < TILE_TOKENS / STEP; i++) {
-            const In* from = row(p.v, first + i * STEP) + chunk * PER_CHUNK;
-            uint8_t* to = stage + (first + i * STEP) * ROW_PITCH<D, In> + chunk * 16;
-            if (p.is_aligned) copy16(to, from);
-            else
-                for (int j = 0; j < PER_CHUNK; j++) reinterpret_cast<In*>(to)[j] = from[j];
+            const In* from = row(step.p.v, token + i * STEP) + chunk * PER_CHUNK;
+            for (int j = 0; j < PER_CHUNK; j++) reinterpret_cast<In*>(to + i * STEP * ROW_PITCH<D, In>)[j] = from[j];
         }
     }
     template <int D> __device__ __forceinline__ void read_v(const uint8_t* stage, float (&x)[D]) const {

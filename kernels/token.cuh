@@ -7,16 +7,17 @@ namespace kvarn {
 
 constexpr float K_CODE_MAX = 127.f, V_CODE_MAX = 255.f, K_LOW_STEPS = 256.f;
 
-/// A row as given, finite; `non_finite` says in every lane whether it was not.
-template <class In, int C> __device__ __forceinline__ void load_row(const In* row, float (&x)[C], bool& non_finite) {
+/// A row as given.
+template <class In, int C> __device__ __forceinline__ void load_row(const In* row, float (&x)[C]) {
+#pragma unroll
+    for (int i = 0; i < C; i++) x[i] = widen(row[lane() * C + i]);
+}
+/// Makes it finite; was it not?
+template <class In, int C> __device__ __forceinline__ bool repair_row(float (&x)[C]) {
     bool odd = false;
 #pragma unroll
-    for (int i = 0; i < C; i++) {
-        x[i] = widen(row[lane() * C + i]);
-        odd |= !is_finite(x[i]);
-        x[i] = finite<In>(x[i]);
-    }
-    non_finite = __any_sync(ALL_LANES, odd);
+    for (int i = 0; i < C; i++) odd |= !is_finite(x[i]), x[i] = finite<In>(x[i]);
+    return __any_sync(ALL_LANES, odd);
 }
 
 /// x H, butterflies from neighbours to halves.

@@ -159,6 +159,8 @@ parameters! {
         is_aligned: i32,
         /// May the step write pages whole? Then single tokens leave those pages alone.
         has_whole_pages: i32,
+        /// Is B = 1, and each row of k and v the token of its number?
+        is_dense: i32,
     }
 
     /// A range of positions of one sequence as values.
