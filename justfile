@@ -38,16 +38,17 @@ test *NAMES="":
 test-py *OPTIONS="": dev
     pytest {{ OPTIONS }}
 
-# Check formatting, clippy, rustdoc, ruff, types and stubs; warnings are errors
+# Check formatting, clippy, rustdoc, ruff, types, stubs and what kernels take; warnings are errors
 lint: dev
     cargo fmt --check
     cargo clippy --all-targets -- -D warnings
-    cargo clippy --all-targets --features python -- -D warnings
+    cargo clippy --all-targets --features python,cuda -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
     ruff check
     ruff format --check
     pyright
     python -m mypy.stubtest kvarn_rs._core --mypy-config-file pyproject.toml
+    uv run --quiet --script kernels/build.py --check
 
 # Format everything in place
 fmt: setup
@@ -58,6 +59,10 @@ fmt: setup
 # Rewrite the golden files from the current code; raise FORMAT_VERSION first if bytes change
 gen:
     KVARN_BLESS=1 cargo test --test '*golden*'
+
+# Compile the CUDA kernels that have changed into kernels/prebuilt, without a GPU or nvcc (--all: every one; --check: compare)
+kernels *OPTIONS="": setup
+    uv run --quiet --script kernels/build.py {{ OPTIONS }}
 
 # Try every causal language model of transformers, shrunk, on a KvarnCache; writes docs/models.md (NAMES: print only those; --jobs N)
 models *OPTIONS="": dev

@@ -45,9 +45,9 @@ struct Records {
     uint64_t head_stride;
 };
 static_assert(sizeof(Records) == 24, "size");
-static_assert(__builtin_offsetof(Records, base) == 0, "base");
-static_assert(__builtin_offsetof(Records, stride) == 8, "stride");
-static_assert(__builtin_offsetof(Records, head_stride) == 16, "head_stride");
+static_assert(OFFSET_OF(Records, base) == 0, "base");
+static_assert(OFFSET_OF(Records, stride) == 8, "stride");
+static_assert(OFFSET_OF(Records, head_stride) == 16, "head_stride");
 
 /// The records of a layer; kernels of several layers are given an array of these.
 struct LayerRecords {
@@ -56,8 +56,8 @@ struct LayerRecords {
     Records tiles;
 };
 static_assert(sizeof(LayerRecords) == 48, "size");
-static_assert(__builtin_offsetof(LayerRecords, pages) == 0, "pages");
-static_assert(__builtin_offsetof(LayerRecords, tiles) == 24, "tiles");
+static_assert(OFFSET_OF(LayerRecords, pages) == 0, "pages");
+static_assert(OFFSET_OF(LayerRecords, tiles) == 24, "tiles");
 
 /// A tensor `[B, H, T, D]`; strides in elements, the last of which is 1. Row r of a step is `(r / T, r % T)`.
 struct Tensor {
@@ -65,8 +65,8 @@ struct Tensor {
     int64_t strides[4];
 };
 static_assert(sizeof(Tensor) == 40, "size");
-static_assert(__builtin_offsetof(Tensor, base) == 0, "base");
-static_assert(__builtin_offsetof(Tensor, strides) == 8, "strides");
+static_assert(OFFSET_OF(Tensor, base) == 0, "base");
+static_assert(OFFSET_OF(Tensor, strides) == 8, "strides");
 
 /// A plan, and the table of places. Word j of record i of array a is `words[starts[a] + i * width(a) + j]`; entry
 /// `places[row * places_stride + block]` is page p where p >= 0, the tile of block ~p where p < 0.
@@ -79,10 +79,10 @@ struct PlanPointers {
     int32_t starts[15];
 };
 static_assert(sizeof(PlanPointers) == 80, "size");
-static_assert(__builtin_offsetof(PlanPointers, words) == 0, "words");
-static_assert(__builtin_offsetof(PlanPointers, places) == 8, "places");
-static_assert(__builtin_offsetof(PlanPointers, places_stride) == 16, "places_stride");
-static_assert(__builtin_offsetof(PlanPointers, starts) == 20, "starts");
+static_assert(OFFSET_OF(PlanPointers, words) == 0, "words");
+static_assert(OFFSET_OF(PlanPointers, places) == 8, "places");
+static_assert(OFFSET_OF(PlanPointers, places_stride) == 16, "places_stride");
+static_assert(OFFSET_OF(PlanPointers, starts) == 20, "starts");
 
 /// What is known of a layer's model. Of a layer without calibration `channels` is 0, `feedback` that of no feedback
 /// and `feedback_stride` 0.
@@ -95,9 +95,9 @@ struct LayerModel {
     uint64_t feedback_stride;
 };
 static_assert(sizeof(LayerModel) == 24, "size");
-static_assert(__builtin_offsetof(LayerModel, channels) == 0, "channels");
-static_assert(__builtin_offsetof(LayerModel, feedback) == 8, "feedback");
-static_assert(__builtin_offsetof(LayerModel, feedback_stride) == 16, "feedback_stride");
+static_assert(OFFSET_OF(LayerModel, channels) == 0, "channels");
+static_assert(OFFSET_OF(LayerModel, feedback) == 8, "feedback");
+static_assert(OFFSET_OF(LayerModel, feedback_stride) == 16, "feedback_stride");
 
 /// Counters of a layer, added to by all kernels that encode. There are `HEALTH_SLOTS` of each layer, so that blocks
 /// do not wait for each other; the host sums them.
@@ -116,12 +116,12 @@ struct HealthSlot {
     uint64_t non_finite;
 };
 static_assert(sizeof(HealthSlot) == 48, "size");
-static_assert(__builtin_offsetof(HealthSlot, squares) == 0, "squares");
-static_assert(__builtin_offsetof(HealthSlot, num_rows) == 8, "num_rows");
-static_assert(__builtin_offsetof(HealthSlot, num_codes) == 16, "num_codes");
-static_assert(__builtin_offsetof(HealthSlot, num_clamped) == 24, "num_clamped");
-static_assert(__builtin_offsetof(HealthSlot, out_of_range) == 32, "out_of_range");
-static_assert(__builtin_offsetof(HealthSlot, non_finite) == 40, "non_finite");
+static_assert(OFFSET_OF(HealthSlot, squares) == 0, "squares");
+static_assert(OFFSET_OF(HealthSlot, num_rows) == 8, "num_rows");
+static_assert(OFFSET_OF(HealthSlot, num_codes) == 16, "num_codes");
+static_assert(OFFSET_OF(HealthSlot, num_clamped) == 24, "num_clamped");
+static_assert(OFFSET_OF(HealthSlot, out_of_range) == 32, "out_of_range");
+static_assert(OFFSET_OF(HealthSlot, non_finite) == 40, "non_finite");
 
 /// Of kernels that write records.
 struct EncodeParams {
@@ -146,18 +146,18 @@ struct EncodeParams {
     int32_t has_whole_pages;
 };
 static_assert(sizeof(EncodeParams) == 208, "size");
-static_assert(__builtin_offsetof(EncodeParams, plan) == 0, "plan");
-static_assert(__builtin_offsetof(EncodeParams, k) == 80, "k");
-static_assert(__builtin_offsetof(EncodeParams, v) == 120, "v");
-static_assert(__builtin_offsetof(EncodeParams, layers) == 160, "layers");
-static_assert(__builtin_offsetof(EncodeParams, models) == 168, "models");
-static_assert(__builtin_offsetof(EncodeParams, health) == 176, "health");
-static_assert(__builtin_offsetof(EncodeParams, num_layers) == 184, "num_layers");
-static_assert(__builtin_offsetof(EncodeParams, num_kv_heads) == 188, "num_kv_heads");
-static_assert(__builtin_offsetof(EncodeParams, block_size) == 192, "block_size");
-static_assert(__builtin_offsetof(EncodeParams, rows_per_batch) == 196, "rows_per_batch");
-static_assert(__builtin_offsetof(EncodeParams, is_aligned) == 200, "is_aligned");
-static_assert(__builtin_offsetof(EncodeParams, has_whole_pages) == 204, "has_whole_pages");
+static_assert(OFFSET_OF(EncodeParams, plan) == 0, "plan");
+static_assert(OFFSET_OF(EncodeParams, k) == 80, "k");
+static_assert(OFFSET_OF(EncodeParams, v) == 120, "v");
+static_assert(OFFSET_OF(EncodeParams, layers) == 160, "layers");
+static_assert(OFFSET_OF(EncodeParams, models) == 168, "models");
+static_assert(OFFSET_OF(EncodeParams, health) == 176, "health");
+static_assert(OFFSET_OF(EncodeParams, num_layers) == 184, "num_layers");
+static_assert(OFFSET_OF(EncodeParams, num_kv_heads) == 188, "num_kv_heads");
+static_assert(OFFSET_OF(EncodeParams, block_size) == 192, "block_size");
+static_assert(OFFSET_OF(EncodeParams, rows_per_batch) == 196, "rows_per_batch");
+static_assert(OFFSET_OF(EncodeParams, is_aligned) == 200, "is_aligned");
+static_assert(OFFSET_OF(EncodeParams, has_whole_pages) == 204, "has_whole_pages");
 
 /// A range of positions of one sequence as values.
 struct DequantizeParams {
@@ -175,16 +175,16 @@ struct DequantizeParams {
     int32_t is_aligned;
 };
 static_assert(sizeof(DequantizeParams) == 160, "size");
-static_assert(__builtin_offsetof(DequantizeParams, pages) == 0, "pages");
-static_assert(__builtin_offsetof(DequantizeParams, tiles) == 24, "tiles");
-static_assert(__builtin_offsetof(DequantizeParams, places) == 48, "places");
-static_assert(__builtin_offsetof(DequantizeParams, k) == 56, "k");
-static_assert(__builtin_offsetof(DequantizeParams, v) == 96, "v");
-static_assert(__builtin_offsetof(DequantizeParams, num_kv_heads) == 136, "num_kv_heads");
-static_assert(__builtin_offsetof(DequantizeParams, block_size) == 140, "block_size");
-static_assert(__builtin_offsetof(DequantizeParams, rows_per_batch) == 144, "rows_per_batch");
-static_assert(__builtin_offsetof(DequantizeParams, start) == 148, "start");
-static_assert(__builtin_offsetof(DequantizeParams, count) == 152, "count");
-static_assert(__builtin_offsetof(DequantizeParams, is_aligned) == 156, "is_aligned");
+static_assert(OFFSET_OF(DequantizeParams, pages) == 0, "pages");
+static_assert(OFFSET_OF(DequantizeParams, tiles) == 24, "tiles");
+static_assert(OFFSET_OF(DequantizeParams, places) == 48, "places");
+static_assert(OFFSET_OF(DequantizeParams, k) == 56, "k");
+static_assert(OFFSET_OF(DequantizeParams, v) == 96, "v");
+static_assert(OFFSET_OF(DequantizeParams, num_kv_heads) == 136, "num_kv_heads");
+static_assert(OFFSET_OF(DequantizeParams, block_size) == 140, "block_size");
+static_assert(OFFSET_OF(DequantizeParams, rows_per_batch) == 144, "rows_per_batch");
+static_assert(OFFSET_OF(DequantizeParams, start) == 148, "start");
+static_assert(OFFSET_OF(DequantizeParams, count) == 152, "count");
+static_assert(OFFSET_OF(DequantizeParams, is_aligned) == 156, "is_aligned");
 
 }  // namespace kvarn

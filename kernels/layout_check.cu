@@ -4,32 +4,32 @@
 
 using namespace kvarn;
 
-template <int N> constexpr bool same(const int (&a)[N], const int (&b)[N]) {
+template <int N> __host__ __device__ constexpr bool same(const int (&a)[N], const int (&b)[N]) {
     for (int i = 0; i < N; i++)
         if (a[i] != b[i]) return false;
     return true;
 }
-template <int BITS, int D> constexpr bool tile(int block_size, const int (&expected)[13]) {
+template <int BITS, int D> __host__ __device__ constexpr bool tile(int block_size, const int (&expected)[13]) {
     const Tile<BITS, D> t{block_size};
     const int found[] = {t.k(), t.v(), t.high_plane(), t.k_channel_scale(), t.k_channel_zero_point(), t.k_token_scale(),
                          t.v_token_scale(), t.v_token_zero_point(), t.first_v(), t.first_v_scale(),
                          t.first_v_zero_point(), t.header(), t.bytes()};
     return same(found, expected);
 }
-template <int D> constexpr bool page(int block_size, const int (&expected)[9]) {
+template <int D> __host__ __device__ constexpr bool page(int block_size, const int (&expected)[9]) {
     const Int8Page<D> p{block_size};
     const int c = p.CHANNEL_BYTES;
     const int found[] = {p.K_CHANNEL_MEAN, p.K_CHANNEL_SCALE, c + p.k(), c + p.v(), c + p.k_token_scale(),
                          c + p.v_token_scale(), c + p.v_token_zero_point(), c + p.group_bytes(), p.bytes()};
     return same(found, expected);
 }
-template <int D, int ELEMENT_BYTES> constexpr bool raw(int block_size, const int (&expected)[3]) {
+template <int D, int ELEMENT_BYTES> __host__ __device__ constexpr bool raw(int block_size, const int (&expected)[3]) {
     const RawPage<D, ELEMENT_BYTES> p{block_size};
     const int found[] = {p.k(), p.v(), p.bytes()};
     return same(found, expected);
 }
 /// Places in records: elements, INT8 codes, tiles' codes by plane (of K, then of V), parameters of the token.
-template <int D> constexpr bool place(int block_size, int token, int channel, const int (&expected)[12]) {
+template <int D> __host__ __device__ constexpr bool place(int block_size, int token, int channel, const int (&expected)[12]) {
     const RawPage<D> r{block_size};
     const Int8Page<D> p{block_size};
     const int tokens = p.tokens(), in = token % tokens, of_raw = token / 16 * r.group_bytes();

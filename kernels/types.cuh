@@ -1,4 +1,4 @@
-// Integers of fixed width, where the run-time compiler has no headers of the host.
+// Integers of fixed width and offsets, where the run-time compiler has no headers of the host.
 #pragma once
 #ifdef __CUDACC_RTC__
 typedef unsigned char uint8_t;
@@ -11,7 +11,10 @@ typedef unsigned long long uint64_t;
 typedef long long int64_t;
 typedef unsigned long long uintptr_t;
 #define INFINITY __int_as_float(0x7f800000)
+#define OFFSET_OF(type, member) __INTADDR__(&((type*)0)->member)
 #else
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#define OFFSET_OF(type, member) offsetof(type, member)
 #endif

@@ -63,7 +63,7 @@ macro_rules! parameters {
                 $(
                     let (name, offset) = (stringify!($name), std::mem::offset_of!($name, $field));
                     let field = stringify!($field);
-                    _ = writeln!(out, "static_assert(__builtin_offsetof({name}, {field}) == {offset}, \"{field}\");");
+                    _ = writeln!(out, "static_assert(OFFSET_OF({name}, {field}) == {offset}, \"{field}\");");
                 )*
                 _ = writeln!(out);
             )*
