@@ -41,6 +41,7 @@ template <int D> struct SealShared {
     };
     float sums[SEAL_WARPS];
     uint32_t bounds[2][4 * SEAL_WARPS];
+    Described described[2];  // this tile and the next
 };
 
 __device__ __forceinline__ float bounded_deviation(float x) { return fminf(fmaxf(x, SMALLEST_DEVIATION), LARGEST_DEVIATION); }
@@ -123,22 +124,16 @@ template <int D, int BITS> __device__ __forceinline__ uint32_t find_grid(SealSha
     return uint32_t(__half_as_ushort(scale)) | (bounds.x != bounds.y ? MOVES : 0u) | uint32_t(__half_as_ushort(zero)) << 16;
 }
 
-/// The constants of a unit's frame.
-template <int D> __device__ __forceinline__ const uint8_t* constants_of(const Step& step, Unit unit, int frame) {
-    const LayerModel model = layer_model(step.p, unit.layer());
-    return at_address<const uint8_t>(model.feedback) + unit.head() * model.feedback_stride + frame * Constants<D>::BYTES;
-}
-
 /// Scales, grids and U of one frame, of `rows` that are loaded; loads those of `next`, if there is one, so that registers are free.
 template <int D, int BITS, class Source, class Rows>
-__device__ __forceinline__ Stored prepare(SealShared<D>& s, Rows& rows, const Step& step, Unit unit, Unit next, bool rotated) {
+__device__ __forceinline__ Stored prepare(SealShared<D>& s, Rows& rows, const Step& step, const Described& tile_of, const Described* next, bool rotated) {
     using C = Constants<D>;
-    const uint8_t* constants = constants_of<D>(step, unit, rotated);
+    const uint8_t* constants = tile_of.feedback + rotated * Constants<D>::BYTES;
     FrameShared<D>& frame = s.frame[rotated];
     if (threadIdx.x < D / 4) copy16(s.order + 4 * threadIdx.x, constants + C::CHANNEL + 16 * threadIdx.x);
     for (int i = threadIdx.x; i < D / BLOCK * TRIANGLE / 4; i += SEAL_THREADS) copy16(frame.diagonal + i, constants + C::DIAGONAL + 16 * i);
     const float weight = __ldg(reinterpret_cast<const float*>(constants + C::WEIGHT) + RegisterTile<D>::row());
-    fill<D>(s.m, s.token, s.stored_token, rows, rotated, &health_of(step.p, unit.layer(), unit.seal)->non_finite);
+    fill<D>(s.m, s.token, s.stored_token, rows, rotated, &tile_of.health->non_finite);
     copies_done();
     __syncwarp();
     const float sum = s.token[threadIdx.x], squares = s.stored_token[threadIdx.x];
@@ -153,7 +148,7 @@ __device__ __forceinline__ Stored prepare(SealShared<D>& s, Rows& rows, const St
     s.token[threadIdx.x] = norm * inverse(c), s.stored_token[threadIdx.x] = norm * inverse(__half2float(stored.token));
     __syncthreads();
     stored.grid = find_grid<D, BITS>(s, frame, tile, weight);
-    if (next.seal >= 0) rows.load(Source(step, next));
+    if (next) rows.load(Source(step, *next));
     else rows = Rows();
     __syncthreads();
     tile.write(rotated ? s.after.rotated_u : s.plain_u, s.stored_token, frame.middle);
@@ -169,15 +164,15 @@ __device__ __forceinline__ void count_out_of_range(uint32_t grid, bool owns, Hea
     if (threadIdx.x == 0 && (beyond || (!holds && moves))) count(&health->out_of_range, TILE_TOKENS);
 }
 
-/// K of the unit whose `rows` are loaded; loads those of `next`, if there is one.
+/// K of the tile whose `rows` are loaded; loads those of `next`, if there is one.
 template <int D, int BITS, class Source, class Rows>
-__device__ __forceinline__ void seal_k(SealShared<D>& s, Rows& rows, const Step& step, Unit unit, Unit next) {
+__device__ __forceinline__ void seal_k(SealShared<D>& s, Rows& rows, const Step& step, const Described& tile_of, const Described* next) {
     constexpr auto T = TILE<BITS, D>;
     constexpr int TOKENS_A_THREAD = 2;  // two warps a frame
     Stored stored[2] = {};
 #pragma unroll 1
     for (int f = 0; f < 2; f++) {
-        const Stored now = prepare<D, BITS, Source>(s, rows, step, unit, f == 0 ? unit : next, f);
+        const Stored now = prepare<D, BITS, Source>(s, rows, step, tile_of, f == 0 ? &tile_of : next, f);
         if (f == 0) stored[0] = now;
         else stored[1] = now;
     }
@@ -190,7 +185,7 @@ __device__ __forceinline__ void seal_k(SealShared<D>& s, Rows& rows, const Step&
     int clamped = 0;
     auto fours = [](const float* field) { return reinterpret_cast<const float4*>(field); };
     feed_back<D, BITS, TOKENS_A_THREAD>(frame ? s.after.rotated_u : s.plain_u, first, {fours(shared.inverse), fours(shared.step), fours(shared.weight)}, shared.diagonal,
-                                        constants_of<D>(step, unit, frame), s.after.words[frame][0], loss, clamped);
+                                        tile_of.feedback + frame * Constants<D>::BYTES, s.after.words[frame][0], loss, clamped);
 #pragma unroll
     for (int t = 0; t < TOKENS_A_THREAD; t++) {
         const float c = (frame ? s.stored_token : s.token)[32 * (first + t) + threadIdx.x % 32];
@@ -200,12 +195,12 @@ __device__ __forceinline__ void seal_k(SealShared<D>& s, Rows& rows, const Step&
     if (threadIdx.x % 32 == 0) s.sums[warp] = sum;
     __syncthreads();
     const int chosen = s.sums[2] + s.sums[3] <= s.sums[0] + s.sums[1];
-    HealthSlot* health = health_of(step.p, unit.layer(), unit.seal);
-    uint8_t* record = unit.record(step);
+    HealthSlot* health = tile_of.health;
+    uint8_t* record = tile_of.record;
     if (frame == chosen && threadIdx.x % 32 == 0) {
         count(&health->num_clamped, clamped), count(&health->num_codes, 32 * TOKENS_A_THREAD * D / BLOCK);
     }
-    const uint8_t* constants = constants_of<D>(step, unit, chosen);
+    const uint8_t* constants = tile_of.feedback + chosen * Constants<D>::BYTES;
     const Stored best = chosen ? stored[1] : stored[0];
     if (threadIdx.x < D) s.order[threadIdx.x] = __ldg(reinterpret_cast<const uint32_t*>(constants + Constants<D>::STAGED) + threadIdx.x);
     reinterpret_cast<half*>(record + T.k_token_scale())[tile_index(threadIdx.x)] = best.token;
@@ -240,13 +235,15 @@ template <int D, int BITS, class Source> __device__ __forceinline__ void seal_ke
     Units units{int(blockIdx.x), int(gridDim.x)};
     Unit unit = units.next(step, Source::FROM_PAGE);
     if (unit.seal < 0) return;
-    rows.load(Source(step, unit));
+    if (threadIdx.x == 0) s.described[0].describe(step, unit);
+    __syncthreads();
+    rows.load(Source(step, s.described[0]));
 #pragma unroll 1
-    do {
-        const Unit next = units.next(step, Source::FROM_PAGE);
-        seal_k<D, BITS, Source>(s, rows, step, unit, next);
-        unit = next;
-    } while (unit.seal >= 0);
+    for (int i = 0; unit.seal >= 0; i ^= 1) {
+        unit = units.next(step, Source::FROM_PAGE);
+        if (threadIdx.x == SEAL_THREADS - 1 && unit.seal >= 0) s.described[i ^ 1].describe(step, unit);
+        seal_k<D, BITS, Source>(s, rows, step, s.described[i], unit.seal >= 0 ? &s.described[i ^ 1] : nullptr);
+    }
 }
 
 }  // namespace kvarn

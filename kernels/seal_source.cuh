@@ -14,9 +14,6 @@ struct Unit {
     __device__ __forceinline__ int block(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH + 1); }
     __device__ __forceinline__ int page(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH + 2); }
     __device__ __forceinline__ int first_row(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH + 3); }
-    __device__ __forceinline__ uint8_t* record(const Step& step) const {
-        return record_of(layer_records(step.p, layer()).tiles, ~step.place(sequence(step), block(step)), head());
-    }
 };
 
 /// Units from number `at` on, in steps of `by`, whose tokens are in a page, or among the step's rows. They count seals first,
@@ -37,6 +34,26 @@ struct Units {
     }
 };
 
+/// What the plan says of a tile, looked up by one thread long before it is needed: a lookup is a chain of loads.
+struct Described {
+    uint8_t* record;
+    const uint8_t* page;      // null where the tokens are among the step's rows
+    const uint8_t* feedback;  // of both frames
+    HealthSlot* health;
+    int first, head;          // the first token among the step's
+
+    __device__ __forceinline__ void describe(const Step& step, const Unit& unit) {
+        const int sequence = unit.sequence(step), block = unit.block(step), page_id = unit.page(step);
+        const LayerRecords records = layer_records(step.p, unit.layer());
+        const LayerModel model = layer_model(step.p, unit.layer());
+        head = unit.head(), first = step.first_token(sequence) + block * TILE_TOKENS - step.context_len(sequence);
+        record = record_of(records.tiles, ~step.place(sequence, block), head);
+        page = page_id < 0 ? nullptr : record_of(records.pages, page_id, head);
+        feedback = at_address<const uint8_t>(model.feedback) + head * model.feedback_stride;
+        health = health_of(step.p, unit.layer(), unit.seal);
+    }
+};
+
 /// Bytes of a row of In in shared memory: a quarter warp of rows hits distinct banks.
 template <int D, class In> constexpr int ROW_PITCH = int(sizeof(In)) * D + 16;
 
@@ -47,10 +64,7 @@ template <class In> struct RowSource {
     const Step& step;
     int first, head;  // the tile's first token among the step's
 
-    __device__ __forceinline__ RowSource(const Step& step, const Unit& unit) : step(step), head(unit.head()) {
-        const int sequence = unit.sequence(step);
-        first = step.first_token(sequence) + unit.block(step) * TILE_TOKENS - step.context_len(sequence);
-    }
+    __device__ __forceinline__ RowSource(const Step& step, const Described& tile) : step(step), first(tile.first), head(tile.head) {}
     __device__ __forceinline__ const In* row(const Tensor& tensor, int token) const { return token_of<In>(step, tensor, first + token, head); }
     /// Are rows a stride apart, on multiples of 16 bytes?
     __device__ __forceinline__ bool is_plain() const { return step.p.is_dense && step.p.is_aligned; }
@@ -100,7 +114,7 @@ struct PageSource {
     static constexpr bool FROM_PAGE = true, V_IS_ROTATED = true;
     const uint8_t* page;
 
-    __device__ __forceinline__ PageSource(const Step& step, const Unit& unit) : page(record_of(layer_records(step.p, unit.layer()).pages, unit.page(step), unit.head())) {}
+    __device__ __forceinline__ PageSource(const Step&, const Described& tile) : page(tile.page) {}
     /// Codes of all groups, in their order but for `turned`.
     template <int D> __device__ __forceinline__ void stage_v(uint8_t* stage) const {
         constexpr int CHUNKS = GROUP * D / 16;

@@ -55,11 +55,17 @@ template <int D, int BITS> __device__ __forceinline__ TokenGrid best_grid(const 
 }
 
 template <int D, int BITS, class Source>
-__device__ __forceinline__ void seal_v(uint8_t* stage, const Source& source, uint8_t* record, int first_row, HealthSlot* health) {
+__device__ __forceinline__ void seal_v(uint8_t* stage, const Step& step, const Unit& unit) {
     constexpr auto T = TILE<BITS, D>;
     float x[D];
     bool non_finite = false;
+    Described tile;
+    tile.describe(step, unit);
+    const Source source(step, tile);
     source.template stage_v<D>(stage);
+    uint8_t* record = tile.record;
+    HealthSlot* health = tile.health;
+    const int first_row = unit.first_row(step) < 0 ? NO_FIRST_ROW : unit.first_row(step);
     copies_done();
     __syncthreads();
 #pragma unroll 1
@@ -112,8 +118,7 @@ template <int D, int BITS, class Source> __device__ __forceinline__ void seal_va
     const Step step(p);
     const Unit unit = Units{int(blockIdx.x), 1 << 30}.next(step, Source::FROM_PAGE);
     if (unit.seal < 0) return;
-    const int first_row = unit.first_row(step) < 0 ? NO_FIRST_ROW : unit.first_row(step);
-    seal_v<D, BITS>(shared, Source(step, unit), unit.record(step), first_row, health_of(p, unit.layer(), blockIdx.x));
+    seal_v<D, BITS, Source>(shared, step, unit);
 }
 
 }  // namespace kvarn
