@@ -46,6 +46,14 @@ extern "C" __global__ __launch_bounds__(256) void open_raw(EncodeParams p, int r
     }                                                                                                                          \
     extern "C" __global__ __launch_bounds__(FIRST_THREADS) void open_first_##NAME##_d##D(EncodeParams p) { open_first<IN, D>(p); }
 
+// `raw` pages of f32 are written token by token.
+#define APPEND_RAW(NAME, IN, D) \
+    extern "C" __global__ __launch_bounds__(32 * APPEND_WARPS, 2) void append_pages_raw_##NAME##_d##D(EncodeParams p) { append_pages<IN, D, Pages::RAW>(p); }
+
+APPEND_RAW(f16, half, 64)
+APPEND_RAW(bf16, bf16, 64)
+APPEND_RAW(f16, half, 128)
+APPEND_RAW(bf16, bf16, 128)
 REFIT(64)
 REFIT(128)
 APPEND(f16, half, 64, 2)

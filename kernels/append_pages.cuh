@@ -165,6 +165,30 @@ __device__ __forceinline__ void append_v(FragmentRows<D, In>& rows, const PageVi
     if (lane() == 0) count(&health->non_finite, non_finite), count(&health->out_of_range, out_of_range);
 }
 
+/// Rows of a `raw` page, whose codes are operands as they come: those of V are turned round, eight by eight.
+template <int D, class In> __device__ __forceinline__ void append_raw(FragmentRows<D, In>& rows, uint8_t* record, bool is_v, HealthSlot* health) {
+    const int g = lane() / 4, q = lane() % 4, non_finite = rows.repair();
+    uint32_t* group = reinterpret_cast<uint32_t*>(record + RawPage<D>{0}.group_bytes() * warp() + (is_v ? RawPage<D>{0}.v() : 0));
+#pragma unroll
+    for (int b = 0; b < D / 32; b++)
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            if (!is_v) {
+                const uint4 w = make_uint4(rows.v[0][b].word(i), rows.v[1][b].word(i), rows.v[0][b].word(i + 1), rows.v[1][b].word(i + 1));
+                reinterpret_cast<uint4*>(group)[(2 * b + i / 2) * 32 + lane()] = w;
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int word = i + j % 2, channel = 32 * b + 8 * (g / 2) + 2 * word + g % 2;
+                uint32_t turned;
+                asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(rows.v[j / 2][b].word(word)));
+                group[index16(D, v_place(D, 2 * q + 8 * (j / 2), channel)) / 2] = turned;
+            }
+        }
+    if (lane() == 0) count(&health->non_finite, non_finite);
+}
+
 /// Pages of a layer: grid (K | V, heads, opens), two threads a token of a block.
 template <class In, int D, Pages PAGES> __device__ __forceinline__ void append_pages(const EncodeParams& p) {
     __shared__ __align__(16) Statistics<D, APPEND_WARPS> s;
@@ -180,7 +204,8 @@ template <class In, int D, Pages PAGES> __device__ __forceinline__ void append_p
     rows.load(token_of<In>(step, tensor, token, head), token_of<In>(step, tensor, token + 8, head), p.is_aligned);
     const PageView<D> page(record_of(layer_records(p, 0).pages, step.place(sequence, block), head), p.block_size);
     HealthSlot* health = health_of(p, 0, blockIdx.z * p.num_kv_heads + head);
-    if (is_v) append_v<D, In, PAGES == Pages::INT8_ROTATED>(rows, page, health);
+    if constexpr (PAGES == Pages::RAW) append_raw<D, In>(rows, page.record, is_v, health);
+    else if (is_v) append_v<D, In, PAGES == Pages::INT8_ROTATED>(rows, page, health);
     else append_k<D, In>(s, rows, page, channels_of<D>(layer_model(p, 0), head), block == 0, health);
 }
 

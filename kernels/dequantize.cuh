@@ -32,7 +32,8 @@ template <class Out, int D, int BITS> __device__ __forceinline__ void dequantize
     KeyReader<BITS, D> reader;
     reader.open(record, p.block_size);
     float x[2][D / 4];
-    reader.read(warp(), x);
+    reader.fetch(warp());
+    reader.read(x, -1);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         Out* row = out_row<Out>(p, p.k, first + 16 * warp() + lane() / 4 + 8 * h, blockIdx.y);

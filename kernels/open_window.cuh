@@ -61,20 +61,22 @@ template <class In, int D, int BITS> __device__ __forceinline__ void open_window
     RunningMoments<D / 4> moments;
     const int g = lane() / 4, first_group = start / 16, num_groups = (end + 15) / 16 - first_group;
     const int per_warp = (num_groups + WINDOW_WARPS - 1) / WINDOW_WARPS, from = first_group + warp() * per_warp;
+    const int to = min(from + per_warp, first_group + num_groups);
     int read_block = -1, place = 0;
 #pragma unroll 1
-    for (int group = from; group < min(from + per_warp, first_group + num_groups); group++) {
+    for (int group = from; group < to; group++) {
         const int position = 16 * group;
         float x[2][D / 4];
         if (!HAS_ROWS || position < context_len) {
             const int of_block = position / p.block_size, within = position % p.block_size / 16;
             if (of_block != read_block) {
                 place = step.place(of, read_block = of_block);
-                if (BITS < 8 && place < 0) tile_reader.open(record_of(records.tiles, ~place, head), p.block_size);
-                else page_reader.open(record_of(records.pages, place, head), p.block_size);
+                if (BITS < 8 && place < 0) tile_reader.open(record_of(records.tiles, ~place, head), p.block_size), tile_reader.fetch(within);
+                else page_reader.open(record_of(records.pages, place, head), p.block_size), page_reader.fetch(within);
             }
-            if (BITS < 8 && place < 0) tile_reader.read(within, x);
-            else page_reader.read(within, x);
+            const int next = group + 1 < to && 16 * (within + 1) < p.block_size ? within + 1 : -1;  // of the same record
+            if (BITS < 8 && place < 0) tile_reader.read(x, next);
+            else page_reader.read(x, next);
         }
         if constexpr (HAS_ROWS) {
 #pragma unroll

@@ -74,7 +74,8 @@ template <int BITS, int D> struct KeyReader {
     const uint8_t *record, *scales, *zeros;
     int block_size;
     bool rotated;
-    float first[N][4];  // rotated: what zero points alone come to, before butterflies
+    GroupCodes<BITS, D> codes;  // of the sixteen tokens that are fetched, and their scales
+    float2 by_token;
 
     __device__ __forceinline__ void open(const uint8_t* from, int tokens) {
         const int q = lane() % 4;
@@ -86,14 +87,6 @@ template <int BITS, int D> struct KeyReader {
         const View tile(record, block_size);
         scales = record + tile.layout.k_channel_scale() + 16 * q, zeros = scales + 2 * D;
         rotated = record[tile.layout.header() + 1] & K_ROTATED;
-        if (!rotated) return;
-        const uint32_t ones[4] = {ONES<half>, ONES<half>, ONES<half>, ONES<half>};
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            float c[2][4] = {};
-            turn(c, ones, *reinterpret_cast<const uint2*>(zeros + n / 2 * 64 + n % 2 * 8));
-            first[n][0] = c[0][0], first[n][1] = c[0][1], first[n][2] = c[1][0], first[n][3] = c[1][1];
-        }
     }
     /// Adds a * diag(channel) * H of sixteen channels.
     __device__ __forceinline__ void turn(float (&c)[2][4], const uint32_t (&a)[4], uint2 channel) const {
@@ -102,11 +95,9 @@ template <int BITS, int D> struct KeyReader {
         mma<half>(c[0], a, low, high);
         mma<half>(c[1], a, low, high ^ BOTH_SIGNS);
     }
-    /// Tokens 16 `group` .. of the record.
-    __device__ __forceinline__ void read(int group, float (&x)[2][D / 4]) const {
+    /// Loads tokens 16 `group` .. of the record.
+    __device__ __forceinline__ void fetch(int group) {
         const int token = 16 * group + lane() / 4;
-        GroupCodes<BITS, D> codes;
-        float2 by_token;
         if constexpr (BITS == 8) {
             const PageView<D> page(const_cast<uint8_t*>(record), block_size);
             codes.load(page.group(token), token % page.layout.tokens() / 16, 0);
@@ -116,16 +107,22 @@ template <int BITS, int D> struct KeyReader {
             codes.load(tile.k_codes(), group, tile.layout.high_plane());
             by_token = widen_pair<half>(*reinterpret_cast<const uint32_t*>(tile.k_token_scale(token)));
         }
+    }
+    /// Decodes what was fetched; fetches `next`, if that is not negative.
+    __device__ __forceinline__ void read(float (&x)[2][D / 4], int next) {
+        const GroupCodes<BITS, D> now = codes;
+        float2 scale = by_token;
+        if (next >= 0) fetch(next);
         if (!rotated) {
 #pragma unroll
             for (int f = 0; f < N; f++) {
                 uint32_t a[4];
-                codes.template operand<true>(f, a);
+                now.template operand<true>(f, a);
                 const uint2 s = *reinterpret_cast<const uint2*>(scales + f / 2 * 64 + f % 2 * 8), z = *reinterpret_cast<const uint2*>(zeros + f / 2 * 64 + f % 2 * 8);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float2 c = widen_pair<half>(a[i]), by = widen_pair<half>(i < 2 ? s.x : s.y), from = widen_pair<half>(i < 2 ? z.x : z.y);
-                    const float t = i % 2 ? by_token.y : by_token.x;
+                    const float t = i % 2 ? scale.y : scale.x;
                     float* to = &x[i % 2][4 * f + 2 * (i / 2)];
                     if (BITS == 8) to[0] = fmaf(c.x, by.x * t, from.x), to[1] = fmaf(c.y, by.y * t, from.y);
                     else to[0] = fmaf(c.x, by.x, from.x) * t, to[1] = fmaf(c.y, by.y, from.y) * t;
@@ -133,26 +130,24 @@ template <int BITS, int D> struct KeyReader {
             }
             return;
         }
+        const uint32_t ones[4] = {ONES<half>, ONES<half>, ONES<half>, ONES<half>};
         float acc[N][8];
 #pragma unroll
         for (int n = 0; n < N; n++) {
             uint32_t a[4];
-            codes.template operand<true>(n, a);
-            float c[2][4];
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) c[i][j] = first[n][2 * i + j % 2];
+            now.template operand<true>(n, a);
+            float c[2][4] = {};
+            turn(c, ones, *reinterpret_cast<const uint2*>(zeros + n / 2 * 64 + n % 2 * 8));  // what zero points alone come to
             turn(c, a, *reinterpret_cast<const uint2*>(scales + n / 2 * 64 + n % 2 * 8));
 #pragma unroll
             for (int i = 0; i < 8; i++) acc[n][i] = c[i / 4][i % 4];
         }
         butterflies(acc);
-        by_token.x *= ROTATION_NORM<D>, by_token.y *= ROTATION_NORM<D>;
+        scale.x *= ROTATION_NORM<D>, scale.y *= ROTATION_NORM<D>;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int i = 0; i < 8; i++) x[i / 2 % 2][4 * n + 2 * (i / 4) + i % 2] = acc[n][i] * (i / 2 % 2 ? by_token.y : by_token.x);
+            for (int i = 0; i < 8; i++) x[i / 2 % 2][4 * n + 2 * (i / 4) + i % 2] = acc[n][i] * (i / 2 % 2 ? scale.y : scale.x);
     }
 };
 
