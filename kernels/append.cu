@@ -4,8 +4,8 @@
 
 namespace kvarn {
 
-/// Clears `raw` pages that the step opens and does not write whole, those whose statistics would be of stored tokens or the
-/// others: grid (opens, heads, layers).
+/// Clears `raw` pages that the step opens and does not write whole, those whose statistics would be of stored tokens or
+/// the others: grid (opens, heads, layers).
 __device__ __forceinline__ void open_raw(const EncodeParams& p, int record_bytes, bool of_stored) {
     const Step step(p);
     const int at = blockIdx.x * OPENS_WIDTH, sequence = step.word(OPENS, at);
@@ -28,27 +28,34 @@ extern "C" __global__ __launch_bounds__(256) void open_raw(EncodeParams p, int r
     extern "C" __global__ __launch_bounds__(FIRST_THREADS) void refit_d##D(EncodeParams p) { refit_first<D>(p); }
 
 // Two blocks a multiprocessor of 16-bit rows, by registers; one of f32.
-#define APPEND(NAME, IN, D, BLOCKS)                                                                                            \
-    extern "C" __global__ __launch_bounds__(TOKEN_THREADS) void append_tokens_raw_##NAME##_d##D(EncodeParams p) {              \
-        append_tokens<IN, D, Pages::RAW>(p);                                                                                   \
-    }                                                                                                                          \
-    extern "C" __global__ __launch_bounds__(TOKEN_THREADS) void append_tokens_int8_##NAME##_d##D(EncodeParams p) {             \
-        append_tokens<IN, D, Pages::INT8>(p);                                                                                  \
-    }                                                                                                                          \
-    extern "C" __global__ __launch_bounds__(TOKEN_THREADS) void append_tokens_sealing_##NAME##_d##D(EncodeParams p) {          \
-        append_tokens<IN, D, Pages::INT8_ROTATED>(p);                                                                          \
-    }                                                                                                                          \
-    extern "C" __global__ __launch_bounds__(32 * APPEND_WARPS, BLOCKS) void append_pages_int8_##NAME##_d##D(EncodeParams p) {  \
-        append_pages<IN, D, Pages::INT8>(p);                                                                                   \
-    }                                                                                                                          \
-    extern "C" __global__ __launch_bounds__(32 * APPEND_WARPS, BLOCKS) void append_pages_sealing_##NAME##_d##D(EncodeParams p) { \
-        append_pages<IN, D, Pages::INT8_ROTATED>(p);                                                                           \
-    }                                                                                                                          \
-    extern "C" __global__ __launch_bounds__(FIRST_THREADS) void open_first_##NAME##_d##D(EncodeParams p) { open_first<IN, D>(p); }
+#define APPEND(NAME, IN, D, BLOCKS)                                                                                   \
+    extern "C" __global__ __launch_bounds__(TOKEN_THREADS) void append_tokens_raw_##NAME##_d##D(EncodeParams p) {     \
+        append_tokens<IN, D, Pages::RAW>(p);                                                                          \
+    }                                                                                                                 \
+    extern "C" __global__ __launch_bounds__(TOKEN_THREADS) void append_tokens_int8_##NAME##_d##D(EncodeParams p) {    \
+        append_tokens<IN, D, Pages::INT8>(p);                                                                         \
+    }                                                                                                                 \
+    extern "C" __global__ __launch_bounds__(TOKEN_THREADS) void append_tokens_sealing_##NAME##_d##D(EncodeParams p) { \
+        append_tokens<IN, D, Pages::INT8_ROTATED>(p);                                                                 \
+    }                                                                                                                 \
+    extern "C" __global__ __launch_bounds__(32 * APPEND_WARPS,                                                        \
+                                            BLOCKS) void append_pages_int8_##NAME##_d##D(EncodeParams p) {            \
+        append_pages<IN, D, Pages::INT8>(p);                                                                          \
+    }                                                                                                                 \
+    extern "C" __global__ __launch_bounds__(32 * APPEND_WARPS,                                                        \
+                                            BLOCKS) void append_pages_sealing_##NAME##_d##D(EncodeParams p) {         \
+        append_pages<IN, D, Pages::INT8_ROTATED>(p);                                                                  \
+    }                                                                                                                 \
+    extern "C" __global__ __launch_bounds__(FIRST_THREADS) void open_first_##NAME##_d##D(EncodeParams p) {            \
+        open_first<IN, D>(p);                                                                                         \
+    }
 
 // `raw` pages of f32 are written token by token.
-#define APPEND_RAW(NAME, IN, D) \
-    extern "C" __global__ __launch_bounds__(32 * APPEND_WARPS, 2) void append_pages_raw_##NAME##_d##D(EncodeParams p) { append_pages<IN, D, Pages::RAW>(p); }
+#define APPEND_RAW(NAME, IN, D)                                                                      \
+    extern "C" __global__ __launch_bounds__(32 * APPEND_WARPS,                                       \
+                                            2) void append_pages_raw_##NAME##_d##D(EncodeParams p) { \
+        append_pages<IN, D, Pages::RAW>(p);                                                          \
+    }
 
 APPEND_RAW(f16, half, 64)
 APPEND_RAW(bf16, bf16, 64)

@@ -3,10 +3,14 @@
 
 using namespace kvarn;
 
-#define DEQUANTIZE_TO(FORMAT, BITS, NAME, OUT, D) \
-    extern "C" __global__ __launch_bounds__(256, 2) void dequantize_##FORMAT##_##NAME##_d##D(DequantizeParams p) { dequantize<OUT, D, BITS>(p); }
-#define DEQUANTIZE_RAW(FROM, IN, NAME, OUT, D) \
-    extern "C" __global__ __launch_bounds__(D) void dequantize_raw_##FROM##_##NAME##_d##D(DequantizeParams p) { dequantize_raw<IN, OUT, D>(p); }
+#define DEQUANTIZE_TO(FORMAT, BITS, NAME, OUT, D)                                                                  \
+    extern "C" __global__ __launch_bounds__(256, 2) void dequantize_##FORMAT##_##NAME##_d##D(DequantizeParams p) { \
+        dequantize<OUT, D, BITS>(p);                                                                               \
+    }
+#define DEQUANTIZE_RAW(FROM, IN, NAME, OUT, D)                                                                  \
+    extern "C" __global__ __launch_bounds__(D) void dequantize_raw_##FROM##_##NAME##_d##D(DequantizeParams p) { \
+        dequantize_raw<IN, OUT, D>(p);                                                                          \
+    }
 #define DEQUANTIZE(NAME, OUT, D)             \
     DEQUANTIZE_TO(int8, 8, NAME, OUT, D)     \
     DEQUANTIZE_TO(int4, 4, NAME, OUT, D)     \

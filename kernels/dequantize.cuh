@@ -1,4 +1,5 @@
-// Dequantize: positions of a sequence as values, K and V in the model's frame. A warp has 16 tokens of one head, K or V of them.
+// Dequantize: positions of a sequence as values, K and V in the model's frame. A warp has 16 tokens of one head, K or V
+// of them.
 #pragma once
 #include "read_keys.cuh"
 
@@ -11,7 +12,8 @@ template <class Out, int N> __device__ __forceinline__ void store_values(Out* to
         for (int i = 0; i < N; i++) to[i] = narrow<Out>(x[i]);
     } else if constexpr (sizeof(Out) == 4) {
 #pragma unroll
-        for (int i = 0; i < N; i += 4) *reinterpret_cast<float4*>(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+        for (int i = 0; i < N; i += 4)
+            *reinterpret_cast<float4*>(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
     } else {
 #pragma unroll
         for (int i = 0; i < N; i += 8) {
@@ -23,12 +25,14 @@ template <class Out, int N> __device__ __forceinline__ void store_values(Out* to
 }
 
 /// The row of a position, or null outside of the range.
-template <class Out> __device__ __forceinline__ Out* out_row(const DequantizeParams& p, const Tensor& tensor, int position, int head) {
+template <class Out>
+__device__ __forceinline__ Out* out_row(const DequantizeParams& p, const Tensor& tensor, int position, int head) {
     const int row = position - p.start;
     return row < 0 || row >= p.count ? nullptr : const_cast<Out*>(row_of<Out>(tensor, p.rows_per_batch, row, head));
 }
 
-template <class Out, int D, int BITS> __device__ __forceinline__ void dequantize_k(const DequantizeParams& p, const uint8_t* record, int first) {
+template <class Out, int D, int BITS>
+__device__ __forceinline__ void dequantize_k(const DequantizeParams& p, const uint8_t* record, int first) {
     KeyReader<BITS, D> reader;
     reader.open(record, p.block_size);
     float x[2][D / 4];
@@ -39,11 +43,13 @@ template <class Out, int D, int BITS> __device__ __forceinline__ void dequantize
         Out* row = out_row<Out>(p, p.k, first + 16 * warp() + lane() / 4 + 8 * h, blockIdx.y);
         if (!row) continue;
 #pragma unroll
-        for (int b = 0; b < D / 32; b++) store_values<Out, 8>(row + 32 * b + 8 * (lane() % 4), &x[h][8 * b], p.is_aligned);
+        for (int b = 0; b < D / 32; b++)
+            store_values<Out, 8>(row + 32 * b + 8 * (lane() % 4), &x[h][8 * b], p.is_aligned);
     }
 }
 
-template <class Out, int D, int BITS, bool ROTATED> __device__ __forceinline__ void dequantize_v(const DequantizeParams& p, const uint8_t* record, int first) {
+template <class Out, int D, int BITS, bool ROTATED>
+__device__ __forceinline__ void dequantize_v(const DequantizeParams& p, const uint8_t* record, int first) {
     constexpr int C = D / 8;  // channels of a lane, side by side
     const int g = lane() / 4, q = lane() % 4, token = 16 * warp() + 2 * q;
     GroupCodes<BITS, D> codes;
@@ -51,13 +57,17 @@ template <class Out, int D, int BITS, bool ROTATED> __device__ __forceinline__ v
     int first_row = NO_FIRST_ROW;
     const TileView<BITS == 8 ? 4 : BITS, D> tile(record, p.block_size);
     const PageView<D> page(const_cast<uint8_t*>(record), p.block_size);
-    if constexpr (BITS == 8) codes.load(page.group(token) + page.layout.v(), 16 * warp() % page.layout.tokens() / 16, 0);
-    else codes.load(tile.v_codes(), warp(), tile.layout.high_plane()), first_row = record[tile.layout.header() + 2];
+    if constexpr (BITS == 8)
+        codes.load(page.group(token) + page.layout.v(), 16 * warp() % page.layout.tokens() / 16, 0);
+    else
+        codes.load(tile.v_codes(), warp(), tile.layout.high_plane()), first_row = record[tile.layout.header() + 2];
 #pragma unroll
     for (int t = 0; t < 4; t++) {
         const int of = token + t % 2 + t / 2 * 8;
-        if constexpr (BITS == 8) scale[t] = __half2float(*page.v_token_scale(of)), zero[t] = __half2float(*page.v_token_zero_point(of));
-        else scale[t] = __half2float(*tile.v_token_scale(of)), zero[t] = __half2float(*tile.v_token_zero_point(of));
+        if constexpr (BITS == 8)
+            scale[t] = __half2float(*page.v_token_scale(of)), zero[t] = __half2float(*page.v_token_zero_point(of));
+        else
+            scale[t] = __half2float(*tile.v_token_scale(of)), zero[t] = __half2float(*tile.v_token_zero_point(of));
     }
 #pragma unroll
     for (int f = 0; f < D / 16; f++) {
@@ -71,7 +81,8 @@ template <class Out, int D, int BITS, bool ROTATED> __device__ __forceinline__ v
         }
     }
     if (BITS < 8 && first_row / 16 == warp()) {
-        const float by = f16_at(record + tile.layout.first_v_scale()), from = f16_at(record + tile.layout.first_v_zero_point());
+        const float by = f16_at(record + tile.layout.first_v_scale()),
+                    from = f16_at(record + tile.layout.first_v_zero_point());
 #pragma unroll
         for (int t = 0; t < 4; t++)
             if (token + t % 2 + t / 2 * 8 == first_row)
@@ -106,15 +117,20 @@ template <class Out, int D, int BITS, bool ROTATED> __device__ __forceinline__ v
 
 /// Grid (blocks that the range touches, heads, K | V), two threads a token of a block.
 template <class Out, int D, int BITS> __device__ __forceinline__ void dequantize(const DequantizeParams& p) {
-    const int place = at_address<const int32_t>(p.places)[blockIdx.x], first = (p.start / p.block_size + blockIdx.x) * p.block_size;
+    const int place = at_address<const int32_t>(p.places)[blockIdx.x],
+              first = (p.start / p.block_size + blockIdx.x) * p.block_size;
     if (place >= 0) {
         const uint8_t* record = record_of(p.pages, place, blockIdx.y);
-        if (blockIdx.z == 0) dequantize_k<Out, D, 8>(p, record, first);
-        else dequantize_v<Out, D, 8, BITS != 8>(p, record, first);
+        if (blockIdx.z == 0)
+            dequantize_k<Out, D, 8>(p, record, first);
+        else
+            dequantize_v<Out, D, 8, BITS != 8>(p, record, first);
     } else if constexpr (BITS != 8) {
         const uint8_t* record = record_of(p.tiles, ~place, blockIdx.y);
-        if (blockIdx.z == 0) dequantize_k<Out, D, BITS>(p, record, first);
-        else dequantize_v<Out, D, BITS, true>(p, record, first);
+        if (blockIdx.z == 0)
+            dequantize_k<Out, D, BITS>(p, record, first);
+        else
+            dequantize_v<Out, D, BITS, true>(p, record, first);
     }
 }
 
@@ -122,8 +138,9 @@ template <class Out, int D, int BITS> __device__ __forceinline__ void dequantize
 template <class In, class Out, int D> __device__ __forceinline__ void dequantize_raw(const DequantizeParams& p) {
     const int position = p.start + blockIdx.x, token = position % p.block_size, channel = threadIdx.x;
     const int place = at_address<const int32_t>(p.places)[position / p.block_size - p.start / p.block_size];
-    const In* group = reinterpret_cast<const In*>(record_of(p.pages, place, blockIdx.y)) + token / 16 * (32 * D) + (blockIdx.z ? 16 * D : 0);
-    const In x = group[index16(D, blockIdx.z ? v_place(D, token % 16, channel) : k_place(token % 16, channel))];
+    const In* group = reinterpret_cast<const In*>(record_of(p.pages, place, blockIdx.y)) + token / 16 * (32 * D) +
+                      (blockIdx.z ? 16 * D : 0);
+    const In x = group[index16(D, blockIdx.z ? v_place(D, token % 16, channel) : k_place(D, token % 16, channel))];
     out_row<Out>(p, blockIdx.z ? p.v : p.k, position, blockIdx.y)[channel] = narrow<Out>(widen(x));
 }
 

@@ -13,8 +13,8 @@ using bf16 = __nv_bfloat16;
 
 constexpr unsigned ALL_LANES = ~0u;
 constexpr float F16_MAX = 65504.f;
-constexpr float LARGEST_VALUE = 1e30f;     // larger ones are taken for this where sums of them are formed
-constexpr float SHIFT = 12582912.f;        // 1.5 * 2^23: adding it rounds to a whole number, which is then the low byte
+constexpr float LARGEST_VALUE = 1e30f;  // larger ones are taken for this where sums of them are formed
+constexpr float SHIFT = 12582912.f;     // 1.5 * 2^23: adding it rounds to a whole number, which is then the low byte
 constexpr uint16_t F16_MAX_BITS = 0x7bff;
 constexpr float SMALLEST_F16_SCALE = 4.76837158203125e-7f;  // 2^-21: a smaller f16 has fewer than four bits
 
@@ -35,7 +35,9 @@ template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return __flo
 
 /// A pair of 16-bit values of type T as two floats.
 template <class T> __device__ __forceinline__ float2 widen_pair(uint32_t pair);
-template <> __device__ __forceinline__ float2 widen_pair<half>(uint32_t pair) { return __half22float2(*reinterpret_cast<half2*>(&pair)); }
+template <> __device__ __forceinline__ float2 widen_pair<half>(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<half2*>(&pair));
+}
 template <> __device__ __forceinline__ float2 widen_pair<bf16>(uint32_t pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
@@ -59,17 +61,23 @@ template <class In> __device__ __forceinline__ float finite(float x) {
 }
 __device__ __forceinline__ float bounded(float x, float limit) { return fminf(fmaxf(x, -limit), limit); }
 
-/// The same of a pair of 16-bit values whose exponents are EXPONENT where they are not finite, and held within LIMIT; not 0
-/// where there was anything to do.
-template <uint32_t EXPONENT, uint32_t END, uint32_t LIMIT> __device__ __forceinline__ uint32_t make_finite(uint32_t& pair) {
-    const uint32_t size = pair & 0x7fff7fffu, odd = __vcmpgeu2(size, EXPONENT * 0x10001u), nan = __vcmpgtu2(size, EXPONENT * 0x10001u);
+/// The same of a pair of 16-bit values whose exponents are EXPONENT where they are not finite, and held within LIMIT;
+/// not 0 where there was anything to do.
+template <uint32_t EXPONENT, uint32_t END, uint32_t LIMIT>
+__device__ __forceinline__ uint32_t make_finite(uint32_t& pair) {
+    const uint32_t size = pair & 0x7fff7fffu, odd = __vcmpgeu2(size, EXPONENT * 0x10001u),
+                   nan = __vcmpgtu2(size, EXPONENT * 0x10001u);
     const uint32_t end = (size & ~odd) | (END * 0x10001u & odd & ~nan);
     pair = __vminu2(end, LIMIT * 0x10001u) | (pair & 0x80008000u & ~nan);
     return odd;
 }
 template <class T> __device__ __forceinline__ uint32_t make_finite(uint32_t& pair);
-template <> __device__ __forceinline__ uint32_t make_finite<half>(uint32_t& pair) { return make_finite<0x7c00, F16_MAX_BITS, F16_MAX_BITS>(pair); }
-template <> __device__ __forceinline__ uint32_t make_finite<bf16>(uint32_t& pair) { return make_finite<0x7f80, 0x477f, 0x7149>(pair); }  // 1e30
+template <> __device__ __forceinline__ uint32_t make_finite<half>(uint32_t& pair) {
+    return make_finite<0x7c00, F16_MAX_BITS, F16_MAX_BITS>(pair);
+}
+template <> __device__ __forceinline__ uint32_t make_finite<bf16>(uint32_t& pair) {
+    return make_finite<0x7f80, 0x477f, 0x7149>(pair);
+}  // 1e30
 
 /// Four floats whose low bytes are codes, as one word.
 __device__ __forceinline__ uint32_t low_bytes(float a, float b, float c, float d) {
@@ -84,8 +92,14 @@ __device__ __forceinline__ bool v_is_out_of_range(float lo, float hi, half scale
            (__half2float(scale) < SMALLEST_F16_SCALE && lo != hi);
 }
 
-/// The factor of the rotation of D channels: 1 / sqrt(D).
-template <int D> constexpr float ROTATION_NORM = D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;
+/// H of D channels is of blocks of so many, the largest power of two that divides D, times one over the root of it.
+template <int D> constexpr int ROTATION_BLOCK = D & -D;
+template <int D>
+constexpr float ROTATION_NORM = ROTATION_BLOCK<D> == 16    ? 0.25f
+                                : ROTATION_BLOCK<D> == 32  ? 0.17677669529663687f
+                                : ROTATION_BLOCK<D> == 64  ? 0.125f
+                                : ROTATION_BLOCK<D> == 128 ? 0.08838834764831845f
+                                                           : 0.0625f;
 
 // ---------------------------------------------------------------- warps and blocks
 
@@ -145,7 +159,9 @@ template <int D> struct PageView {
     __device__ half* channel_mean() const { return reinterpret_cast<half*>(record + layout.K_CHANNEL_MEAN); }
     __device__ half* channel_scale() const { return reinterpret_cast<half*>(record + layout.K_CHANNEL_SCALE); }
     /// The group of a token: its codes of K and V, and three parameters of each token.
-    __device__ uint8_t* group(int token) const { return record + layout.CHANNEL_BYTES + token / layout.tokens() * layout.group_bytes(); }
+    __device__ uint8_t* group(int token) const {
+        return record + layout.CHANNEL_BYTES + token / layout.tokens() * layout.group_bytes();
+    }
     __device__ half* parameter(int token, int field) const {
         return reinterpret_cast<half*>(group(token) + field) + token_index(layout.tokens(), token % layout.tokens());
     }
@@ -172,35 +188,49 @@ struct Step {
     __device__ int num_words(PlanArray array) const { return p.plan.starts[array + 1] - p.plan.starts[array]; }
     __device__ int context_len(int sequence) const { return word(CONTEXT_LENS, sequence); }
     __device__ int first_token(int sequence) const { return word(TOKEN_START_LOC, sequence); }
-    __device__ int seq_len(int sequence) const { return context_len(sequence) + first_token(sequence + 1) - first_token(sequence); }
+    __device__ int seq_len(int sequence) const {
+        return context_len(sequence) + first_token(sequence + 1) - first_token(sequence);
+    }
     __device__ int place(int sequence, int block) const {
-        return __ldg(at_address<const int32_t>(p.plan.places) + int64_t(word(ROWS, sequence)) * p.plan.places_stride + block);
+        return __ldg(at_address<const int32_t>(p.plan.places) + int64_t(word(ROWS, sequence)) * p.plan.places_stride +
+                     block);
     }
     /// The sequence whose tokens `index` of the step's tokens is among.
     __device__ int sequence_of(int index) const {
         int low = 0, high = num_words(ROWS) - 1;
         while (low < high) {
             const int middle = (low + high + 1) / 2;
-            if (first_token(middle) <= index) low = middle;
-            else high = middle - 1;
+            if (first_token(middle) <= index)
+                low = middle;
+            else
+                high = middle - 1;
         }
         return low;
     }
 };
 
 /// A row of K or V: `[B, H, T, D]` by strides.
-template <class In> __device__ __forceinline__ const In* row_of(const Tensor& tensor, int rows_per_batch, int row, int head) {
-    const int64_t at = int64_t(row / rows_per_batch) * tensor.strides[0] + int64_t(head) * tensor.strides[1] + int64_t(row % rows_per_batch) * tensor.strides[2];
+template <class In>
+__device__ __forceinline__ const In* row_of(const Tensor& tensor, int rows_per_batch, int row, int head) {
+    const int64_t at = int64_t(row / rows_per_batch) * tensor.strides[0] + int64_t(head) * tensor.strides[1] +
+                       int64_t(row % rows_per_batch) * tensor.strides[2];
     return at_address<const In>(tensor.base) + at;
 }
 /// The row of token `index` of the step's tokens.
-template <class In> __device__ __forceinline__ const In* token_of(const Step& step, const Tensor& tensor, int index, int head) {
-    if (step.p.is_dense) return at_address<const In>(tensor.base) + int64_t(head) * tensor.strides[1] + int64_t(index) * tensor.strides[2];
+template <class In>
+__device__ __forceinline__ const In* token_of(const Step& step, const Tensor& tensor, int index, int head) {
+    if (step.p.is_dense)
+        return at_address<const In>(tensor.base) + int64_t(head) * tensor.strides[1] +
+               int64_t(index) * tensor.strides[2];
     return row_of<In>(tensor, step.p.rows_per_batch, step.word(TOKEN_ROWS, index), head);
 }
 
-__device__ __forceinline__ LayerRecords layer_records(const EncodeParams& p, int layer) { return at_address<const LayerRecords>(p.layers)[layer]; }
-__device__ __forceinline__ LayerModel layer_model(const EncodeParams& p, int layer) { return at_address<const LayerModel>(p.models)[layer]; }
+__device__ __forceinline__ LayerRecords layer_records(const EncodeParams& p, int layer) {
+    return at_address<const LayerRecords>(p.layers)[layer];
+}
+__device__ __forceinline__ LayerModel layer_model(const EncodeParams& p, int layer) {
+    return at_address<const LayerModel>(p.models)[layer];
+}
 
 /// One of the counters' slots of a layer; which one says nothing.
 __device__ __forceinline__ HealthSlot* health_of(const EncodeParams& p, int layer, unsigned any) {

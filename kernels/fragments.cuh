@@ -1,9 +1,10 @@
 // Sixteen tokens of a warp as operands of mma.m16n8k16: what kernels that take whole groups share.
 //
-// Lane (g, q) = (lane / 4, lane % 4) has tokens g and g + 8 of the group, and of each 32 channels 8 q to 8 q + 7: 16-byte loads
-// of rows, one 16-byte chunk of INT8 K. As an operand, two registers (four channels 4 f ..) are 16 channels of the warp: bits
-// 4, 3 (q), 1 and 0 of the channel's number. H of D channels is H of these 16 by one mma, then butterflies over the bits that
-// are left, 2 (f) and 5, 6 (the 32 channels), between accumulators of one lane. Factors are 1, -1 and 0: products are exact.
+// Lane (g, q) = (lane / 4, lane % 4) has tokens g and g + 8 of the group, and of each 32 channels 8 q to 8 q + 7:
+// 16-byte loads of rows, one 16-byte chunk of INT8 K. As an operand, two registers (four channels 4 f ..) are 16
+// channels of the warp: bits 4, 3 (q), 1 and 0 of the channel's number. H of D channels is H of these 16 by one mma,
+// then butterflies over the bits that are left, 2 (f) and 5, 6 (the 32 channels), between accumulators of one lane.
+// Factors are 1, -1 and 0: products are exact.
 #pragma once
 #include "encode.cuh"
 
@@ -12,19 +13,27 @@ namespace kvarn {
 constexpr uint32_t BOTH_SIGNS = 0x80008000u, HIGH_SIGN = 0x80000000u;
 
 /// The 16-bit type that rows of In are multiplied as. A row of f32 is the sum of three of bf16.
-template <class In> struct OperandOf { using Type = In; static constexpr int PARTS = 1; };
-template <> struct OperandOf<float> { using Type = bf16; static constexpr int PARTS = 3; };
+template <class In> struct OperandOf {
+    using Type = In;
+    static constexpr int PARTS = 1;
+};
+template <> struct OperandOf<float> {
+    using Type = bf16;
+    static constexpr int PARTS = 3;
+};
 template <class T> constexpr uint32_t ONES = 0x3c003c00u;  // 1, twice
 template <> constexpr uint32_t ONES<bf16> = 0x3f803f80u;
 
 template <class T> __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <> __device__ __forceinline__ void mma<half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /// Eight neighbouring values of a row.
@@ -58,8 +67,11 @@ template <> struct Eight<float> {
     __device__ __forceinline__ void load(const float* from, bool is_aligned) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            if (is_aligned) v[i] = __ldcs(reinterpret_cast<const float4*>(from) + i);
-            else v[i] = make_float4(__ldg(from + 4 * i), __ldg(from + 4 * i + 1), __ldg(from + 4 * i + 2), __ldg(from + 4 * i + 3));
+            if (is_aligned)
+                v[i] = __ldcs(reinterpret_cast<const float4*>(from) + i);
+            else
+                v[i] = make_float4(__ldg(from + 4 * i), __ldg(from + 4 * i + 1), __ldg(from + 4 * i + 2),
+                                   __ldg(from + 4 * i + 3));
         }
     }
     __device__ __forceinline__ float2 pair(int i) const {
@@ -97,13 +109,15 @@ template <int D, class In> struct FragmentRows {
     __device__ __forceinline__ void load(const In* row, const In* row_8, bool is_aligned) {
 #pragma unroll
         for (int b = 0; b < D / 32; b++)
-            v[0][b].load(row + 32 * b + 8 * (lane() % 4), is_aligned), v[1][b].load(row_8 + 32 * b + 8 * (lane() % 4), is_aligned);
+            v[0][b].load(row + 32 * b + 8 * (lane() % 4), is_aligned),
+                v[1][b].load(row_8 + 32 * b + 8 * (lane() % 4), is_aligned);
     }
     /// Adds a times the channels of fragment n, of tokens g (half 0) or g + 8.
     __device__ __forceinline__ void product(float (&c)[4], const uint32_t (&a)[4], int half_of, int n) const {
 #pragma unroll
         for (int part = OperandOf<In>::PARTS - 1; part >= 0; part--)
-            mma<Operand>(c, a, v[half_of][n / 2].part(2 * (n % 2), part), v[half_of][n / 2].part(2 * (n % 2) + 1, part));
+            mma<Operand>(c, a, v[half_of][n / 2].part(2 * (n % 2), part),
+                         v[half_of][n / 2].part(2 * (n % 2) + 1, part));
     }
     /// Makes all values finite; gives how many of the warp's tokens had others, in every lane.
     __device__ __forceinline__ int repair() { return repair_half<0>() + repair_half<1>(); }
@@ -117,8 +131,9 @@ template <int D, class In> struct FragmentRows {
     }
 };
 
-/// Operand A whose rows are output channels (bits 4, 1, 0 of the channel are g, bit 3 the half) and whose columns are 16 channels
-/// of tokens as `FragmentRows` has them: H of the 16, or the identity, by which an mma only turns channels and tokens round.
+/// Operand A whose rows are output channels (bits 4, 1, 0 of the channel are g, bit 3 the half) and whose columns are
+/// 16 channels of tokens as `FragmentRows` has them: H of the 16, or the identity, by which an mma only turns channels
+/// and tokens round.
 template <class T> __device__ __forceinline__ void channels_operand(bool rotate, uint32_t (&a)[4]) {
     const uint32_t g = lane() / 4, q = lane() % 4;
     const uint32_t q_sign = q & 1 ? BOTH_SIGNS : 0u, g_sign = g >> 1 & 1 ? BOTH_SIGNS : 0u;

@@ -11,7 +11,9 @@ template <int BITS, int D> struct TileView {
 
     __device__ TileView(const uint8_t* record, int block_size) : record(record), layout{block_size} {}
     __device__ const half* halves(int field) const { return reinterpret_cast<const half*>(record + field); }
-    __device__ const half* parameter(int token, int field) const { return halves(field) + token_index(min(layout.block_size, 32), token); }
+    __device__ const half* parameter(int token, int field) const {
+        return halves(field) + token_index(min(layout.block_size, 32), token);
+    }
     __device__ const uint8_t* k_codes() const { return record + layout.k(); }
     __device__ const uint8_t* v_codes() const { return record + layout.v(); }
     __device__ const half* k_token_scale(int token) const { return parameter(token, layout.k_token_scale()); }
@@ -47,21 +49,28 @@ template <int BITS, int D> struct GroupCodes {
             if constexpr (BITS == 3) take<D / 64>(field + high_plane, group * 32 + lane(), D / 32);
         }
     }
-    /// Codes of 8 bits are less 128 where `SIGNED` (the sign bit is turned over, so that they are whole numbers from 0).
+    /// Codes of 8 bits are less 128 where `SIGNED` (the sign bit is turned over, so that they are whole numbers from
+    /// 0).
     template <bool SIGNED> __device__ __forceinline__ void operand(int f, uint32_t (&a)[4]) const {
         constexpr uint32_t MAGIC = 0x64006400u;  // 1024, twice
 #pragma unroll
         for (int i = 0; i < 4; i++) {  // i = h + 2 j
             const int h = i % 2, j = i / 2;
             uint32_t codes;
-            if constexpr (BITS == 8) codes = __byte_perm(w[4 * (f / 2) + 2 * (f % 2) + h] ^ (SIGNED ? 0x80808080u : 0u), 0, j ? 0x4342 : 0x4140);
-            else if constexpr (BITS == 4) codes = w[f] >> (8 * j + 4 * h) & 0x000f000fu;
-            else codes = w[f / 2] >> (8 * j + 4 * h + 2 * (f % 2)) & 0x00030003u;
+            if constexpr (BITS == 8)
+                codes =
+                    __byte_perm(w[4 * (f / 2) + 2 * (f % 2) + h] ^ (SIGNED ? 0x80808080u : 0u), 0, j ? 0x4342 : 0x4140);
+            else if constexpr (BITS == 4)
+                codes = w[f] >> (8 * j + 4 * h) & 0x000f000fu;
+            else
+                codes = w[f / 2] >> (8 * j + 4 * h + 2 * (f % 2)) & 0x00030003u;
             if constexpr (BITS == 3) {
-                const uint32_t high = w[D / 32 + f / 4], at = 8 * j + 4 * h + 2 * (f % 2) + f / 2 % 2 + 2;  // turned by two
+                const uint32_t high = w[D / 32 + f / 4],
+                               at = 8 * j + 4 * h + 2 * (f % 2) + f / 2 % 2 + 2;  // turned by two
                 codes |= (at < 16 ? high >> at : __funnelshift_r(high, high, at)) << 2 & 0x00040004u;
             }
-            const half2 x = __hsub2(*reinterpret_cast<const half2*>(&(codes |= MAGIC)), __half2half2(__ushort_as_half(BITS == 8 && SIGNED ? 0x6480 : 0x6400)));
+            const half2 x = __hsub2(*reinterpret_cast<const half2*>(&(codes |= MAGIC)),
+                                    __half2half2(__ushort_as_half(BITS == 8 && SIGNED ? 0x6480 : 0x6400)));
             a[i] = *reinterpret_cast<const uint32_t*>(&x);
         }
     }
@@ -90,7 +99,8 @@ template <int BITS, int D> struct KeyReader {
     }
     /// Adds a * diag(channel) * H of sixteen channels.
     __device__ __forceinline__ void turn(float (&c)[2][4], const uint32_t (&a)[4], uint2 channel) const {
-        const uint32_t g = lane() / 4, q = lane() % 4, sign = (__popc(q & g >> 1) & 1 ? BOTH_SIGNS : 0u) ^ (g & 1 ? HIGH_SIGN : 0u);
+        const uint32_t g = lane() / 4, q = lane() % 4,
+                       sign = (__popc(q & g >> 1) & 1 ? BOTH_SIGNS : 0u) ^ (g & 1 ? HIGH_SIGN : 0u);
         const uint32_t low = channel.x ^ sign, high = channel.y ^ sign;
         mma<half>(c[0], a, low, high);
         mma<half>(c[1], a, low, high ^ BOTH_SIGNS);
@@ -118,14 +128,18 @@ template <int BITS, int D> struct KeyReader {
             for (int f = 0; f < N; f++) {
                 uint32_t a[4];
                 now.template operand<true>(f, a);
-                const uint2 s = *reinterpret_cast<const uint2*>(scales + f / 2 * 64 + f % 2 * 8), z = *reinterpret_cast<const uint2*>(zeros + f / 2 * 64 + f % 2 * 8);
+                const uint2 s = *reinterpret_cast<const uint2*>(scales + f / 2 * 64 + f % 2 * 8),
+                            z = *reinterpret_cast<const uint2*>(zeros + f / 2 * 64 + f % 2 * 8);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float2 c = widen_pair<half>(a[i]), by = widen_pair<half>(i < 2 ? s.x : s.y), from = widen_pair<half>(i < 2 ? z.x : z.y);
+                    const float2 c = widen_pair<half>(a[i]), by = widen_pair<half>(i < 2 ? s.x : s.y),
+                                 from = widen_pair<half>(i < 2 ? z.x : z.y);
                     const float t = i % 2 ? scale.y : scale.x;
                     float* to = &x[i % 2][4 * f + 2 * (i / 2)];
-                    if (BITS == 8) to[0] = fmaf(c.x, by.x * t, from.x), to[1] = fmaf(c.y, by.y * t, from.y);
-                    else to[0] = fmaf(c.x, by.x, from.x) * t, to[1] = fmaf(c.y, by.y, from.y) * t;
+                    if (BITS == 8)
+                        to[0] = fmaf(c.x, by.x * t, from.x), to[1] = fmaf(c.y, by.y * t, from.y);
+                    else
+                        to[0] = fmaf(c.x, by.x, from.x) * t, to[1] = fmaf(c.y, by.y, from.y) * t;
                 }
             }
             return;
@@ -137,7 +151,8 @@ template <int BITS, int D> struct KeyReader {
             uint32_t a[4];
             now.template operand<true>(n, a);
             float c[2][4] = {};
-            turn(c, ones, *reinterpret_cast<const uint2*>(zeros + n / 2 * 64 + n % 2 * 8));  // what zero points alone come to
+            turn(c, ones,
+                 *reinterpret_cast<const uint2*>(zeros + n / 2 * 64 + n % 2 * 8));  // what zero points alone come to
             turn(c, a, *reinterpret_cast<const uint2*>(scales + n / 2 * 64 + n % 2 * 8));
 #pragma unroll
             for (int i = 0; i < 8; i++) acc[n][i] = c[i / 4][i % 4];
@@ -147,7 +162,8 @@ template <int BITS, int D> struct KeyReader {
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int i = 0; i < 8; i++) x[i / 2 % 2][4 * n + 2 * (i / 4) + i % 2] = acc[n][i] * (i / 2 % 2 ? scale.y : scale.x);
+            for (int i = 0; i < 8; i++)
+                x[i / 2 % 2][4 * n + 2 * (i / 4) + i % 2] = acc[n][i] * (i / 2 % 2 ? scale.y : scale.x);
     }
 };
 

@@ -4,12 +4,12 @@
 
 namespace kvarn {
 
-constexpr int TILE_TOKENS = 128;                 // the only block size that these kernels take
+constexpr int TILE_TOKENS = 128;  // the only block size that these kernels take
 constexpr int SEAL_THREADS = 128, SEAL_WARPS = SEAL_THREADS / 32;
 constexpr int BLOCK = 16;                        // channels of a block of the error feedback
 constexpr int GROUP = 32, FRAGMENT = 16;         // tokens of a group of an INT8 page, and of an operand
 constexpr uint32_t SHIFT_NIBBLES = 0x3f400000u;  // what the bits of eight SHIFTs, each four bits further up, sum up to
-constexpr float LARGEST_SQUARES = 1e18f;         // of a row; beyond it there is an infinity, a NaN, or what f32 cannot square
+constexpr float LARGEST_SQUARES = 1e18f;  // of a row; beyond it there is an infinity, a NaN, or what f32 cannot square
 
 /// The records that they take.
 template <int BITS, int D> constexpr Tile<BITS, D> TILE{TILE_TOKENS};
@@ -32,7 +32,9 @@ __device__ __forceinline__ float inverse(float x) {
 __device__ __forceinline__ float quotient(float a, float b) { return a * inverse(b); }
 
 /// Byte `k` of `w`, as a float: PRMT and one addition.
-__device__ __forceinline__ float byte_of(uint32_t w, uint32_t k) { return __uint_as_float(__byte_perm(w, 0x4b000000u, 0x7540u | k)) - 8388608.f; }
+__device__ __forceinline__ float byte_of(uint32_t w, uint32_t k) {
+    return __uint_as_float(__byte_perm(w, 0x4b000000u, 0x7540u | k)) - 8388608.f;
+}
 
 /// x H of D values in a thread.
 template <int D> __device__ __forceinline__ void rotate(float (&x)[D]) {
@@ -58,13 +60,17 @@ __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;
 
 // ---------------------------------------------------------------- reductions
 
-/// Mean and sum of squares about it of 2 * count values from two halves of count; lanes that differ in MASK keep half of N.
-template <int MASK, int N, int SIZE> __device__ __forceinline__ void merge_equal(float (&mean)[SIZE], float (&squares)[SIZE], int count) {
+/// Mean and sum of squares about it of 2 * count values from two halves of count; lanes that differ in MASK keep half
+/// of N.
+template <int MASK, int N, int SIZE>
+__device__ __forceinline__ void merge_equal(float (&mean)[SIZE], float (&squares)[SIZE], int count) {
     const bool upper = threadIdx.x & MASK;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
-        const float kept = upper ? mean[i + N / 2] : mean[i], other = __shfl_xor_sync(ALL_LANES, upper ? mean[i] : mean[i + N / 2], MASK);
-        const float both = (upper ? squares[i + N / 2] : squares[i]) + __shfl_xor_sync(ALL_LANES, upper ? squares[i] : squares[i + N / 2], MASK);
+        const float kept = upper ? mean[i + N / 2] : mean[i],
+                    other = __shfl_xor_sync(ALL_LANES, upper ? mean[i] : mean[i + N / 2], MASK);
+        const float both = (upper ? squares[i + N / 2] : squares[i]) +
+                           __shfl_xor_sync(ALL_LANES, upper ? squares[i] : squares[i + N / 2], MASK);
         const float d = other - kept;
         mean[i] = fmaf(0.5f, d, kept), squares[i] = fmaf(d * (0.5f * count), d, both);
     }

@@ -22,16 +22,19 @@ template <int D, class In> struct StepRows {
             return;
         }
         const int64_t stride = source.step.p.k.strides[2];
-        const In* rows = source.row(source.step.p.k, threadIdx.x / 32 * 32 + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
+        const In* rows =
+            source.row(source.step.p.k, threadIdx.x / 32 * 32 + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
-            for (int b = 0; b < D / 32; b++) raw[i][b].v = __ldg(reinterpret_cast<const uint4*>(rows + 8 * i * stride + 32 * b));
+            for (int b = 0; b < D / 32; b++)
+                raw[i][b].v = __ldg(reinterpret_cast<const uint4*>(rows + 8 * i * stride + 32 * b));
     }
     __device__ __forceinline__ void load_any(const RowSource<In>& source) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const In* row = source.row(source.step.p.k, threadIdx.x / 32 * 32 + 8 * i + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
+            const In* row = source.row(source.step.p.k, threadIdx.x / 32 * 32 + 8 * i + threadIdx.x % 32 / 4) +
+                            8 * (threadIdx.x % 4);
 #pragma unroll
             for (int b = 0; b < D / 32; b++) raw[i][b].load(row + 32 * b, false);
         }
@@ -39,10 +42,13 @@ template <int D, class In> struct StepRows {
     __device__ __forceinline__ void turn(bool rotated) { channels_operand<Operand>(rotated, a); }
     __device__ __forceinline__ void product(int i, float (&acc)[N][4]) const {
 #pragma unroll
-        for (int n = 0; n < N; n++) mma<Operand>(acc[n], a, raw[i][n / 2].part(2 * (n % 2), 0), raw[i][n / 2].part(2 * (n % 2) + 1, 0));
+        for (int n = 0; n < N; n++)
+            mma<Operand>(acc[n], a, raw[i][n / 2].part(2 * (n % 2), 0), raw[i][n / 2].part(2 * (n % 2) + 1, 0));
     }
     __device__ __forceinline__ void finish(int, float (&)[N][4]) const {}
-    __device__ __forceinline__ int repair() { return repair_row<0>() + repair_row<1>() + repair_row<2>() + repair_row<3>(); }
+    __device__ __forceinline__ int repair() {
+        return repair_row<0>() + repair_row<1>() + repair_row<2>() + repair_row<3>();
+    }
     template <int I> __device__ __forceinline__ int repair_row() {
         uint32_t odd = 0;
 #pragma unroll
@@ -61,7 +67,9 @@ template <int D> struct StepRows<D, float> {
 
     __device__ __forceinline__ void load(const RowSource<float>& source) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) row[i] = source.row(source.step.p.k, threadIdx.x / 32 * 32 + 8 * i + threadIdx.x % 32 / 4) + 8 * (threadIdx.x % 4);
+        for (int i = 0; i < 4; i++)
+            row[i] = source.row(source.step.p.k, threadIdx.x / 32 * 32 + 8 * i + threadIdx.x % 32 / 4) +
+                     8 * (threadIdx.x % 4);
         is_aligned = source.step.p.is_aligned, is_repaired = false;
     }
     __device__ __forceinline__ void turn(bool rotated) { channels_operand<bf16>(rotated, a); }
@@ -74,7 +82,8 @@ template <int D> struct StepRows<D, float> {
 #pragma unroll
             for (int n = 0; n < 2; n++)
 #pragma unroll
-                for (int part = 2; part >= 0; part--) mma<bf16>(acc[2 * b + n], a, eight.part(2 * n, part), eight.part(2 * n + 1, part));
+                for (int part = 2; part >= 0; part--)
+                    mma<bf16>(acc[2 * b + n], a, eight.part(2 * n, part), eight.part(2 * n + 1, part));
         }
     }
     __device__ __forceinline__ void finish(int, float (&)[N][4]) const {}
@@ -90,8 +99,8 @@ template <int D> struct PageRows {
     static constexpr int N = D / 16;
     uint4 codes[2][D / 32];
     uint32_t a[N][4];
-    float mean[N][2];     // rotated like the rest, of the lane's output channels
-    uint32_t tokens[4];   // scales of tokens 8 i + 2 q, + 1
+    float mean[N][2];    // rotated like the rest, of the lane's output channels
+    uint32_t tokens[4];  // scales of tokens 8 i + 2 q, + 1
     const uint8_t* channels;
 
     __device__ __forceinline__ void load(const PageSource& source) {
@@ -101,25 +110,32 @@ template <int D> struct PageRows {
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int b = 0; b < D / 32; b++) codes[i][b] = __ldg(reinterpret_cast<const uint4*>(group + PAGE<D>.k()) + (i * (D / 32) + b) * 32 + lane);
+            for (int b = 0; b < D / 32; b++)
+                codes[i][b] =
+                    __ldg(reinterpret_cast<const uint4*>(group + PAGE<D>.k()) + (i * (D / 32) + b) * 32 + lane);
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + PAGE<D>.k_token_scale());
 #pragma unroll
-        for (int i = 0; i < 4; i++) tokens[i] = __ldg(scales + token_index(GROUP, 8 * i + 2 * q)) | uint32_t(__ldg(scales + token_index(GROUP, 8 * i + 2 * q + 1))) << 16;
+        for (int i = 0; i < 4; i++)
+            tokens[i] = __ldg(scales + token_index(GROUP, 8 * i + 2 * q)) |
+                        uint32_t(__ldg(scales + token_index(GROUP, 8 * i + 2 * q + 1))) << 16;
     }
     __device__ __forceinline__ void turn(bool rotated) {
         uint32_t one[4];
         channels_operand<half>(rotated, one);
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            const uint2 m = __ldg(reinterpret_cast<const uint2*>(channels + Int8Page<D>::K_CHANNEL_MEAN + n / 2 * 64 + n % 2 * 8));
-            const uint2 s = __ldg(reinterpret_cast<const uint2*>(channels + Int8Page<D>::K_CHANNEL_SCALE + n / 2 * 64 + n % 2 * 8));
+            const uint2 m =
+                __ldg(reinterpret_cast<const uint2*>(channels + Int8Page<D>::K_CHANNEL_MEAN + n / 2 * 64 + n % 2 * 8));
+            const uint2 s =
+                __ldg(reinterpret_cast<const uint2*>(channels + Int8Page<D>::K_CHANNEL_SCALE + n / 2 * 64 + n % 2 * 8));
             uint32_t of_mean[4];
             float c[4] = {};
 #pragma unroll
             for (int i = 0; i < 4; i++) {  // times 1, -1 or 0: exact
                 const half2 by = *reinterpret_cast<const half2*>(&one[i]);
                 const uint32_t pair = i < 2 ? s.x : s.y, mean_pair = i < 2 ? m.x : m.y;
-                const half2 x = __hmul2(*reinterpret_cast<const half2*>(&pair), by), y = __hmul2(*reinterpret_cast<const half2*>(&mean_pair), by);
+                const half2 x = __hmul2(*reinterpret_cast<const half2*>(&pair), by),
+                            y = __hmul2(*reinterpret_cast<const half2*>(&mean_pair), by);
                 a[n][i] = *reinterpret_cast<const uint32_t*>(&x), of_mean[i] = *reinterpret_cast<const uint32_t*>(&y);
             }
             mma<half>(c, of_mean, ONES<half>, ONES<half>);
@@ -134,7 +150,8 @@ template <int D> struct PageRows {
             const uint4 v = codes[i / 2][n / 2];
             const uint32_t w = (n % 2 ? (i % 2 ? v.w : v.z) : (i % 2 ? v.y : v.x)) ^ 0x80808080u;
             const uint32_t low = __byte_perm(w, 0x64646464u, 0x4140), high = __byte_perm(w, 0x64646464u, 0x4342);
-            const half2 x = __hsub2(*reinterpret_cast<const half2*>(&low), bias), y = __hsub2(*reinterpret_cast<const half2*>(&high), bias);
+            const half2 x = __hsub2(*reinterpret_cast<const half2*>(&low), bias),
+                        y = __hsub2(*reinterpret_cast<const half2*>(&high), bias);
             mma<half>(acc[n], a[n], *reinterpret_cast<const uint32_t*>(&x), *reinterpret_cast<const uint32_t*>(&y));
         }
     }
@@ -148,15 +165,23 @@ template <int D> struct PageRows {
     __device__ __forceinline__ int repair() { return 0; }
 };
 template <int D, class Source> struct RowsOf;
-template <int D, class In> struct RowsOf<D, RowSource<In>> { using Type = StepRows<D, In>; };
-template <int D> struct RowsOf<D, PageSource> { using Type = PageRows<D>; };
+template <int D, class In> struct RowsOf<D, RowSource<In>> {
+    using Type = StepRows<D, In>;
+};
+template <int D> struct RowsOf<D, PageSource> {
+    using Type = PageRows<D>;
+};
 
 /// Fills M (times sqrt(D) where it is rotated); leaves sums and sums of squares of tokens over their channels.
-template <int D, class Rows> __device__ __forceinline__ void fill(float* m, float* sums, float* squares, Rows& rows, bool rotated, uint64_t* non_finite) {
+template <int D, class Rows>
+__device__ __forceinline__ void fill(float* m, float* sums, float* squares, Rows& rows, bool rotated,
+                                     uint64_t* non_finite) {
     constexpr int N = D / 16;
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     // A lane's first accumulators are rows of the channel with bits 4, 1, 0 of g; the second ones' have bit 3 too.
-    const uint32_t channel = (g >> 2) << 4 | (g & 3), row = channel * (TILE_TOKENS * 4) + threadIdx.x / 32 * 128 + (q & 1) * 8, turn = vector_turn(channel);
+    const uint32_t channel = (g >> 2) << 4 | (g & 3),
+                   row = channel * (TILE_TOKENS * 4) + threadIdx.x / 32 * 128 + (q & 1) * 8,
+                   turn = vector_turn(channel);
     rows.turn(rotated);
     int attempt = 0;
 #pragma unroll 1
@@ -175,7 +200,8 @@ template <int D, class Rows> __device__ __forceinline__ void fill(float* m, floa
                 for (int half = 0; half < 2; half++) {
                     const float x = acc[n][2 * half], y = acc[n][2 * half + 1];
                     sum[0] += x, sum[1] += y, sum[2] = fmaf(x, x, sum[2]), sum[3] = fmaf(y, y, sum[3]);
-                    *reinterpret_cast<float2*>(to + (n / 2 * 32 + n % 2 * 4 + half * 8) * (TILE_TOKENS * 4)) = make_float2(x, y);
+                    *reinterpret_cast<float2*>(to + (n / 2 * 32 + n % 2 * 4 + half * 8) * (TILE_TOKENS * 4)) =
+                        make_float2(x, y);
                 }
 #pragma unroll
             for (int mask = 4; mask < 32; mask *= 2)

@@ -1,4 +1,5 @@
-// Where a tile comes from: rows of the step, or an INT8 page. Of V, a thread gets the row of its token (K: seal_fill.cuh).
+// Where a tile comes from: rows of the step, or an INT8 page. Of V, a thread gets the row of its token (K:
+// seal_fill.cuh).
 #pragma once
 #include "seal_common.cuh"
 
@@ -13,11 +14,13 @@ struct Unit {
     __device__ __forceinline__ int sequence(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH); }
     __device__ __forceinline__ int block(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH + 1); }
     __device__ __forceinline__ int page(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH + 2); }
-    __device__ __forceinline__ int first_row(const Step& step) const { return step.word(SEALS, seal * SEALS_WIDTH + 3); }
+    __device__ __forceinline__ int first_row(const Step& step) const {
+        return step.word(SEALS, seal * SEALS_WIDTH + 3);
+    }
 };
 
-/// Units from number `at` on, in steps of `by`, whose tokens are in a page, or among the step's rows. They count seals first,
-/// then heads, then layers.
+/// Units from number `at` on, in steps of `by`, whose tokens are in a page, or among the step's rows. They count seals
+/// first, then heads, then layers.
 struct Units {
     int at, by;
 
@@ -40,15 +43,22 @@ struct Described {
     const uint8_t* page;      // null where the tokens are among the step's rows
     const uint8_t* feedback;  // of both frames
     HealthSlot* health;
-    int first, head;          // the first token among the step's
+    int first, head;  // the first token among the step's
 
     __device__ __forceinline__ void describe(const Step& step, const Unit& unit) {
-        const int sequence = unit.sequence(step), block = unit.block(step), page_id = unit.page(step);
-        const LayerRecords records = layer_records(step.p, unit.layer());
+        describe_tokens(step, unit);
+        describe_rest(step, unit);
+    }
+    __device__ __forceinline__ void describe_tokens(const Step& step, const Unit& unit) {
+        const int sequence = unit.sequence(step), page_id = unit.page(step);
+        head = unit.head(),
+        first = step.first_token(sequence) + unit.block(step) * TILE_TOKENS - step.context_len(sequence);
+        page = page_id < 0 ? nullptr : record_of(layer_records(step.p, unit.layer()).pages, page_id, head);
+    }
+    __device__ __forceinline__ void describe_rest(const Step& step, const Unit& unit) {
         const LayerModel model = layer_model(step.p, unit.layer());
-        head = unit.head(), first = step.first_token(sequence) + block * TILE_TOKENS - step.context_len(sequence);
-        record = record_of(records.tiles, ~step.place(sequence, block), head);
-        page = page_id < 0 ? nullptr : record_of(records.pages, page_id, head);
+        record = record_of(layer_records(step.p, unit.layer()).tiles,
+                           ~step.place(unit.sequence(step), unit.block(step)), head);
         feedback = at_address<const uint8_t>(model.feedback) + head * model.feedback_stride;
         health = health_of(step.p, unit.layer(), unit.seal);
     }
@@ -64,8 +74,11 @@ template <class In> struct RowSource {
     const Step& step;
     int first, head;  // the tile's first token among the step's
 
-    __device__ __forceinline__ RowSource(const Step& step, const Described& tile) : step(step), first(tile.first), head(tile.head) {}
-    __device__ __forceinline__ const In* row(const Tensor& tensor, int token) const { return token_of<In>(step, tensor, first + token, head); }
+    __device__ __forceinline__ RowSource(const Step& step, const Described& tile)
+        : step(step), first(tile.first), head(tile.head) {}
+    __device__ __forceinline__ const In* row(const Tensor& tensor, int token) const {
+        return token_of<In>(step, tensor, first + token, head);
+    }
     /// Are rows a stride apart, on multiples of 16 bytes?
     __device__ __forceinline__ bool is_plain() const { return step.p.is_dense && step.p.is_aligned; }
 
@@ -77,7 +90,8 @@ template <class In> struct RowSource {
             const int64_t stride = step.p.v.strides[2];
             const In* from = row(step.p.v, token) + chunk * PER_CHUNK;
 #pragma unroll
-            for (int i = 0; i < TILE_TOKENS / STEP; i++, from += STEP * stride) copy16(to + i * STEP * ROW_PITCH<D, In>, from);
+            for (int i = 0; i < TILE_TOKENS / STEP; i++, from += STEP * stride)
+                copy16(to + i * STEP * ROW_PITCH<D, In>, from);
             return;
         }
 #pragma unroll 1
@@ -93,7 +107,8 @@ template <class In> struct RowSource {
             Eight<In> eight;
             uint4* to = reinterpret_cast<uint4*>(&eight);
 #pragma unroll
-            for (int j = 0; j < int(sizeof(In)) / 2; j++) to[j] = *reinterpret_cast<const uint4*>(from + 8 * sizeof(In) * i + 16 * j);
+            for (int j = 0; j < int(sizeof(In)) / 2; j++)
+                to[j] = *reinterpret_cast<const uint4*>(from + 8 * sizeof(In) * i + 16 * j);
 #pragma unroll
             for (int j = 0; j < 4; j++) x[8 * i + 2 * j] = eight.pair(j).x, x[8 * i + 2 * j + 1] = eight.pair(j).y;
         }
@@ -101,7 +116,8 @@ template <class In> struct RowSource {
     /// Makes the thread's staged row finite; was it not? Seldom called.
     template <int D> __device__ __noinline__ static bool repair(uint8_t* stage) {
         uint32_t odd = 0;
-        for (int i = 0; i < D / 8; i++) odd |= reinterpret_cast<Eight<In>*>(stage + threadIdx.x * ROW_PITCH<D, In>)[i].repair();
+        for (int i = 0; i < D / 8; i++)
+            odd |= reinterpret_cast<Eight<In>*>(stage + threadIdx.x * ROW_PITCH<D, In>)[i].repair();
         return odd;
     }
 };
@@ -120,7 +136,9 @@ struct PageSource {
         constexpr int CHUNKS = GROUP * D / 16;
 #pragma unroll
         for (int i = 0; i < TILE_TOKENS * D / 16; i += SEAL_THREADS)
-            copy16(stage + 16 * (i + turned(threadIdx.x)), page + Int8Page<D>::CHANNEL_BYTES + i / CHUNKS * PAGE<D>.group_bytes() + PAGE<D>.v() + (i % CHUNKS + threadIdx.x) * 16);
+            copy16(stage + 16 * (i + turned(threadIdx.x)), page + Int8Page<D>::CHANNEL_BYTES +
+                                                               i / CHUNKS * PAGE<D>.group_bytes() + PAGE<D>.v() +
+                                                               (i % CHUNKS + threadIdx.x) * 16);
     }
     template <int D> __device__ static bool repair(uint8_t*) { return false; }
     template <int D> __device__ __forceinline__ float token_field(int field) const {
@@ -129,13 +147,15 @@ struct PageSource {
         return __half2float(reinterpret_cast<const half*>(group + field)[token_index(GROUP, t % GROUP)]);
     }
     template <int D> __device__ __forceinline__ void read_v(const uint8_t* stage, float (&x)[D]) const {
-        const float scale = token_field<D>(PAGE<D>.v_token_scale()), zero = token_field<D>(PAGE<D>.v_token_zero_point());
+        const float scale = token_field<D>(PAGE<D>.v_token_scale()),
+                    zero = token_field<D>(PAGE<D>.v_token_zero_point());
         const int t = threadIdx.x;
         const uint32_t byte = t / 8 % 2 * 2 + t % 2;
 #pragma unroll
         for (int i = 0; i < D / 4; i++) {  // four channels are the words of a chunk
             const int g = i / (D / 32), pair = i % (D / 32);
-            const uint4 v = *reinterpret_cast<const uint4*>(stage + 16 * ((t / FRAGMENT * (D / 32) + pair) * 32 + turned(4 * g + t % 8 / 2)));
+            const uint4 v = *reinterpret_cast<const uint4*>(
+                stage + 16 * ((t / FRAGMENT * (D / 32) + pair) * 32 + turned(4 * g + t % 8 / 2)));
             const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int j = 0; j < 4; j++) x[4 * i + j] = fmaf(byte_of(words[j], byte), scale, zero);

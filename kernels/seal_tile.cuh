@@ -1,8 +1,8 @@
-// M of one frame in the registers of a block of 128 threads: what dual scaling and grids need, with little shared-memory
-// traffic. Takes up to 255 registers, so two blocks a multiprocessor.
+// M of one frame in the registers of a block of 128 threads: what dual scaling and grids need, with little
+// shared-memory traffic. Takes up to 255 registers, so two blocks a multiprocessor.
 //
-// Thread (y, x) = (tid / 8, tid % 8) has ROWS positions from ROWS y on, and tokens 32 k + 4 x + i (k, i = 0..3). After a
-// reduction over a row's eight threads, the row belongs to one of them: `row()`, at D = 128 thread d has row d.
+// Thread (y, x) = (tid / 8, tid % 8) has ROWS positions from ROWS y on, and tokens 32 k + 4 x + i (k, i = 0..3). After
+// a reduction over a row's eight threads, the row belongs to one of them: `row()`, at D = 128 thread d has row d.
 #pragma once
 #include "seal_feedback.cuh"
 #include "seal_fill.cuh"
@@ -29,7 +29,8 @@ template <int D> struct RegisterTile {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const uint32_t channel = order[first_row() + r];
-            const float4* row = reinterpret_cast<const float4*>(rows + channel * TILE_TOKENS) + (x() ^ vector_turn(channel));
+            const float4* row =
+                reinterpret_cast<const float4*>(rows + channel * TILE_TOKENS) + (x() ^ vector_turn(channel));
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 const float4 v = row[8 * k];
@@ -38,7 +39,8 @@ template <int D> struct RegisterTile {
         }
     }
     /// Halves `values` N at a time between lanes that differ in bit MASK: those with the bit keep the upper half.
-    template <int MASK, int N, class Join> static __device__ __forceinline__ void exchange(float (&values)[N], const Join& join) {
+    template <int MASK, int N, class Join>
+    static __device__ __forceinline__ void exchange(float (&values)[N], const Join& join) {
         const bool upper = threadIdx.x & MASK;
 #pragma unroll
         for (int i = 0; i < N / 2; i++) {
@@ -46,8 +48,8 @@ template <int D> struct RegisterTile {
             values[i] = join(kept, __shfl_xor_sync(ALL_LANES, sent, MASK));
         }
     }
-    /// Mean and sum of squares about it of every row over its tokens, of m * token; gives those of the thread's own row. Sums are
-    /// about a thread's first value: channels can have large means.
+    /// Mean and sum of squares about it of every row over its tokens, of m * token; gives those of the thread's own
+    /// row. Sums are about a thread's first value: channels can have large means.
     __device__ __forceinline__ float2 over_tokens(const float* field) const {
         float mean[ROWS] = {}, squares[ROWS] = {};
         const float zeroth = field[4 * x()];
@@ -68,7 +70,8 @@ template <int D> struct RegisterTile {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const float total = mean[r];
-            mean[r] = fmaf(total, 1.f / 16, m[r][0] * zeroth), squares[r] = fmaf(-total * (1.f / 16), total, squares[r]);
+            mean[r] = fmaf(total, 1.f / 16, m[r][0] * zeroth),
+            squares[r] = fmaf(-total * (1.f / 16), total, squares[r]);
         }
         if (ROWS == 8) merge_equal<4, ROWS>(mean, squares, 16);
         merge_equal<2, 4>(mean, squares, ROWS == 8 ? 32 : 16);
@@ -79,7 +82,8 @@ template <int D> struct RegisterTile {
         }
         return make_float2(mean[0], squares[0]);
     }
-    /// Sums and sums of squares of every token over the channels of m * channel, by warps: partial[2][SEAL_WARPS][TILE_TOKENS].
+    /// Sums and sums of squares of every token over the channels of m * channel, by warps:
+    /// partial[2][SEAL_WARPS][TILE_TOKENS].
     __device__ __forceinline__ void over_channels(const float* field, float* partial) const {
         float channel[ROWS];
 #pragma unroll
@@ -109,7 +113,9 @@ template <int D> struct RegisterTile {
     static __device__ __forceinline__ float2 joined(const float* partial) {
         float sum = 0, squares = 0;
 #pragma unroll
-        for (int w = 0; w < SEAL_WARPS; w++) sum += partial[w * TILE_TOKENS + threadIdx.x], squares += partial[(SEAL_WARPS + w) * TILE_TOKENS + threadIdx.x];
+        for (int w = 0; w < SEAL_WARPS; w++)
+            sum += partial[w * TILE_TOKENS + threadIdx.x],
+                squares += partial[(SEAL_WARPS + w) * TILE_TOKENS + threadIdx.x];
         return make_float2(sum, squares);
     }
     /// Smallest and largest of the thread's own row of m * token.
@@ -137,7 +143,9 @@ template <int D> struct RegisterTile {
         exchange<2, 4>(l, larger), exchange<2, 4>(h, larger);
         float l2[2] = {l[0], l[1]}, h2[2] = {h[0], h[1]};
         exchange<1, 2>(l2, larger), exchange<1, 2>(h2, larger);
-        if (ROWS == 4) l2[0] = fmaxf(l2[0], __shfl_xor_sync(ALL_LANES, l2[0], 4)), h2[0] = fmaxf(h2[0], __shfl_xor_sync(ALL_LANES, h2[0], 4));
+        if (ROWS == 4)
+            l2[0] = fmaxf(l2[0], __shfl_xor_sync(ALL_LANES, l2[0], 4)),
+            h2[0] = fmaxf(h2[0], __shfl_xor_sync(ALL_LANES, h2[0], 4));
         return make_float2(-l2[0], h2[0]);
     }
     /// U: m * token - middle, where the recursion reads it.
@@ -156,10 +164,13 @@ template <int D> struct RegisterTile {
                 uint32_t pairs[ROWS / 2];
 #pragma unroll
                 for (int r = 0; r < ROWS; r += 2)
-                    pairs[r / 2] = halves_of(fmaf(m[r][4 * k + i], token[i], -middle[r]), fmaf(m[r + 1][4 * k + i], token[i], -middle[r + 1]));
+                    pairs[r / 2] = halves_of(fmaf(m[r][4 * k + i], token[i], -middle[r]),
+                                             fmaf(m[r + 1][4 * k + i], token[i], -middle[r + 1]));
                 const uint32_t offset = chunk_at(32 * k + 4 * x() + i, c);
-                if constexpr (ROWS == 8) at<uint4>(to, offset) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-                else at<uint2>(to, offset) = make_uint2(pairs[0], pairs[1]);
+                if constexpr (ROWS == 8)
+                    at<uint4>(to, offset) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+                else
+                    at<uint2>(to, offset) = make_uint2(pairs[0], pairs[1]);
             }
         }
     }

@@ -1,4 +1,5 @@
-// V of one (block, kv head) tile: rotated rows, one grid a token, its ends drawn in where that lowers the squared error.
+// V of one (block, kv head) tile: rotated rows, one grid a token, its ends drawn in where that lowers the squared
+// error.
 #pragma once
 #include "seal_pack.cuh"
 #include "seal_source.cuh"
@@ -60,9 +61,10 @@ __device__ __forceinline__ void seal_v(uint8_t* stage, const Step& step, const U
     float x[D];
     bool non_finite = false;
     Described tile;
-    tile.describe(step, unit);
+    tile.describe_tokens(step, unit);
     const Source source(step, tile);
     source.template stage_v<D>(stage);
+    tile.describe_rest(step, unit);
     uint8_t* record = tile.record;
     HealthSlot* health = tile.health;
     const int first_row = unit.first_row(step) < 0 ? NO_FIRST_ROW : unit.first_row(step);
@@ -103,7 +105,8 @@ __device__ __forceinline__ void seal_v(uint8_t* stage, const Step& step, const U
     }
     reinterpret_cast<half*>(record + T.v_token_scale())[tile_index(threadIdx.x)] = grid.scale;
     reinterpret_cast<half*>(record + T.v_token_zero_point())[tile_index(threadIdx.x)] = grid.zero;
-    if (first_row == NO_FIRST_ROW && threadIdx.x < (D + 4) / 4) reinterpret_cast<uint32_t*>(record + T.first_v())[threadIdx.x] = 0;
+    if (first_row == NO_FIRST_ROW && threadIdx.x < (D + 4) / 4)
+        reinterpret_cast<uint32_t*>(record + T.first_v())[threadIdx.x] = 0;
     if (threadIdx.x == 0) record[T.header() + 2] = uint8_t(first_row);
     for (int i = T.header() + 4 + threadIdx.x; i < T.bytes(); i += SEAL_THREADS) record[i] = 0;
     const unsigned out = __reduce_add_sync(ALL_LANES, unsigned(v_is_out_of_range(lo, hi, stored.scale, stored.zero)));

@@ -1,5 +1,5 @@
-// Channel statistics of a page: moments of rows, merged over lanes and warps, and what is stored of them. The rule is that of
-// `quant/statistics.rs`, in f32.
+// Channel statistics of a page: moments of rows, merged over lanes and warps, and what is stored of them. The rule is
+// that of `quant/statistics.rs`, in f32.
 #pragma once
 #include "encode.cuh"
 
@@ -9,8 +9,8 @@ constexpr float RELATIVE_FLOOR = 1e-6f, ABSOLUTE_FLOOR = 6e-8f;
 constexpr float MODEL_ROWS_FIRST_PAGE = 8.f, MODEL_ROWS = 32.f, POOLED_ROWS = 4.f;
 constexpr int MAX_WARPS = 32;
 
-/// How the moments of `count` rows and of `other` rows merge: mean += by_mean * d, squares += by_squares * d * d, d the other
-/// mean less this one.
+/// How the moments of `count` rows and of `other` rows merge: mean += by_mean * d, squares += by_squares * d * d, d the
+/// other mean less this one.
 struct Merge {
     float by_mean, by_squares;
     __device__ __forceinline__ Merge(float count, float other) {
@@ -20,7 +20,8 @@ struct Merge {
 };
 
 /// Merges moments of lanes that differ in MASK, who had `count` rows each; a lane keeps half of its N channels.
-template <int MASK, int N, int SIZE> __device__ __forceinline__ void merge_lanes(float (&mean)[SIZE], float (&squares)[SIZE], float& count) {
+template <int MASK, int N, int SIZE>
+__device__ __forceinline__ void merge_lanes(float (&mean)[SIZE], float (&squares)[SIZE], float& count) {
     const bool upper = threadIdx.x & MASK;
     const float other_count = __shfl_xor_sync(ALL_LANES, count, MASK);
     const Merge merge(count, other_count);
@@ -28,7 +29,8 @@ template <int MASK, int N, int SIZE> __device__ __forceinline__ void merge_lanes
     for (int i = 0; i < N / 2; i++) {
         const float kept = upper ? mean[i + N / 2] : mean[i];
         const float other = __shfl_xor_sync(ALL_LANES, upper ? mean[i] : mean[i + N / 2], MASK);
-        const float both = (upper ? squares[i + N / 2] : squares[i]) + __shfl_xor_sync(ALL_LANES, upper ? squares[i] : squares[i + N / 2], MASK);
+        const float both = (upper ? squares[i + N / 2] : squares[i]) +
+                           __shfl_xor_sync(ALL_LANES, upper ? squares[i] : squares[i + N / 2], MASK);
         const float d = other - kept;
         mean[i] = fmaf(merge.by_mean, d, kept), squares[i] = fmaf(merge.by_squares * d, d, both);
     }
@@ -57,8 +59,10 @@ template <int D, int NUM_WARPS> struct Statistics {
             of_warp[warp()][(first + i) / 8 * 32 + 8 * q + (first + i) % 8] = make_float2(mean_of[i], squares_of[i]);
         if (lane() == 0) count[warp()] = rows;
     }
-    /// Joins the warps' moments, by all threads of the block after a barrier: thread t has channels t, t + blockDim.x, ..
-    template <int PER_THREAD> __device__ __forceinline__ float join(float (&mean_of)[PER_THREAD], float (&squares_of)[PER_THREAD]) const {
+    /// Joins the warps' moments, by all threads of the block after a barrier: thread t has channels t, t + blockDim.x,
+    /// ..
+    template <int PER_THREAD>
+    __device__ __forceinline__ float join(float (&mean_of)[PER_THREAD], float (&squares_of)[PER_THREAD]) const {
         const int num_warps = blockDim.x / 32;
         float rows = 0;
 #pragma unroll
@@ -71,7 +75,8 @@ template <int D, int NUM_WARPS> struct Statistics {
                 if (d >= D) continue;
                 const float2 of = of_warp[w][d];
                 const float off = of.x - mean_of[i];
-                mean_of[i] = fmaf(merge.by_mean, off, mean_of[i]), squares_of[i] += fmaf(merge.by_squares * off, off, of.y);
+                mean_of[i] = fmaf(merge.by_mean, off, mean_of[i]),
+                squares_of[i] += fmaf(merge.by_squares * off, off, of.y);
             }
             rows += count[w];
         }
@@ -80,7 +85,9 @@ template <int D, int NUM_WARPS> struct Statistics {
     /// Stores the statistics of `rows` rows whose moments are given, by threads as `join` has them; `model` is null or
     /// [mean, deviation, query rms][D].
     template <int PER_THREAD>
-    __device__ __forceinline__ void store(float (&mean_of)[PER_THREAD], float (&squares_of)[PER_THREAD], float rows, const float* model, bool is_first_page, half* k_channel_mean, half* k_channel_scale) {
+    __device__ __forceinline__ void store(float (&mean_of)[PER_THREAD], float (&squares_of)[PER_THREAD], float rows,
+                                          const float* model, bool is_first_page, half* k_channel_mean,
+                                          half* k_channel_scale) {
         const float known = is_first_page ? MODEL_ROWS_FIRST_PAGE : MODEL_ROWS;
         float weight = known, pooled = 0;
 #pragma unroll
@@ -141,7 +148,8 @@ template <int D> __device__ __forceinline__ const float* channels_of(const Layer
 
 /// Zeroes a record, by a block.
 __device__ __forceinline__ void clear_record(uint8_t* record, int bytes) {
-    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) *reinterpret_cast<uint4*>(record + i) = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
+        *reinterpret_cast<uint4*>(record + i) = make_uint4(0, 0, 0, 0);
 }
 
 }  // namespace kvarn
