@@ -40,6 +40,8 @@ struct Arrays {
 enum Call {
     BeginAny(Arrays),
     Begin(Vec<Request>),
+    /// Sequences of which each begins with so many full blocks of the first.
+    BeginShared { num_shared: u8, requests: Vec<Request> },
     Append { layer: u8 },
     Attend { layer: u8 },
     /// What is missing of a step, and its end.
@@ -88,7 +90,7 @@ fn drive(input: &mut Unstructured) -> Result<()> {
     while !input.is_empty()
         && let Ok(call) = input.arbitrary()
     {
-        make(&mut engine, call);
+        make(&mut engine, window, call);
     }
     if engine.plan().is_some() {
         engine.abort().expect("an open step");
@@ -121,12 +123,15 @@ impl Slab {
     }
 }
 
-fn make(engine: &mut Engine, call: Call) {
+fn make(engine: &mut Engine, window: Option<usize>, call: Call) {
     let open_before = engine.stats().expect("figures").open_pages;
     let had_step = engine.plan().is_some();
     let made = match call {
         Call::BeginAny(arrays) => begin(engine, &arrays),
         Call::Begin(requests) => begin(engine, &arrays_of(&requests)),
+        Call::BeginShared { num_shared, requests } => {
+            begin(engine, &share(arrays_of(&requests), usize::from(num_shared) % BLOCKS, window))
+        }
         Call::Append { layer } => append(engine, usize::from(layer)),
         Call::Attend { layer } => attend(engine, usize::from(layer)),
         Call::Complete { accepted } => {
@@ -183,6 +188,18 @@ fn arrays_of(requests: &[Request]) -> Arrays {
         context_lens: requests.iter().map(|request| i32::from(request.context_len) % MAX_CONTEXT as i32).collect(),
         query_start_loc,
     }
+}
+
+/// The same with a prefix of full blocks that all have in common. Blocks that the window hides are not named.
+fn share(mut arrays: Arrays, num_shared: usize, window: Option<usize>) -> Arrays {
+    let prefix: Vec<i32> = arrays.block_tables.iter().take(num_shared).copied().collect();
+    for (table, context_len) in arrays.block_tables.chunks_exact_mut(BLOCKS).zip(&mut arrays.context_lens) {
+        table[..num_shared].copy_from_slice(&prefix);
+        *context_len = (*context_len).max((num_shared * BLOCK_SIZE) as i32);
+        let num_hidden = window.map_or(0, |window| (*context_len as usize + 1).saturating_sub(window) / BLOCK_SIZE);
+        table[..num_hidden].fill(-1);
+    }
+    arrays
 }
 
 fn begin(engine: &mut Engine, arrays: &Arrays) -> kvarn::Result<()> {

@@ -66,6 +66,9 @@ def test_block_sizes_and_backends_of_others_are_refused() -> None:
         ({"method": "ngram", "pipeline_parallel_size": 2}, "pipeline parallelism.*only the last rank"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"model": {"is_hybrid": True}}, "layers of a constant state"),
+        ({"model": {"uses_alibi": True}}, "ALiBi does not work with kvarn_int4"),
+        ({"model": {"attn_type": "encoder_only"}}, "not causal"),
+        ({"attention_config": SimpleNamespace(use_non_causal=True)}, "not causal"),
         ({"model": {"hf_text_config": SimpleNamespace(attention_chunk_size=64)}}, "chunked attention"),
         ({"model": {"hf_text_config": SimpleNamespace(layer_types=["chunked_attention"])}}, "chunked attention"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
@@ -74,18 +77,20 @@ def test_block_sizes_and_backends_of_others_are_refused() -> None:
 def test_features_that_a_format_does_not_work_with_are_refused(change: dict[str, Any], words: str) -> None:
     def config(**change: Any) -> Any:
         method = change.pop("method", None)
+        decoder = {"hf_text_config": SimpleNamespace(), "uses_alibi": False, "attn_type": "decoder"}
+        causal = SimpleNamespace(use_non_causal=False)
         return SimpleNamespace(
             cache_config=SimpleNamespace(
                 prefix_match_unit=change.pop("prefix_match_unit", None),
                 kv_sharing_fast_prefill=change.pop("kv_sharing_fast_prefill", False),
             ),
-            model_config=SimpleNamespace(**{"hf_text_config": SimpleNamespace(), **change.pop("model", {})}),
+            model_config=SimpleNamespace(**{**decoder, **change.pop("model", {})}),
             parallel_config=SimpleNamespace(
                 decode_context_parallel_size=change.pop("decode_context_parallel_size", 1),
                 pipeline_parallel_size=change.pop("pipeline_parallel_size", 1),
             ),
             speculative_config=None if method is None else SimpleNamespace(method=method),
-            **{"kv_transfer_config": None, "use_v2_model_runner": False, "additional_config": {}, **change},
+            **{"kv_transfer_config": None, "use_v2_model_runner": False, "attention_config": causal, **change},
         )
 
     settings.check_config(config(), "kvarn_int4")

@@ -16,24 +16,30 @@ from typing import Any
 
 SETTLED = 1.0
 """Seconds after which an engine has made the step in which its workers hear of the last requests that finished."""
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def run(model: Path, cache_dtype: str, environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+def run(
+    model: Path, cache_dtype: str, environment: dict[str, str] | None = None, num_tokens: int = 20, **options: Any
+) -> dict[str, Any]:
     """Greedy answers and what is left in use, of an engine with options.
 
     Returns:
-        `answers`: of each of `runs.prompts`, tokens and log probabilities. `workers`: of each, `Probe.kvarn_state`.
-        `cache_usage`: vLLM's own metric.
+        `answers`: of each of `runs.prompts`, a `runs.Answer`. `workers`: of each, `Probe.kvarn_state`. `metrics`:
+        vLLM's own, by name. `log`: what was printed.
     """
-    asked = json.dumps({"model": str(model), "cache_dtype": cache_dtype, "options": options})
+    import runs
+
+    asked = json.dumps({"model": str(model), "cache_dtype": cache_dtype, "num_tokens": num_tokens, "options": options})
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "found.json"
-        command = [sys.executable, __file__, asked, str(found)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
-        )
+        file = Path(folder) / "found.json"
+        command = [sys.executable, __file__, asked, str(file)]
+        environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        return json.loads(found.read_text())
+        found = json.loads(file.read_text())
+    answers = [runs.Answer(*answer) for answer in found["answers"]]
+    return {**found, "answers": answers, "log": done.stdout + done.stderr}
 
 
 def main() -> None:
@@ -48,10 +54,13 @@ def main() -> None:
         disable_log_stats=False,
         **asked["options"],
     )
-    answers = runs.greedy(llm)
-    time.sleep(SETTLED)
-    usage = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:kv_cache_usage_perc"]
-    found = {"answers": answers, "workers": llm.collective_rpc("kvarn_state"), "cache_usage": usage}
+    answers = runs.greedy(llm, asked["num_tokens"])
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+        runs.finish(llm)
+    else:
+        time.sleep(SETTLED)
+    metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    found = {"answers": answers, "workers": llm.collective_rpc("kvarn_state"), "metrics": metrics}
     Path(sys.argv[2]).write_text(json.dumps(found))
 
 

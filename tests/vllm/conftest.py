@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from models import SIZES, saved
@@ -35,23 +30,6 @@ def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = MistralConfig(**SIZES, sliding_window=100)
     return saved(MistralForCausalLM, config, tmp_path_factory.mktemp("sliding_model"))
-
-
-@pytest.fixture(scope="session")
-def ask() -> Callable[..., tuple[Any, str]]:
-    """Runs `ask.py` with a model, a cache dtype and options of `LLM`: its result, and its log."""
-
-    def run(
-        model: Path, cache_dtype: str, environment: dict[str, str], num_tokens: int = 20, **options: Any
-    ) -> tuple[Any, str]:
-        script = Path(__file__).with_name("ask.py")
-        command = [sys.executable, str(script), str(model), cache_dtype, json.dumps(options), str(num_tokens)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
-        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-        results = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]
-        return json.loads(results[-1]), done.stdout + done.stderr
-
-    return run
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from kvarn_rs._core import num_threads
-
 
 def groups_of(runner: Any) -> list[Any]:
     """kvarn's groups of layers of a model runner, those of a draft model last."""
@@ -22,15 +20,18 @@ class Probe:
     model_runner: Any
 
     def kvarn_state(self) -> dict[str, Any]:
-        """Sums over the groups: pages and requests that are followed; and the worker's process."""
-        groups = groups_of(self.model_runner)
-        stats = [group.engine.stats() for group in groups]
+        """Of each group, its layers, pages and requests that are followed; and the worker's process."""
         return {
-            "formats": sorted({group.engine.format for group in groups}),
-            "num_kv_heads": sorted({group.engine.num_kv_heads for group in groups}),
-            "open_pages": sum(stat["open_pages"] for stat in stats),
-            "sealed": sum(stat["sealed"] for stat in stats),
-            "requests": sum(group.num_requests for group in groups),
+            "groups": [
+                {
+                    "format": group.engine.format,
+                    "num_layers": group.engine.num_layers,
+                    "num_kv_heads": group.engine.num_kv_heads,
+                    "open_pages": group.engine.stats()["open_pages"],
+                    "sealed": group.engine.stats()["sealed"],
+                    "requests": group.num_requests,
+                }
+                for group in groups_of(self.model_runner)
+            ],
             "process": os.getpid(),
-            "threads": num_threads(),
         }

@@ -17,6 +17,12 @@ VOCABULARY = 512
 BLOCK = 128
 KV_CACHE_BYTES = 64 << 20
 PASSES = 2  # the second finds the prefixes of the first
+# Rounding of float32 sums in another order than stock vLLM's.
+RAW_DIVERGENCE = 1e-5
+# Of the random model, at its worst token: twice what was seen. A wrong block, token or statistic gives 3e-2 and more.
+MOST_DIVERGENCE = {"raw": RAW_DIVERGENCE, "int8": 1e-4, "int4": 2e-2, "int3": 7e-2, "int2": 2.5e-1}
+# Stock vLLM also rounds probabilities to 16 bits, and ours does not.
+MOST_DIVERGENCE_IN_16_BITS = {"raw": 1e-3, "int8": 1e-3, "int4": 2.5e-2}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
-from answers import largest_divergence
+import apart
 from models import SIZES, saved
+from runs import MOST_DIVERGENCE, largest_divergence, same_tokens
 
-# As `test_formats.MOST_DIVERGENCE`.
-MOST_DIVERGENCE = 2e-2
 NUM_TOKENS = 60  # sequences go over edges of blocks, with drafts on both sides
 DRAFTS = 3
 ALL_AT_ONCE = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
@@ -22,8 +20,10 @@ ACCEPTED, DRAFTED = "vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_nu
 LEAST_ACCEPTED = 0.8
 
 
-def drafting(method: str, model: Path) -> dict[str, Any]:
-    return {"speculative_config": {"method": method, "model": str(model), "num_speculative_tokens": DRAFTS}}
+def answers(model: Path, cache_dtype: str, method: str, draft: Path, **options: Any) -> dict[str, Any]:
+    """What `apart.run` finds, with drafts of a method."""
+    speculation = {"method": method, "model": str(draft), "num_speculative_tokens": DRAFTS}
+    return apart.run(model, cache_dtype, num_tokens=NUM_TOKENS, speculative_config=speculation, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,60 +55,55 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stock(model: Path, ask: Callable[..., Any]) -> dict[str, Any]:
+def stock(model: Path) -> dict[str, Any]:
     """The answers of stock vLLM with a draft model of the same weights."""
-    return ask(model, "auto", {}, NUM_TOKENS, **drafting("draft_model", model))[0]
+    return answers(model, "auto", "draft_model", model)
 
 
 @pytest.mark.slow
-def test_raw_gives_the_tokens_and_accepts_the_drafts_of_stock_vllm(
-    model: Path, stock: dict[str, Any], ask: Callable[..., Any]
-) -> None:
-    found, _ = ask(model, "kvarn_raw", {}, NUM_TOKENS, **drafting("draft_model", model))
-    assert found["tokens"] == stock["tokens"]
+def test_raw_gives_the_tokens_and_accepts_the_drafts_of_stock_vllm(model: Path, stock: dict[str, Any]) -> None:
+    found = answers(model, "kvarn_raw", "draft_model", model)
+    assert same_tokens(stock["answers"], found["answers"])
     assert [found["metrics"][name] for name in (ACCEPTED, DRAFTED)] == [
         stock["metrics"][name] for name in (ACCEPTED, DRAFTED)
     ]
 
 
-def test_a_draft_model_of_the_same_weights_is_mostly_right(
-    model: Path, stock: dict[str, Any], ask: Callable[..., Any]
-) -> None:
-    found, log = ask(model, "kvarn_int4", {}, NUM_TOKENS, **drafting("draft_model", model), **ALL_AT_ONCE)
-    assert largest_divergence(stock, found) < MOST_DIVERGENCE
+def test_a_draft_model_of_the_same_weights_is_mostly_right(model: Path, stock: dict[str, Any]) -> None:
+    found = answers(model, "kvarn_int4", "draft_model", model, **ALL_AT_ONCE)
+    assert largest_divergence(stock["answers"], found["answers"]) < MOST_DIVERGENCE["int4"]
     assert found["metrics"][ACCEPTED] > LEAST_ACCEPTED * found["metrics"][DRAFTED]
-    assert len([line for line in log.splitlines() if "kvarn-rs: int4, 2 layers" in line]) == 2
+    assert len([line for line in found["log"].splitlines() if "kvarn-rs: int4, 2 layers" in line]) == 2
     nothing_is_left(found, [2, 2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["draft_model", "eagle"])
 def test_drafts_that_are_wrong_change_no_token(
-    method: str, model: Path, other: Path, head: Path, stock: dict[str, Any], ask: Callable[..., Any]
+    method: str, model: Path, other: Path, head: Path, stock: dict[str, Any]
 ) -> None:
     draft = {"draft_model": other, "eagle": head}[method]
-    found, _ = ask(model, "kvarn_int4", {}, NUM_TOKENS, **drafting(method, draft), **ALL_AT_ONCE)
+    found = answers(model, "kvarn_int4", method, draft, **ALL_AT_ONCE)
     assert found["metrics"][DRAFTED] > 0
     assert found["metrics"][ACCEPTED] < found["metrics"][DRAFTED] / 10
-    assert largest_divergence(stock, found) < MOST_DIVERGENCE
+    assert largest_divergence(stock["answers"], found["answers"]) < MOST_DIVERGENCE["int4"]
     nothing_is_left(found, [2, 1])
 
 
 @pytest.mark.slow
-def test_requests_that_are_preempted_give_the_pages_of_both_models_back(
-    model: Path, stock: dict[str, Any], ask: Callable[..., Any]
-) -> None:
+def test_requests_that_are_preempted_give_the_pages_of_both_models_back(model: Path, stock: dict[str, Any]) -> None:
     options = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 256}
-    found, _ = ask(model, "kvarn_int4", {}, NUM_TOKENS, **drafting("draft_model", model), **options)
+    found = answers(model, "kvarn_int4", "draft_model", model, **options)
     assert found["metrics"]["vllm:num_preemptions"] > 0
-    assert largest_divergence(stock, found) < MOST_DIVERGENCE
+    assert largest_divergence(stock["answers"], found["answers"]) < MOST_DIVERGENCE["int4"]
     nothing_is_left(found, [2, 2])
 
 
 def nothing_is_left(found: dict[str, Any], num_layers: list[int]) -> None:
     """Every group has sealed blocks, and has neither pages nor requests any more."""
-    assert found["blocks_in_use"] == 0
-    assert [group["num_layers"] for group in found["groups"]] == num_layers
-    for group in found["groups"]:
+    assert found["metrics"]["vllm:kv_cache_usage_perc"] == 0
+    (worker,) = found["workers"]
+    assert [group["num_layers"] for group in worker["groups"]] == num_layers
+    for group in worker["groups"]:
         assert group["sealed"] > 0
         assert (group["open_pages"], group["requests"]) == (0, 0)

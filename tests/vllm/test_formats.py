@@ -15,10 +15,6 @@ import runs
 
 from kvarn_rs import FORMATS
 
-# Rounding of float32 sums in another order than stock vLLM's.
-RAW_DIVERGENCE = 1e-5
-# Of the random model, at its worst token: twice what was seen. A wrong block, token or statistic gives 3e-2 and more.
-MOST_DIVERGENCE = {"raw": RAW_DIVERGENCE, "int8": 1e-4, "int4": 2e-2, "int3": 7e-2, "int2": 2.5e-1}
 FEATURE_NAMES = ["plain", "prefix caching", "chunked prefill", "preemption", "ngram speculation", "all at once"]
 SEALS = ("int4", "int3", "int2")
 
@@ -54,7 +50,7 @@ def test_distributions_are_close_to_stock_vllm_s(
 ) -> None:
     divergence = max(measured(feature, format)["divergences"])
     record_property("divergence", divergence)  # for benches/record
-    assert divergence < MOST_DIVERGENCE[format]
+    assert divergence < runs.MOST_DIVERGENCE[format]
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,21 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 from models import SIZES, saved
-from runs import blocks_in_use, finish, greedy, groups, largest_divergence, make_llm, num_blocks
+from runs import (
+    MOST_DIVERGENCE,
+    MOST_DIVERGENCE_IN_16_BITS,
+    blocks_in_use,
+    finish,
+    greedy,
+    groups,
+    largest_divergence,
+    make_llm,
+    num_blocks,
+)
 
 from kvarn_rs.errors import UnsupportedError
 from kvarn_rs.vllm import compat, formats
 
-# As `test_formats.MOST_DIVERGENCE`.
-MOST_DIVERGENCE = {"raw": 1e-5, "int8": 1e-4}
 needs_blocks_of_several_sizes = pytest.mark.skipif(
     compat.smallest_block() is None, reason="vLLM's own CPU attention has blocks of one size in this release"
 )
@@ -51,6 +60,20 @@ def test_full_attention_alone_is_quantized_by_default(hybrid_model: Path, expect
 
 
 @needs_blocks_of_several_sizes
+def test_blocks_that_are_sealed_go_with_unquantized_layers_beside_them(hybrid_model: Path) -> None:
+    stock = greedy(make_llm(hybrid_model, "auto", dtype="bfloat16"))  # in 32 bits, no unquantized block fits
+    llm = make_llm(hybrid_model, "kvarn_int4", dtype="bfloat16", enable_prefix_caching=True)
+    (group,) = groups(llm)
+    assert group.engine.num_layers == 1
+    for _ in range(2):  # the second time finds prefixes in all groups
+        assert largest_divergence(stock, greedy(llm)) < MOST_DIVERGENCE_IN_16_BITS["int4"]
+    finish(llm)
+    assert blocks_in_use(llm) == 0
+    assert group.engine.stats()["sealed"] > 0
+    assert (group.engine.stats()["open_pages"], group.num_requests) == (0, 0)
+
+
+@needs_blocks_of_several_sizes
 def test_a_pool_of_mixed_layers_has_the_blocks_of_the_format(hybrid_model: Path) -> None:
     stock, ours = (num_blocks(make_llm(hybrid_model, name)) for name in ("auto", "kvarn_int8"))
     raw, int8 = (formats.token_bytes(name, SIZES["head_dim"], "float32") for name in ("raw", "int8"))
@@ -58,6 +81,18 @@ def test_a_pool_of_mixed_layers_has_the_blocks_of_the_format(hybrid_model: Path)
 
 
 @needs_blocks_of_several_sizes
+@needs_blocks_of_several_sizes
+def test_the_log_claims_no_tokens_of_a_pool_that_other_groups_share(
+    hybrid_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages: list[str] = []
+    logger = logging.getLogger("vllm.kvarn_rs")
+    monkeypatch.setattr(logger, "info", lambda text, *values: messages.append(text % values))
+    llm = make_llm(hybrid_model, "kvarn_int4")
+    (line,) = [message for message in messages if message.startswith("kvarn-rs: int4")]
+    assert f"{num_blocks(llm)} blocks of 128 tokens for " in line
+
+
 def test_layers_named_by_hand_are_not_quantized(hybrid_model: Path, expected: list[Any]) -> None:
     llm = make_llm(hybrid_model, "kvarn_int8", kv_cache_dtype_skip_layers=["0", "3"])
     assert sum(group.engine.num_layers for group in groups(llm)) == 2

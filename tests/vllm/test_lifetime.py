@@ -14,7 +14,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 import psutil
 import runs
 from runs import VOCABULARY, make_llm
-from test_formats import MOST_DIVERGENCE
 from vllm import SamplingParams  # pyright: ignore
 
 pytestmark = pytest.mark.slow
@@ -79,7 +78,7 @@ def use(model: Path, format: str, expected: list[runs.Answer]) -> list[Any]:
     """Makes an engine, checks its answers and deletes it: weak references of its groups."""
     llm = make_llm(model, format if format == "auto" else f"kvarn_{format}", enable_prefix_caching=True)
     divergence = runs.largest_divergence(expected, runs.greedy(llm))
-    assert divergence < MOST_DIVERGENCE["raw" if format == "auto" else format]
+    assert divergence < runs.MOST_DIVERGENCE["raw" if format == "auto" else format]
     return [weakref.ref(group) for group in runs.groups(llm)]
 
 
@@ -111,7 +110,7 @@ def test_requests_go_on_after_the_prefix_cache_was_reset(model: Path, format: st
                 found[int(output.request_id)] = runs.answer_of(output.outputs[0])
         num_steps += 1
     answers = [answer for _, answer in sorted(found.items())]
-    assert runs.largest_divergence(expected, answers) < MOST_DIVERGENCE[format]
+    assert runs.largest_divergence(expected, answers) < runs.MOST_DIVERGENCE[format]
     assert left(llm) == NOTHING
 
 

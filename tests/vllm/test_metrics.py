@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 from prometheus_client import REGISTRY  # pyright: ignore[reportMissingImports]
 from prometheus_client.parser import text_string_to_metric_families  # pyright: ignore[reportMissingImports]
 from runs import core, finish, greedy, groups, make_llm, num_blocks
+from server import Server
 from vllm import SamplingParams  # pyright: ignore
 
 from kvarn_rs.vllm import compat_metrics, formats
@@ -118,19 +116,20 @@ def test_figures_that_cannot_be_read_end_metrics_and_not_the_engine(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_server_has_the_metrics_at_its_endpoint(model: Path, ranks: int) -> None:
-    script = Path(__file__).with_name("serve.py")
-    command = [sys.executable, str(script), str(model), str(ranks)]
-    # On a machine of two cores, vLLM finds none that it could bind the second rank to.
-    settings = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **settings}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("kvarn-rs: int4") == 1, "one rank says what fits"
-    served = json.loads(done.stdout.splitlines()[-1])
+def test_a_server_has_the_metrics_at_its_endpoint(model: Path, ranks: int, tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    server = Server(model, "kvarn_int4", log, "--tensor-parallel-size", str(ranks))
+    try:
+        assert len(server.stream([3 + i * 7 % 500 for i in range(300)], 5)) == 5
+        # Until the workers have heard that the request has ended.
+        assert server.wait_until(lambda: re.search(r'^kvarn_open_pages{.*"used"} 0', server.metrics(), re.MULTILINE))
+        served = server.metrics()
+    finally:
+        server.stop()
+    assert log.read_text().count("kvarn-rs: int4") == 1, "one rank says what fits"
     labels = [
         sample.labels
-        for metric in text_string_to_metric_families(served["metrics"])
+        for metric in text_string_to_metric_families(served)
         for sample in metric.samples
         if sample.name.startswith("kvarn_")
     ]
@@ -138,7 +137,7 @@ def test_a_server_has_the_metrics_at_its_endpoint(model: Path, ranks: int) -> No
 
     class Served:
         def collect(self) -> Any:
-            return text_string_to_metric_families(served["metrics"])
+            return text_string_to_metric_families(served)
 
     found = samples(Served())
     block = 2 * 2 * formats.BLOCK_SIZE * formats.token_bytes("int4", 64, "float32")  # over all ranks

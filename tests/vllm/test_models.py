@@ -12,7 +12,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 import runs
 import transformers
 from models import SIZES, saved
-from test_formats import MOST_DIVERGENCE
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +90,7 @@ def check(model: Path, factor: float, **options: Any) -> None:
             found = runs.greedy(llm)
             if format == "raw":
                 assert runs.same_tokens(expected, found)
-            assert runs.largest_divergence(expected, found) < factor * MOST_DIVERGENCE[format], format
+            assert runs.largest_divergence(expected, found) < factor * runs.MOST_DIVERGENCE[format], format
         runs.finish(llm)
         assert runs.blocks_in_use(llm) == 0
         for group in runs.groups(llm):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
-from answers import largest_divergence
+import apart
 from models import SIZES, saved
+from runs import largest_divergence, same_tokens
 
 pytestmark = pytest.mark.slow
 
 # Codes of tiles that sums in another order round to the other side. Another head's calibration gives 1e-2 and more.
-MOST_DIVERGENCE = 1e-3
+MOST_DIFFERENCE = 1e-3
 FOUR_HEADS = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
@@ -49,15 +48,15 @@ def test_two_ranks_give_what_one_process_gives(
     engine: str,
     four_heads: Path,
     calibrated: tuple[Path, Path],
-    ask: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     home, file = calibrated if found else (tmp_path, calibrated[1])
     environment = {"XDG_CACHE_HOME": str(home), "VLLM_ENABLE_V1_MULTIPROCESSING": engine}
     said = f"calibration: {file}" if found else f"calibration: learned from the first requests (no {home}"
-    two, log = ask(four_heads, "kvarn_int4", environment, tensor_parallel_size=2, distributed_executor_backend="mp")
-    assert log.count(said) == 1, "the first rank says which calibration it has"
-    one, log = ask(four_heads, "kvarn_int4", environment)
-    assert log.count(said) == 1
-    assert two["tokens"] == one["tokens"]
-    assert largest_divergence(one, two) < MOST_DIVERGENCE
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    two = apart.run(four_heads, "kvarn_int4", environment, **ranks)
+    assert two["log"].count(said) == 1, "the first rank says which calibration it has"
+    one = apart.run(four_heads, "kvarn_int4", environment)
+    assert one["log"].count(said) == 1
+    assert same_tokens(one["answers"], two["answers"])
+    assert largest_divergence(one["answers"], two["answers"]) < MOST_DIFFERENCE

@@ -31,11 +31,20 @@ def mixed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(Gemma3ForCausalLM, Gemma3TextConfig(**sizes), tmp_path_factory.mktemp("mixed_model"))
 
 
-def planned(model: Path, capfd: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+@pytest.fixture(scope="module")
+def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one layer with four kv heads, so that its tokens take other bytes than the model's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 1, "num_key_value_heads": 4})
+    return saved(LlamaForCausalLM, config, tmp_path_factory.mktemp("draft_model"))
+
+
+def planned(model: Path, capfd: pytest.CaptureFixture[str], *more: str) -> dict[str, dict[str, Any]]:
     capfd.readouterr()
     options = ["--engine", "vllm", "--kv-cache-memory", str(KV_CACHE_BYTES), "--context", str(MAX_LEN)]
     limits = ["--max-seqs", str(MAX_SEQS), "--max-batched-tokens", str(STEP)]
-    assert main(["plan", str(model), *options, *limits, "--json"]) == 0
+    assert main(["plan", str(model), *options, *limits, *more, "--json"]) == 0
     return {row["format"]: row for row in json.loads(capfd.readouterr().out)["formats"]}
 
 
@@ -55,13 +64,21 @@ needs_blocks_of_several_sizes = pytest.mark.skipif(
 def test_blocks_and_tokens_are_those_of_vllm(
     kind: str, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    model = request.getfixturevalue(kind)
+    check(model, planned(model, capfd))
+
+
+def test_layers_of_a_draft_model_are_counted(model: Path, draft_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    speculation = {"method": "draft_model", "model": str(draft_model), "num_speculative_tokens": 3}
+    check(model, planned(model, capfd, "--draft-model", str(draft_model)), speculative_config=speculation)
+
+
+def check(model: Path, plan: dict[str, dict[str, Any]], **more: Any) -> None:
     from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity  # pyright: ignore[reportMissingImports]
 
-    model = request.getfixturevalue(kind)
-    plan = planned(model, capfd)
     for format in FORMATS:
         options = {"dtype": "bfloat16", "max_model_len": MAX_LEN, "max_num_batched_tokens": STEP}
-        llm = make_llm(model, f"kvarn_{format}", **options)
+        llm = make_llm(model, f"kvarn_{format}", **options, **more)
         row = plan[format]
         assert row["num_blocks"] == num_blocks(llm)
         tokens, _ = get_kv_cache_capacity(core(llm).vllm_config, core(llm).scheduler.kv_cache_config)

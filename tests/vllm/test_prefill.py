@@ -1,4 +1,4 @@
-"""Prefills by torch's attention, as machines with AMX have them in bfloat16, in real vLLM and on any machine."""
+"""Prefills by vLLM's own kernels, in real vLLM."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
-from runs import blocks_in_use, finish, greedy, largest_divergence, make_llm
+from runs import MOST_DIVERGENCE, blocks_in_use, finish, greedy, largest_divergence, make_llm
 
-from kvarn_rs.vllm import compat_torch, prefill
+from kvarn_rs.vllm import prefill
 
-# As `test_formats.MOST_DIVERGENCE`.
-FLOAT32_DIVERGENCE = {"raw": 1e-5, "int8": 1e-4}
 # Between two bfloat16 computations of the random model, at its worst token: twice what was seen.
 BFLOAT16_DIVERGENCE = 2e-4
 # Steps with decodes, parts of prompts, and histories that end within blocks and within windows.
@@ -23,15 +21,14 @@ HISTORY_TOKENS = 90
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The prefills of each call, which torch attends for."""
+    """Rows and prefills of each call."""
     found = []
     forward = prefill.PrefillAttention.forward
 
-    def noted(self: Any, layer: int, sequences: list[Any], q: Any, *args: Any, **kwargs: Any) -> None:
-        found.append((len(q), sequences))
-        forward(self, layer, sequences, q, *args, **kwargs)
+    def noted(self: Any, layer: int, batches: list[Any], q: Any, *args: Any, **kwargs: Any) -> None:
+        found.append((len(q), [one for batch in batches for one in batch.prefills]))
+        forward(self, layer, batches, q, *args, **kwargs)
 
-    monkeypatch.setattr(compat_torch, "is_faster", lambda dtype: True)
     monkeypatch.setattr(prefill, "HISTORY_TOKENS", HISTORY_TOKENS)
     monkeypatch.setattr(prefill.PrefillAttention, "forward", noted)
     return found
@@ -49,7 +46,7 @@ def test_distributions_are_close_to_stock_vllm_s(
 ) -> None:
     dtype, expected = stock
     llm = make_llm(model, f"kvarn_{format}", dtype=dtype, **OPTIONS)
-    most = FLOAT32_DIVERGENCE[format] if dtype == "float32" else BFLOAT16_DIVERGENCE
+    most = MOST_DIVERGENCE[format] if dtype == "float32" else BFLOAT16_DIVERGENCE
     for _ in range(2):  # the second time finds prefixes
         steps.clear()
         found = greedy(llm)

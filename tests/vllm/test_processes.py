@@ -9,16 +9,11 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 import apart
 import runs
-from test_formats import MOST_DIVERGENCE
 
 pytestmark = pytest.mark.slow
 
-ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 RANKS = 2
-
-
-def answers(found: dict) -> list[runs.Answer]:
-    return [runs.Answer(*answer) for answer in found["answers"]]
 
 
 @pytest.fixture(scope="module", params=[1, RANKS], ids=["one rank", "two ranks"])
@@ -30,7 +25,7 @@ def ranks(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="module")
 def stock(model: Path, ranks: int) -> list[runs.Answer]:
     """Stock vLLM's answers with as many ranks."""
-    return answers(run(model, "auto", ranks))
+    return run(model, "auto", ranks)["answers"]
 
 
 def run(model: Path, cache_dtype: str, ranks: int) -> dict:
@@ -50,13 +45,14 @@ def test_an_engine_of_several_processes_answers_as_stock_vllm_and_leaves_nothing
     model: Path, stock: list[runs.Answer], ranks: int, format: str
 ) -> None:
     found = run(model, f"kvarn_{format}", ranks)
-    assert runs.largest_divergence(stock, answers(found)) < MOST_DIVERGENCE[format]
+    assert runs.largest_divergence(stock, found["answers"]) < runs.MOST_DIVERGENCE[format]
     if format == "raw":
-        assert runs.same_tokens(stock, answers(found))
+        assert runs.same_tokens(stock, found["answers"])
     assert len({worker["process"] for worker in found["workers"]}) == ranks
     for worker in found["workers"]:
-        assert worker["formats"] == [format]
-        assert worker["num_kv_heads"] == [2 // ranks]
-        assert worker["open_pages"] == worker["requests"] == 0
-        assert (worker["sealed"] > 0) == (format == "int4")
-    assert found["cache_usage"] == [0]
+        (group,) = worker["groups"]
+        assert group["format"] == format
+        assert group["num_kv_heads"] == 2 // ranks
+        assert group["open_pages"] == group["requests"] == 0
+        assert (group["sealed"] > 0) == (format == "int4")
+    assert found["metrics"]["vllm:kv_cache_usage_perc"] == 0

@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
-from runs import BLOCK, VOCABULARY, answer_of, blocks_in_use, core, finish, groups, largest_divergence, make_llm
+from runs import (
+    BLOCK,
+    MOST_DIVERGENCE,
+    VOCABULARY,
+    answer_of,
+    blocks_in_use,
+    core,
+    finish,
+    groups,
+    largest_divergence,
+    make_llm,
+)
 from vllm import SamplingParams  # pyright: ignore
 
 SEALED = "kvarn_int4"
-# As `test_formats.MOST_DIVERGENCE`.
-MOST_DIVERGENCE = 2e-2
 
 
 def greedy(num_tokens: int, **options: Any) -> SamplingParams:
@@ -35,7 +44,7 @@ def test_a_request_that_ends_on_an_edge_of_a_block_leaves_a_prefix(model: Path) 
     (group,) = groups(llm)
     assert group.engine.stats()["sealed"] == 2
     expected = ask(make_llm(model, "auto"), longer, greedy(1, logprobs=VOCABULARY)).outputs[0]
-    assert largest_divergence([answer_of(expected)], [answer_of(second.outputs[0])]) < MOST_DIVERGENCE
+    assert largest_divergence([answer_of(expected)], [answer_of(second.outputs[0])]) < MOST_DIVERGENCE["int4"]
 
 
 def test_samples_of_one_prompt_share_its_blocks(model: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 import runs
-from runs import VOCABULARY, make_llm
-from test_formats import MOST_DIVERGENCE, RAW_DIVERGENCE
+from runs import MOST_DIVERGENCE, MOST_DIVERGENCE_IN_16_BITS, RAW_DIVERGENCE, VOCABULARY, make_llm
 from vllm import SamplingParams  # pyright: ignore
 from vllm.sampling_params import BeamSearchParams  # pyright: ignore
 
@@ -81,10 +80,6 @@ def test_log_probabilities_of_prompts_are_those_of_stock_vllm(model: Path, forma
         assert len(divergences) == len(one.prompt_token_ids) - 1
         assert max(divergences) < MOST_DIVERGENCE[format]
     assert left(ours) == (0, 0)
-
-
-# Stock vLLM also rounds probabilities to 16 bits, and ours does not.
-MOST_DIVERGENCE_IN_16_BITS = {"raw": 1e-3, "int8": 1e-3, "int4": 2.5e-2}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

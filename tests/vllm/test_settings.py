@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
+from models import SIZES
 from runs import KV_CACHE_BYTES, groups, make_llm, num_blocks
 
 import kvarn_rs.vllm
@@ -45,6 +46,29 @@ def test_settings_that_contradict_the_format_are_refused(
         pytest.skip("this vLLM has no prefix_match_unit")
     with pytest.raises(error, match=words):
         make_llm(model, "kvarn_int4", **options)
+
+
+@pytest.mark.parametrize("format", ["raw", "int8", "int4"])
+def test_options_of_kvarn_are_checked_in_every_format(model: Path, format: str) -> None:
+    with pytest.raises(ConfigError, match="kvarn has 'calibratoin'"):
+        make_llm(model, f"kvarn_{format}", additional_config={"kvarn": {"calibratoin": "FILE"}})
+
+
+def test_attention_that_is_not_supported_is_refused_before_a_model_is_loaded(model: Path, tmp_path: Path) -> None:
+    from transformers import BloomConfig, LlamaConfig
+
+    configs: list[tuple[Any, str, dict[str, Any], str]] = [
+        (BloomConfig(hidden_size=64, n_layer=1, n_head=1), "BloomForCausalLM", {}, "ALiBi does not work"),
+        (LlamaConfig(**{**SIZES, "is_causal": False}), "LlamaModel", {"runner": "pooling"}, "not causal"),
+    ]
+    for config, architecture, options, words in configs:
+        folder = tmp_path / architecture
+        config.architectures = [architecture]
+        config.save_pretrained(folder)  # there are no weights
+        with pytest.raises(UnsupportedError, match=words):
+            make_llm(folder, "kvarn_int4", **options)
+    with pytest.raises(UnsupportedError, match="not causal"):
+        make_llm(model, "kvarn_int4", attention_config={"use_non_causal": True})
 
 
 def test_an_unknown_format_is_refused(model: Path) -> None:

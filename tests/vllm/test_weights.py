@@ -13,7 +13,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed: `just test-vllm`")
 import runs
 import torch
 from safetensors.torch import load_file, save_file
-from test_sampling import MOST_DIVERGENCE_IN_16_BITS
 
 from kvarn_rs.cli.demo import cache_folder
 
@@ -69,7 +68,7 @@ def test_quantized_weights_answer_as_in_stock_vllm(quantized: Callable[[str], Pa
     assert stock.llm_engine.vllm_config.quant_config is not None
     expected = runs.greedy(stock)
     ours = runs.make_llm(folder, "kvarn_int4", **options)
-    assert runs.largest_divergence(expected, runs.greedy(ours)) < MOST_DIVERGENCE_IN_16_BITS["int4"]
+    assert runs.largest_divergence(expected, runs.greedy(ours)) < runs.MOST_DIVERGENCE_IN_16_BITS["int4"]
     runs.finish(ours)
     assert runs.blocks_in_use(ours) == 0
     assert runs.groups(ours)[0].engine.stats()["open_pages"] == 0

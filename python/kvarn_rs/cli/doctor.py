@@ -168,9 +168,8 @@ def run_vllm() -> dict[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=RUN_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return {"status": "failed", "detail": f"vLLM did not end within {RUN_TIMEOUT_S} seconds"}
-    try:
-        result = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
+    result = _result_in(done.stdout)
+    if result is None:
         said = (done.stderr.split("\n\n")[-1].splitlines() or [""])[-1]
         return {"status": "failed", "detail": f"vLLM ended with code {done.returncode}: {said}"}
     if result["error"] is not None:
@@ -181,6 +180,18 @@ def run_vllm() -> dict[str, str]:
     )
     detail = f"vLLM {result['version']}: KL divergence from its own cache: {figures}"
     return {"status": "passed" if passed else "failed", "detail": detail}
+
+
+def _result_in(stdout: str) -> dict[str, Any] | None:
+    """The last line that is what `kvarn_rs.vllm.check` prints: what vLLM logs as it ends may come after it."""
+    for line in reversed(stdout.splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and "divergence" in found:
+            return found
+    return None
 
 
 def supported_range(name: str) -> str | None:

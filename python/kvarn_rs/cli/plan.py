@@ -12,12 +12,13 @@ formats). `sequence_bytes` is both for `context` tokens, `bytes_per_token` is th
 that fit beside the open pages of `sequences` if all layers have full attention and the same storage, else the tokens of
 as many sequences of `context` as fit. `num_kv_heads` is per GPU.
 
-With `--engine vllm` the figures are of the pool of blocks that vLLM makes (`plan_vllm`). JSON has `max_batched_tokens`
-too, and formats are ``[{"format", "bytes_per_token", "num_blocks", "block_bytes", "tokens", "sequences",
-"sequence_bytes", "pool_bytes", "open_pages", "open_pages_bytes"}]``. `num_blocks` and `tokens` are those that vLLM logs
-for a pool of `pool_bytes`; `memory_bytes` is null with `--kv-cache-memory`. `open_pages` is the number of pages beside
-the pool in each layer, for `max_sequences` sequences, and `open_pages_bytes` the memory of all of them. A sequence
-under a window has the blocks that its window shows and those that a step adds.
+With `--engine vllm` the figures are of the pool of blocks that vLLM makes (`plan_vllm`), with the layers of a draft
+model if there is one. JSON has `max_batched_tokens` and `draft_layers` (as `layers`) too, and formats are
+``[{"format", "bytes_per_token", "num_blocks", "block_bytes", "tokens", "sequences", "sequence_bytes", "pool_bytes",
+"open_pages", "open_pages_bytes"}]``. `num_blocks` and `tokens` are those that vLLM logs for a pool of `pool_bytes`;
+`memory_bytes` is null with `--kv-cache-memory`. `open_pages` is the number of pages beside the pool in each layer, for
+`max_sequences` sequences, and `open_pages_bytes` the memory of all of them. A sequence under a window has the blocks
+that its window shows and those that a step adds.
 """
 
 from __future__ import annotations
@@ -76,6 +77,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--max-batched-tokens", type=parse_count, help="vLLM's most tokens of a step (only with --engine vllm)"
     )
+    parser.add_argument(
+        "--draft-model",
+        metavar="CONFIG",
+        type=Path,
+        help="the config.json of vLLM's draft model, or its folder (only with --engine vllm)",
+    )
     parser.add_argument("--tp", type=parse_count, default=1, help="GPUs of tensor parallelism (default: 1)")
     parser.add_argument("--block-size", type=parse_count, default=128, help="tokens per block (default: 128)")
     add_output_options(parser)
@@ -87,9 +94,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     in_vllm = arguments.engine == "vllm"
     if in_vllm:
         plan_vllm.check(arguments)
-    elif arguments.kv_cache_memory is not None or arguments.max_batched_tokens is not None:
-        raise ConfigError("--kv-cache-memory and --max-batched-tokens are for --engine vllm")
+    elif any((arguments.kv_cache_memory, arguments.max_batched_tokens, arguments.draft_model)):
+        raise ConfigError("--kv-cache-memory, --max-batched-tokens and --draft-model are for --engine vllm")
     shape = model_shape(read_config(arguments.model))
+    draft = None if arguments.draft_model is None else model_shape(read_config(arguments.draft_model))
     context = arguments.context or min(shape.max_context or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
     if arguments.memory is None and arguments.weights:
         raise ConfigError("--weights are not part of --kv-cache-memory: leave one of them out")
@@ -97,13 +105,18 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError(
             f"weights of {format_bytes(arguments.weights)} leave nothing of {format_bytes(arguments.memory)}"
         )
-    groups = [(group, heads_per_gpu(group.num_kv_heads, arguments.tp)) for group in shape.groups]
+    groups, draft_groups = (
+        [(group, heads_per_gpu(group.num_kv_heads, arguments.tp)) for group in (() if one is None else one.groups)]
+        for one in (shape, draft)
+    )
     formats, unsupported = [], []
     notes = plan_notes(shape, context, arguments)
+    if draft is not None:
+        notes += plan_vllm.notes_on_draft(shape, draft)
     for name in format_names(arguments.format):
         try:
             plan_one = plan_vllm.plan_format if in_vllm else plan_format
-            row, dense_layers = plan_one(name, groups, context, arguments)
+            row, dense_layers = plan_one(name, groups + draft_groups, context, arguments)
         except UnsupportedError as error:
             unsupported.append({"format": name, "reason": str(error)})
             continue
@@ -128,19 +141,18 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         "weights_bytes": arguments.weights,
         "tensor_parallel": arguments.tp,
         "max_sequences": arguments.max_seqs,
-        "layers": [
-            {"num_layers": group.num_layers, "num_kv_heads": heads, "head_dim": group.head_dim, "window": group.window}
-            for group, heads in groups
-        ],
+        "layers": _layers(groups),
         "state_layers": shape.state_layers,
         "formats": formats,
         "unsupported": unsupported,
         "notes": notes,
     }
     if in_vllm:
-        report["max_batched_tokens"] = arguments.max_batched_tokens
+        report |= {"max_batched_tokens": arguments.max_batched_tokens, "draft_layers": _layers(draft_groups)}
     console.result(report)
-    _print_layers(report, console)
+    _print_layers(shape.model_type, report["layers"], console)
+    if draft is not None:
+        _print_layers(f"draft model, {draft.model_type}", report["draft_layers"], console)
     if in_vllm:
         plan_vllm.print_report(report, console)
     else:
@@ -272,11 +284,18 @@ def plan_notes(shape: ModelShape, context: int, arguments: argparse.Namespace) -
     return notes
 
 
-def _print_layers(report: dict[str, Any], console: Console) -> None:
-    for layer in report["layers"]:
+def _layers(groups: list[tuple[LayerGroup, int]]) -> list[dict[str, Any]]:
+    return [
+        {"num_layers": group.num_layers, "num_kv_heads": heads, "head_dim": group.head_dim, "window": group.window}
+        for group, heads in groups
+    ]
+
+
+def _print_layers(model: str, layers: list[dict[str, Any]], console: Console) -> None:
+    for layer in layers:
         reach = "reading everything" if layer["window"] is None else f"reading {layer['window']:,} tokens"
         console.line(
-            f"{report['model_type']}: {layer['num_layers']} layers of {layer['num_kv_heads']} kv heads, "
+            f"{model}: {layer['num_layers']} layers of {layer['num_kv_heads']} kv heads, "
             f"head_dim {layer['head_dim']}, {reach}"
         )
 

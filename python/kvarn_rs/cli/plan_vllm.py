@@ -58,7 +58,7 @@ def layout(layers: list[tuple[LayerGroup, int]], name: str) -> Layout:
     """The layout of a model's layers in a format.
 
     Args:
-        layers: groups of layers, and the kv heads of each on one GPU.
+        layers: groups of layers, and the kv heads of each on one GPU; those of a draft model too.
         name: a format, `bf16` or `fp8`.
 
     Raises:
@@ -73,7 +73,7 @@ def layout(layers: list[tuple[LayerGroup, int]], name: str) -> Layout:
     for group, heads in layers:
         size = formats.BLOCK_SIZE * heads * _token_bytes(name, group)
         tokens = formats.unquantized_tokens(name, group.head_dim, _DTYPE) if is_ours and is_mixed else 0
-        is_quantized = is_ours and (group.window is None or tokens < formats.SMALLEST_CPU_BLOCK)
+        is_quantized = is_ours and (group.window is None or tokens < formats.SMALLEST_UNQUANTIZED_BLOCK)
         tokens_of[group.window] = formats.BLOCK_SIZE if is_quantized or not is_ours else tokens
         if is_quantized and formats.seals(name):
             page_bytes += group.num_layers * heads * formats.open_page_bytes(group.head_dim)
@@ -149,6 +149,21 @@ def notes(shape: ModelShape, arguments: argparse.Namespace) -> list[str]:
     if arguments.kv_cache_memory is not None:
         return ["open pages are beside --kv-cache-memory: vLLM allocates them with the model"]
     return ["open pages are part of the memory that vLLM's --gpu-memory-utilization allows the model"]
+
+
+def notes_on_draft(shape: ModelShape, draft: ModelShape) -> list[str]:
+    """Notes on a draft model, whose layers are in the same blocks as the model's.
+
+    Raises:
+        UnsupportedError: layers of either have a window or a constant state.
+    """
+    if draft.state_layers or any(group.window is not None for group in (*shape.groups, *draft.groups)):
+        raise UnsupportedError(
+            "a draft model beside layers with a window or a constant state, or of such, is not planned"
+        )
+    return [
+        "the draft model's layers are in the blocks, and have open pages of their own; --weights are of both models"
+    ]
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

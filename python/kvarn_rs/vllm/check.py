@@ -1,8 +1,8 @@
 """Runs this environment's vLLM on a tiny random model, for `kvarn doctor --vllm`: `python -m kvarn_rs.vllm.check`.
 
-The last line of stdout is JSON: ``{"version", "divergence": {FORMAT: float}, "error": str | null}``, the KL divergence
-of the next token's distribution from that of vLLM's own cache, after a prompt of which kvarn stores whole blocks and a
-part of one.
+One line of stdout, among lines of vLLM's, is JSON: ``{"version", "divergence": {FORMAT: float}, "error": str | null}``,
+the KL divergence of the next token's distribution from that of vLLM's own cache, after a prompt of which kvarn stores
+whole blocks and a part of one.
 """
 # pyright: reportMissingImports=false
 

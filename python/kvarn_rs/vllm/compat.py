@@ -59,34 +59,43 @@ def install(backend_of: Callable[[str, torch.dtype], Any], builder_class: type) 
         backend_of: the backend for a cache dtype and a model's dtype.
         builder_class: what makes its metadata.
     """
-    _add_cache_dtypes(formats.CACHE_DTYPES)
     _select_backend(backend_of, builder_class)
     _check_engine_configs()
     _size_blocks()
+    _add_cache_dtypes(formats.CACHE_DTYPES)  # last: without them, nothing of the others does anything
 
 
 # Cache dtypes.
 
 
 def _add_cache_dtypes(names: Iterable[str]) -> None:
-    known = get_args(cache_module.CacheDType)
-    extended = Literal[tuple(dict.fromkeys((*known, *names)))]  # type: ignore[valid-type]
-    if extended == cache_module.CacheDType:
+    original = cache_module.CacheDType
+    extended = Literal[tuple(dict.fromkeys((*get_args(original), *names)))]  # type: ignore[valid-type]
+    if extended == original:
         return
     import vllm.config.vllm as vllm_module
     import vllm.engine.arg_utils as arguments
     from pydantic.dataclasses import rebuild_dataclass
 
-    torch_utils.STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(names, torch.uint8))
     config = cache_module.CacheConfig
-    for module in (cache_module, arguments, selector):
-        vars(module)["CacheDType"] = extended
-    config.__annotations__["cache_dtype"] = extended
-    next(field for field in dataclasses.fields(config) if field.name == "cache_dtype").type = extended
-    config.__pydantic_fields__["cache_dtype"].annotation = extended
-    for rebuilt in (config, vllm_module.VllmConfig):
-        rebuild_dataclass(rebuilt, force=True, raise_errors=False)
-    arguments._compute_kwargs.cache_clear()
+    field = next(field for field in dataclasses.fields(config) if field.name == "cache_dtype")
+    validated = config.__pydantic_fields__["cache_dtype"]
+    dtypes, forget_options = torch_utils.STR_DTYPE_TO_TORCH_DTYPE, arguments._compute_kwargs.cache_clear
+
+    def accept(cache_dtypes: Any) -> None:
+        for module in (cache_module, arguments, selector):
+            vars(module)["CacheDType"] = cache_dtypes
+        config.__annotations__["cache_dtype"] = field.type = validated.annotation = cache_dtypes
+        for rebuilt in (config, vllm_module.VllmConfig):
+            rebuild_dataclass(rebuilt, force=True, raise_errors=False)
+        forget_options()
+
+    try:
+        accept(extended)
+    except Exception:
+        accept(original)
+        raise
+    dtypes.update(dict.fromkeys(names, torch.uint8))
 
 
 # One flag.
@@ -138,10 +147,9 @@ def smallest_block() -> int | None:
     """Tokens of the smallest block of vLLM's own cache; None if all layers' blocks must have the same tokens."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return 16
-    # Before, its kernels read the size of all blocks from the config.
-    return formats.SMALLEST_CPU_BLOCK if _CUSTOMIZES_SPECS else None
+    # Before 0.28, its CPU kernels read the size of all blocks from the config.
+    has_one_size = current_platform.is_cpu() and not _CUSTOMIZES_SPECS
+    return None if has_one_size else formats.SMALLEST_UNQUANTIZED_BLOCK
 
 
 def _size_blocks() -> None:
@@ -282,27 +290,37 @@ def _watch_runner(builder_class: type) -> None:
             model = config.speculative_config.draft_model_config if is_draft else config.model_config
             names = [name for name in group.layer_names if is_draft or name not in drafts]
             for builder in (each for each in group.metadata_builders if isinstance(each, builder_class)):
-                builder.start(names, model)
+                builder.start(names, model, len(runner.kv_cache_config.kv_cache_groups))
         return result
 
     def settle(original: Any, runner: Any, scheduled: Any) -> Any:
         last = [(request, runner.requests[request]) for request in runner.input_batch.req_ids]
-        gone = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
-        gone |= scheduled.scheduled_cached_reqs.resumed_req_ids
-        states = {request: runner.requests[request] for request in gone if request in runner.requests}
+        ended = {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}
+        ended |= scheduled.scheduled_cached_reqs.resumed_req_ids
+        states = {request: runner.requests[request] for request in ended if request in runner.requests}
+        has_drafts = runner.speculative_config is not None
         for index, builder in builders(runner, builder_class):
-            if builder.group is None:
-                continue
-            kept = [_kept(state, runner.speculative_config is not None) for _, state in last]
-            known = [(name, count, state.block_ids[index]) for (name, state), count in zip(last, kept, strict=True)]
-            builder.group.settle(known, {request: state.block_ids[index] for request, state in states.items()})
+            if builder.group is not None:
+                known = [(name, _num_valid(state, has_drafts), state.block_ids[index]) for name, state in last]
+                builder.group.settle(known, {name: state.block_ids[index] for name, state in states.items()})
         return original(runner, scheduled)
+
+    def warm_up(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+        found = [builder for _, builder in builders(runner, builder_class)]
+        for builder in found:
+            builder.is_warming_up = True
+        try:
+            return original(runner, *args, **kwargs)
+        finally:
+            for builder in found:
+                builder.is_warming_up = False
 
     _wrap(GPUModelRunner, "initialize_kv_cache", start)
     _wrap(GPUModelRunner, "_update_states", settle)
+    _wrap(GPUModelRunner, "_dummy_run", warm_up)
 
 
-def _kept(state: Any, has_drafts: bool) -> int:
+def _num_valid(state: Any, has_drafts: bool) -> int:
     """The most tokens of a request whose keys and values stay: all but the newest, and no draft that was rejected.
 
     Without drafts all that were computed stay. Only the last rank of pipeline parallelism would know how many.

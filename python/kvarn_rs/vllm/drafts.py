@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import formats
@@ -14,11 +16,20 @@ class DraftGroup(Group):
     The first pass of a step has the step's tokens and, behind those that were kept, rows of rejected ones; each pass
     after has one more draft of a sequence. The next step's first pass begins after the tokens that were kept, and
     writes the places of drafts again. So only first passes seal: what is before them is final.
+
+    vLLM makes no drafts, and no pass, while a sequence of the step is as long as the draft model allows: the tokens of
+    the others are missing. Where a pass begins within a block of which nothing was written, the engine gets the pass as
+    the beginning of the block: its page has the statistics of the pass's keys, and decodes to likely ones in the places
+    that no pass has written. The next step's pass is where it belongs.
     """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._num_missing = torch.empty(0, dtype=torch.int32)
 
     def begin_pass(
         self, block_tables: torch.Tensor, context_lens: torch.Tensor, starts: torch.Tensor, index: int
-    ) -> None:
+    ) -> torch.Tensor:
         """Begins a pass; see `Engine.begin`.
 
         Args:
@@ -26,32 +37,30 @@ class DraftGroup(Group):
             context_lens: tokens before the pass, drafts of earlier ones included.
             starts: first row of each sequence, and the number of rows last.
             index: of the pass in the step. From 1 on, the pass before is committed up to this one's context.
-        """
-        if index == 0:
-            self._open_missed(block_tables, context_lens)
-            self.begin(block_tables, context_lens, starts)
-            return
-        if self.engine.is_open:
-            self.commit((context_lens.minimum(self._ends) - self._context).tolist())
-        self._context, self._ends = context_lens, context_lens + starts.diff()
-        self.engine.begin(block_tables, context_lens, starts, seal=False)
 
-    def _open_missed(self, block_tables: torch.Tensor, context_lens: torch.Tensor) -> None:
-        """Writes zeros before the context where the block that it ends in was never written.
-
-        vLLM makes no drafts while a sequence of the step is as long as the model allows: the others' tokens are missed.
+        Returns:
+            The tokens of each sequence that the engine has before the pass.
         """
-        if self.engine.is_open:
-            self.engine.abort()
-        partial = [(row, length) for row, length in enumerate(context_lens.tolist()) if length % formats.BLOCK_SIZE]
-        ends = [(int(block_tables[row, length // formats.BLOCK_SIZE]), length) for row, length in partial]
-        missed = [(block, length % formats.BLOCK_SIZE) for block, length in ends if not self.engine.has_page(block)]
-        if not missed:
-            return
-        blocks, counts = (torch.tensor(each, dtype=torch.int32) for each in zip(*missed, strict=True))
-        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
-        self.engine.begin(blocks[:, None], torch.zeros_like(counts), starts)
-        zeros = torch.zeros(int(starts[-1]), self.engine.num_kv_heads, self.engine.head_dim)
-        for layer in range(self.engine.num_layers):
-            self.engine.append(layer, zeros, zeros)
-        self.engine.commit()
+        current = self._pass
+        if index:
+            self.commit((context_lens.minimum(current.ends) - current.context_lens).tolist())
+        self._pass = current._replace(context_lens=context_lens, ends=context_lens + starts.diff())
+        if not index:
+            self._step = self._pass
+            self._num_missing = self._count_missing(block_tables, context_lens)
+        if self._num_missing.any():
+            block_tables, context_lens = block_tables.clone(), context_lens - self._num_missing
+            for row, count in enumerate(self._num_missing.tolist()):
+                block_tables[row] = block_tables[row].roll(-(count // formats.BLOCK_SIZE))
+        self.engine.begin(block_tables, context_lens, starts, seal=index == 0)
+        return context_lens
+
+    def _count_missing(self, block_tables: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
+        """Tokens before the first pass of sequences within a block of which nothing was written; 0 of the others."""
+
+        def is_written(row: int, length: int) -> bool:
+            within = length % formats.BLOCK_SIZE
+            return not within or self.engine.has_page(int(block_tables[row, length // formats.BLOCK_SIZE]))
+
+        lengths = enumerate(context_lens.tolist())
+        return torch.tensor([0 if is_written(*each) else each[1] for each in lengths], dtype=torch.int32)

@@ -12,8 +12,11 @@ CACHE_DTYPES = tuple(PREFIX + name for name in FORMATS)
 BLOCK_SIZE = 128
 """Tokens of a block."""
 
-SMALLEST_CPU_BLOCK = 32
-"""Tokens of the smallest block of vLLM's own attention on the CPU."""
+SMALLEST_UNQUANTIZED_BLOCK = 32
+"""Tokens of the smallest block of layers that stay in vLLM's own cache: what its attention on the CPU takes.
+
+Attention on GPUs takes 16. It is the same there, so that a model's layers are quantized in the same formats everywhere.
+"""
 
 
 def is_ours(cache_dtype: object) -> bool:

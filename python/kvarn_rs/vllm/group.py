@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,11 +12,18 @@ from kvarn_rs import Engine
 from kvarn_rs._core import first_seen
 from kvarn_rs.errors import OpenStepError
 
-from . import compat, compat_torch, formats
+from . import compat, compat_cpu, formats
 from .calibration import calibration_of
 from .prefill import PrefillAttention
 
 _logger = logging.getLogger("vllm.kvarn_rs")
+
+
+class _Range(NamedTuple):
+    """Tokens of the sequences of a step, or of a pass of a draft model, `[num_sequences]`, int32."""
+
+    context_lens: torch.Tensor
+    ends: torch.Tensor
 
 
 class Group:
@@ -25,18 +32,19 @@ class Group:
     vLLM says which tokens of a step it keeps only with the next one, so that a step is committed then: `settle`.
     """
 
-    def __init__(self, layers: Mapping[str, Any], config: Any, model: Any) -> None:
+    def __init__(self, layers: Mapping[str, Any], config: Any, model: Any, num_groups: int) -> None:
         """Lends the blocks of layers to an engine.
 
         Args:
             layers: vLLM's modules by their names. Those that read the blocks of another layer are left out.
             config: vLLM's.
             model: vLLM's config of their model: the one that is served, or its draft model.
+            num_groups: KV cache groups, which share the pool of blocks.
 
         Raises:
             CalibrationError: the calibration file that was named is of another model.
         """
-        layers = {name: layer for name, layer in layers.items() if layer.impl.shares_layer is None}
+        layers = {name: layer for name, layer in layers.items() if layer.impl.kv_sharing_target is None}
         first = next(iter(layers.values()))
         impl = first.impl
         blocks = [_records(layer.kv_cache) for layer in layers.values()]
@@ -58,14 +66,17 @@ class Group:
             calibration=None if found is None else found.calibration,
             layers=numbers,
         )
-        self._prefill = PrefillAttention(self._engine, first.dtype) if compat_torch.is_faster(first.dtype) else None
+        num_tokens = max(model.max_model_len, config.scheduler_config.max_num_batched_tokens)
+        self._prefill = None
+        if compat_cpu.has_kernels(impl.head_size, first.dtype):
+            self._prefill = PrefillAttention(self._engine, first.dtype, num_tokens)
         self._seals = seals
         self._window = window
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
-        self._first_context = self._context = self._ends = torch.empty(0, dtype=torch.int32)
+        self._step = self._pass = _Range(*2 * (torch.empty(0, dtype=torch.int32),))
         self._lengths: dict[str, int] = {}
         if rank == 0:
-            _log(self._engine, blocks, impl, None if found is None else found.origin)
+            _log(self._engine, blocks, impl, num_groups, None if found is None else found.origin)
 
     @property
     def engine(self) -> Engine:
@@ -74,7 +85,7 @@ class Group:
 
     @property
     def prefill(self) -> PrefillAttention | None:
-        """Attention of prefills; None where the engine's own is as fast."""
+        """Attention of prefills by vLLM's kernels; None where it has none for such heads."""
         return self._prefill
 
     @property
@@ -91,65 +102,76 @@ class Group:
         """The engine and a layer's index in it."""
         return self._engine, self._index[name]
 
-    def begin(self, block_tables: torch.Tensor, context_lens: torch.Tensor, starts: torch.Tensor) -> None:
-        """Begins a step; see `Engine.begin`. One that never came to its layers is dropped."""
-        if self._engine.is_open:
-            self._engine.abort()
-        self._first_context = self._context = context_lens
-        self._ends = context_lens + starts.diff()
-        self._engine.begin(block_tables, context_lens, starts)
+    def begin(self, block_tables: torch.Tensor, context_lens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Begins a step; see `Engine.begin`.
 
-    def commit(self, accepted: list[int]) -> bool:
-        """Commits so many tokens of each sequence; False for a run without requests, which vLLM does to warm up."""
+        Returns:
+            The tokens of each sequence that the engine has before the step: `context_lens`, if not said otherwise.
+        """
+        self._step = self._pass = _Range(context_lens, context_lens + starts.diff())
+        self._engine.begin(block_tables, context_lens, starts)
+        return context_lens
+
+    def commit(self, accepted: list[int]) -> None:
+        """Commits so many tokens of each sequence.
+
+        Raises:
+            OpenStepError: layers of the step have not run.
+        """
         try:
             self._engine.commit(accepted)
-        except OpenStepError:
-            self._engine.abort()
-            return False
-        return True
+        except OpenStepError as error:
+            names = ", ".join(f"{index} {name}" for name, index in self._index.items())
+            raise OpenStepError(f"kvarn-rs: vLLM has ended a step of requests, but {error} of ({names})") from error
 
-    def settle(self, known: Iterable[tuple[str, int, list[int]]], gone: Mapping[str, list[int]]) -> None:
-        """Commits the last step, and lets go of the blocks of requests that finished or were preempted.
+    def settle(self, known: Iterable[tuple[str, int, list[int]]], ended: Mapping[str, list[int]]) -> None:
+        """Commits the last step, and releases the blocks of requests that finished or were preempted.
 
         Their full blocks are sealed, since others may find them by their prefix.
 
         Args:
             known: of each sequence of the last step, its request, how many of its tokens are not rejected drafts, and
                 its blocks.
-            gone: blocks of each request.
+            ended: blocks of each request that finished or was preempted.
+
+        Raises:
+            OpenStepError: layers of the step have not run.
         """
         if self._engine.is_open:
-            self._keep(list(known))
+            self._commit_step(list(known))
         if not self._seals:
             return
-        left = {request: blocks for request, blocks in gone.items() if request in self._lengths}
-        if left:
-            held = [(blocks, self._lengths.pop(request)) for request, blocks in left.items()]
-            self._let_go(held, [block for blocks, length in held for block in blocks[self._first_held(length) :]])
+        found = [(blocks, self._lengths.pop(name)) for name, blocks in ended.items() if name in self._lengths]
+        if found:
+            visible = [block for blocks, length in found for block in blocks[self._first_visible(length) :]]
+            self._seal_and_release(found, visible)
 
-    def _keep(self, known: list[tuple[str, int, list[int]]]) -> None:
+    def _commit_step(self, known: list[tuple[str, int, list[int]]]) -> None:
         """Commits the last step or pass, of whose tokens vLLM has kept some."""
-        accepted, passed, unused = [], [], []
-        ranges = zip(known, *(each.tolist() for each in (self._first_context, self._context, self._ends)), strict=True)
+        accepted, hidden, unused = [], [], []
+        ranges = (*self._step, *self._pass)
         lengths = {}
-        for (request, num_tokens, blocks), first, context, end in ranges:
-            lengths[request] = length = min(end, num_tokens)
+        for (request, num_tokens, blocks), first, step_end, context, end in zip(
+            known, *(each.tolist() for each in ranges), strict=True
+        ):
+            lengths[request] = length = min(step_end, num_tokens)
             accepted.append(max(length - context, 0))
             unused += blocks[-(-length // formats.BLOCK_SIZE) : -(-end // formats.BLOCK_SIZE)]
-            of_window = range(self._first_held(first), self._first_held(length))
-            passed += [(blocks, (index + 1) * formats.BLOCK_SIZE) for index in of_window]
-        if not self.commit(accepted) or not self._seals:
+            newly_hidden = range(self._first_visible(first), self._first_visible(length))
+            hidden += [(blocks, (index + 1) * formats.BLOCK_SIZE) for index in newly_hidden]
+        self.commit(accepted)
+        if not self._seals:
             return
         self._lengths.update(lengths)
         self._engine.release(unused)  # drafts alone were in them
-        if passed:  # vLLM may give them to others from now on
-            self._let_go(passed, [blocks[length // formats.BLOCK_SIZE - 1] for blocks, length in passed])
+        if hidden:  # vLLM may give them to others from now on
+            self._seal_and_release(hidden, [blocks[length // formats.BLOCK_SIZE - 1] for blocks, length in hidden])
 
-    def _first_held(self, length: int) -> int:
+    def _first_visible(self, length: int) -> int:
         """Index of the first block that the window of a sequence does not hide."""
         return first_seen(length, self._window) // formats.BLOCK_SIZE
 
-    def _let_go(self, sequences: list[tuple[list[int], int]], blocks: list[int]) -> None:
+    def _seal_and_release(self, sequences: list[tuple[list[int], int]], blocks: list[int]) -> None:
         """Seals the full blocks of sequences, given by their blocks and lengths, and frees the pages of blocks."""
         self._seal(sequences)
         self._engine.release(sorted(set(blocks)))
@@ -180,7 +202,11 @@ def _records(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.view(torch.uint8).flatten(2)
 
 
-def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any, calibration: str | None) -> None:
+def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any, num_groups: int, calibration: str | None) -> None:
+    # A sequence has blocks of each group, so that how many tokens fit depends on windows: vLLM says it.
+    fit = (
+        f": {len(blocks[0]) * formats.BLOCK_SIZE} tokens" if num_groups == 1 else f" for {num_groups} groups of layers"
+    )
     bytes_per_token = engine.num_layers * engine.num_kv_heads * blocks[0].shape[2] / formats.BLOCK_SIZE
     open_pages = ""
     if impl.open_pages is not None:
@@ -190,12 +216,12 @@ def _log(engine: Engine, blocks: list[torch.Tensor], impl: Any, calibration: str
             f"calibration: {calibration}"
         )
     _logger.info(
-        "kvarn-rs: %s, %d layers, %.0f bytes a token, %d blocks of %d tokens: %d tokens%s",
+        "kvarn-rs: %s, %d layers, %.0f bytes a token, %d blocks of %d tokens%s%s",
         engine.format,
         engine.num_layers,
         bytes_per_token,
         len(blocks[0]),
         formats.BLOCK_SIZE,
-        len(blocks[0]) * formats.BLOCK_SIZE,
+        fit,
         open_pages,
     )

@@ -44,9 +44,9 @@ class KVarnImpl(compat.AttentionImpl):
         self.softcap = logits_soft_cap or None
         self.window = None if sliding_window in (None, -1) else sliding_window
         self.sinks = sinks
-        self.shares_layer = kv_sharing_target_layer_name
+        self.kv_sharing_target = kv_sharing_target_layer_name
         self.open_pages: torch.Tensor | None = None
-        if formats.seals(self.format) and self.shares_layer is None:
+        if formats.seals(self.format) and self.kv_sharing_target is None:
             num_pages = formats.open_pages(*compat.step_limits())
             self.open_pages = torch.zeros(
                 (num_pages, self.num_kv_heads, formats.open_page_bytes(head_size)), dtype=torch.uint8
@@ -82,15 +82,16 @@ class KVarnImpl(compat.AttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("kvarn-rs does not quantize the outputs of attention")
         rows = attn_metadata.num_tokens
-        engine, index = attn_metadata.group.layer(self.shares_layer or layer.layer_name)
+        engine, index = attn_metadata.group.layer(self.kv_sharing_target or layer.layer_name)
         options = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
-        if self.shares_layer is not None or key is None or value is None:
+        if self.kv_sharing_target is not None or key is None or value is None:
             engine.attend(index, query[:rows], None, None, output[:rows], **options)
             return output
         tensors = query[:rows], key[:rows], value[:rows], output[:rows]
-        prefill, prefills = attn_metadata.group.prefill, attn_metadata.prefills
-        if prefills and prefill is not None and self.window is None and self.softcap is None:
-            prefill.forward(index, prefills, *tensors, scale=self.scale, sinks=self.sinks)
+        prefill, batches = attn_metadata.group.prefill, attn_metadata.prefills
+        has_kernel = self.window is None and (self.sinks is None or self.sinks.dtype is torch.bfloat16)
+        if batches and prefill is not None and has_kernel:
+            prefill.forward(index, batches, *tensors, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         else:
             engine.forward(index, *tensors, **options)
         return output

@@ -12,7 +12,7 @@ from kvarn_rs.errors import StaleStepError, UnsupportedError
 from . import compat
 from .drafts import DraftGroup
 from .group import Group
-from .prefill import Prefill, prefills
+from .prefill import PrefillBatch, prefills
 
 
 @dataclass
@@ -21,7 +21,7 @@ class KVarnMetadata(compat.AttentionMetadata):
 
     group: Group
     num_tokens: int
-    prefills: list[Prefill]
+    prefills: list[PrefillBatch]
 
 
 class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
@@ -35,29 +35,32 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._group: Group | None = None
         self._has_layers = True
+        self.is_warming_up = False
+        """Whether vLLM runs the model without requests: no step is begun then."""
 
     @property
     def group(self) -> Group | None:
         """The layers' engine and requests; None before vLLM has allocated blocks."""
         return self._group
 
-    def start(self, names: list[str], model: Any) -> None:
+    def start(self, names: list[str], model: Any, num_groups: int) -> None:
         """Lends layers' blocks to an engine.
 
         Args:
             names: of those that the builder is for. A draft model's have a builder of their own, and are of the one of
                 their KV cache group too: that one may be left without any.
             model: vLLM's config of their model.
+            num_groups: KV cache groups, which share the pool of blocks.
         """
         self._has_layers = bool(names)
         if names:
             kind = Group if model is self.vllm_config.model_config else DraftGroup
-            self._group = kind(compat.layers(self.vllm_config, names), self.vllm_config, model)
+            self._group = kind(compat.layers(self.vllm_config, names), self.vllm_config, model, num_groups)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> KVarnMetadata | None:
-        """Begins the step; None without layers.
+        """Begins the step; None without layers, or while vLLM warms up.
 
         Args:
             common_prefix_len: not used.
@@ -78,15 +81,17 @@ class KVarnMetadataBuilder(compat.AttentionMetadataBuilder):
     def _begin(self, step: Any, draft_index: int) -> KVarnMetadata | None:
         if step.causal is not True:
             raise UnsupportedError("kvarn-rs has causal attention alone")
-        if not self._has_layers:
+        if not self._has_layers or self.is_warming_up:
             return None
         if self._group is None:
             raise StaleStepError("kvarn-rs: a step before the model has blocks")
         starts = step.query_start_loc_cpu[: step.num_reqs + 1].to(torch.int32)
         lens = step.seq_lens[: step.num_reqs].to("cpu", torch.int32)
-        tables, context_lens = step.block_table_tensor[: step.num_reqs], lens - starts.diff()
+        arrays = step.block_table_tensor[: step.num_reqs], lens - starts.diff(), starts
         if isinstance(self._group, DraftGroup):
-            self._group.begin_pass(tables, context_lens, starts, draft_index)
+            context_lens = self._group.begin_pass(*arrays, draft_index)
         else:
-            self._group.begin(tables, context_lens, starts)
-        return KVarnMetadata(self._group, int(starts[-1]), prefills(context_lens, starts))
+            context_lens = self._group.begin(*arrays)
+        attention = self._group.prefill
+        batches = [] if attention is None else attention.batches(prefills(context_lens, starts))
+        return KVarnMetadata(self._group, int(starts[-1]), batches)

@@ -112,12 +112,20 @@ def check_config(config: Any, cache_dtype: str) -> None:
     """Refuses features of a run that a format does not work with.
 
     Raises:
+        ConfigError: an option of kvarn's is unknown, or of another type.
         UnsupportedError: naming the feature, and what to do.
     """
+    kvarn_options(config)
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     if getattr(model, "is_hybrid", False):
         raise UnsupportedError(
             f"models with layers of a constant state do not work with {cache_dtype}: vLLM would split its blocks"
+        )
+    if model.uses_alibi:
+        raise UnsupportedError(f"ALiBi does not work with {cache_dtype}: leave --kv-cache-dtype at auto")
+    if model.attn_type != "decoder" or config.attention_config.use_non_causal:
+        raise UnsupportedError(
+            f"attention that is not causal does not work with {cache_dtype}: leave --kv-cache-dtype at auto"
         )
     if getattr(model.hf_text_config, "attention_chunk_size", None) or "chunked_attention" in layer_types(config):
         raise UnsupportedError(

@@ -35,8 +35,9 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return install
 
 
-def test_a_run_close_to_vllm_s_own_cache_passes(process: Callable[..., None]) -> None:
-    process(f"INFO something\n{json.dumps(GOOD)}\n")
+@pytest.mark.parametrize("after", ["", "INFO engine shut down\n", "\n{}\n3\n"])
+def test_a_run_close_to_vllm_s_own_cache_passes(process: Callable[..., None], after: str) -> None:
+    process(f"INFO something\n{json.dumps(GOOD)}\n{after}")
     assert doctor.run_vllm() == {
         "status": "passed",
         "detail": "vLLM 0.32.0: KL divergence from its own cache: int8 1.0e-04 (at most 1e-03), "
@@ -57,7 +58,7 @@ def test_an_error_of_vllm_is_the_reason(process: Callable[..., None]) -> None:
     assert doctor.run_vllm() == {"status": "failed", "detail": "UnsupportedError: set this"}
 
 
-@pytest.mark.parametrize("stdout", ["", "INFO no result\n"])
+@pytest.mark.parametrize("stdout", ["", "INFO no result\n", '{"other": 1}\n'])
 def test_a_process_that_ends_without_a_result_fails_with_its_last_words(
     process: Callable[..., None], stdout: str
 ) -> None:

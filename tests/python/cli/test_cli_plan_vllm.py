@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from kvarn_rs.cli import plan_vllm
+from kvarn_rs.cli.model_shape import LayerGroup
+from kvarn_rs.vllm import formats, settings
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -68,6 +74,46 @@ def test_open_pages_are_part_of_the_memory_of_a_gpu(
     assert rows["int4"]["pool_bytes"] == 64 * GIB - PAGES * 32 * 4 * PAGE
     assert rows["int4"]["num_blocks"] == rows["int4"]["pool_bytes"] // (32 * 4 * 128 * 140)
     assert (report["engine"], report["max_sequences"], report["max_batched_tokens"]) == ("vllm", 256, 8192)
+
+
+def test_a_draft_model_s_layers_are_in_the_blocks_and_have_open_pages(
+    kvarn: Callable[..., Any], config_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    draft = tmp_path / "draft.json"
+    draft.write_text(json.dumps({**LLAMA_3_8B, "num_hidden_layers": 4, "num_key_value_heads": 2}))
+    memory = ("--kv-cache-memory", "64GiB")
+    done = kvarn("plan", config_file(**LLAMA_3_8B), *VLLM, *memory, "--draft-model", draft)
+    row = by_format(done.json)["int4"]
+    assert row["block_bytes"] == (32 * 8 + 4 * 2) * 128 * 140
+    assert row["open_pages_bytes"] == PAGES * (32 * 8 + 4 * 2) * PAGE
+    assert done.json["draft_layers"] == [{"num_layers": 4, "num_kv_heads": 2, "head_dim": 128, "window": None}]
+    assert any("draft model" in note for note in done.json["notes"])
+
+
+@pytest.mark.parametrize("is_draft", [True, False])
+def test_draft_models_with_windows_or_without_vllm_are_refused(
+    kvarn: Callable[..., Any], config_file: Callable[..., Path], tmp_path: Path, is_draft: bool
+) -> None:
+    draft = tmp_path / "draft.json"
+    draft.write_text(json.dumps(LLAMA_3_8B if is_draft else mixed(1, 3)))
+    model = config_file(**(mixed(1, 3) if is_draft else LLAMA_3_8B))
+    refused = kvarn("plan", model, *VLLM, "--kv-cache-memory", "1GiB", "--draft-model", draft).refused()
+    assert "window" in refused
+    refused = kvarn("plan", model, "--memory", "8GiB", "--draft-model", draft).refused()
+    assert "--draft-model are for --engine vllm" in refused
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2"])
+def test_the_plan_and_the_plugin_agree_on_layers_that_stay_unquantized(name: str, head_dim: int) -> None:
+    text_config = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+    model = SimpleNamespace(hf_text_config=text_config, dtype="bfloat16", get_head_size=lambda: head_dim)
+    cache = SimpleNamespace(cache_dtype=f"kvarn_{name}", kv_cache_dtype_skip_layers=[])
+    config = SimpleNamespace(model_config=model, cache_config=cache, additional_config={})
+    skipped = settings.skipped_layers(config, formats.SMALLEST_UNQUANTIZED_BLOCK)
+    layers = [(LayerGroup(1, 1, head_dim, window), 1) for window in (100, None)]
+    blocks = {tokens for _, tokens in plan_vllm.layout(layers, name).groups}
+    assert (len(blocks) == 2) == (skipped == ["sliding_window"])
 
 
 # (full layers, sliding layers): layers of a group, groups that are full, groups that slide.
