@@ -144,8 +144,10 @@ struct EncodeParams {
     int32_t is_aligned;
     /// May the step write pages whole? Then single tokens leave those pages alone.
     int32_t has_whole_pages;
+    /// Is B = 1, and each row of k and v the token of its number?
+    int32_t is_dense;
 };
-static_assert(sizeof(EncodeParams) == 208, "size");
+static_assert(sizeof(EncodeParams) == 216, "size");
 static_assert(OFFSET_OF(EncodeParams, plan) == 0, "plan");
 static_assert(OFFSET_OF(EncodeParams, k) == 80, "k");
 static_assert(OFFSET_OF(EncodeParams, v) == 120, "v");
@@ -158,6 +160,7 @@ static_assert(OFFSET_OF(EncodeParams, block_size) == 192, "block_size");
 static_assert(OFFSET_OF(EncodeParams, rows_per_batch) == 196, "rows_per_batch");
 static_assert(OFFSET_OF(EncodeParams, is_aligned) == 200, "is_aligned");
 static_assert(OFFSET_OF(EncodeParams, has_whole_pages) == 204, "has_whole_pages");
+static_assert(OFFSET_OF(EncodeParams, is_dense) == 208, "is_dense");
 
 /// Copies of pages in every layer.
 struct CopyParams {
@@ -224,7 +227,7 @@ struct AttendParams {
     uint64_t sequences;
     /// `Parts [sequences][num_kv_heads]`
     uint64_t parts;
-    /// `int2 [rows]`: sequence and new token, or ROW_PADDING or ROW_OTHERS.
+    /// `int2 [rows]`: sequence and new token, or `ROW_PADDING` or `ROW_OTHERS`.
     uint64_t row_tokens;
     /// `uint4 [sequences][num_kv_heads][column_tiles][frames][head_dim * tile columns / 8]`: q as operands.
     uint64_t operands;

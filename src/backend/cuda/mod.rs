@@ -1,12 +1,13 @@
 //! The CUDA backend: records in a device's memory, kernels compiled beforehand, work queued on the caller's streams.
 //!
 //! [`params`] and [`layout`] say what kernels are given, and print their header; they are there without the `cuda`
-//! feature, as the tests that compare the header are. With it, [`Cuda`] loads the driver when it is first made: a machine
+//! feature, as the tests that compare the header are. With it, `Cuda` loads the driver when it is first made: a machine
 //! without one can import and build all of this.
 //!
 //! A verb launches kernels and returns: it neither allocates, nor waits, nor makes events or modules, so that a step can
 //! be captured in a graph. [`crate::backend::Backend::load`] copies the plan before that, and `grow` makes room.
 
+pub mod constants;
 pub mod layout;
 pub mod params;
 

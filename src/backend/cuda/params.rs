@@ -159,6 +159,8 @@ parameters! {
         is_aligned: i32,
         /// May the step write pages whole? Then single tokens leave those pages alone.
         has_whole_pages: i32,
+        /// Is B = 1, and each row of k and v the token of its number?
+        is_dense: i32,
     }
 
     /// Copies of pages in every layer.
@@ -209,7 +211,7 @@ parameters! {
         sequences: u64,
         /// `Parts [sequences][num_kv_heads]`
         parts: u64,
-        /// `int2 [rows]`: sequence and new token, or ROW_PADDING or ROW_OTHERS.
+        /// `int2 [rows]`: sequence and new token, or `ROW_PADDING` or `ROW_OTHERS`.
         row_tokens: u64,
         /// `uint4 [sequences][num_kv_heads][column_tiles][frames][head_dim * tile columns / 8]`: q as operands.
         operands: u64,

@@ -39,6 +39,7 @@ impl Cuda {
             tensor.base.is_multiple_of(16)
                 && strides.map(|stride| stride * dtype.bytes() as i64).all(|bytes| bytes % 16 == 0)
         };
+        let num_tokens = plan.layout.count(PlanArray::TokenRows);
         EncodeParams {
             plan: PlanPointers::from(plan),
             k,
@@ -51,7 +52,10 @@ impl Cuda {
             block_size: self.shape.block_size as i32,
             rows_per_batch: new.map_or(1, |new| new.k.shape()[2]) as i32,
             is_aligned: i32::from(new.is_none_or(|new| is_aligned(k, new.k.dtype()) && is_aligned(v, new.v.dtype()))),
-            has_whole_pages: i32::from(plan.layout.count(PlanArray::TokenRows) >= self.shape.block_size),
+            has_whole_pages: i32::from(num_tokens >= self.shape.block_size),
+            is_dense: i32::from(
+                num_tokens == plan.layout.count(PlanArray::Positions) && new.is_none_or(|new| new.k.shape()[0] == 1),
+            ),
         }
     }
 
