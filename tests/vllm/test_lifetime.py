@@ -94,9 +94,9 @@ def test_engines_of_other_formats_follow_in_one_process(model: Path) -> None:
 
 @pytest.mark.parametrize("format", ["raw", "int4"])
 def test_requests_go_on_after_the_prefix_cache_was_reset(model: Path, format: str) -> None:
+    expected = runs.greedy(make_llm(model, "auto"))  # first, since the end of an engine ends others' process groups
     llm = make_llm(model, f"kvarn_{format}", enable_prefix_caching=True, max_num_batched_tokens=256)
     parameters = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, logprobs=VOCABULARY)
-    expected = runs.greedy(make_llm(model, "auto"))
     engine: Any = llm.llm_engine
     for number, prompt in enumerate(runs.prompts()):
         engine.add_request(str(number), prompt, parameters)
