@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import formats
-from .group import Group
+from .group import Group, StepRange
 
 
 class DraftGroup(Group):
@@ -44,7 +44,7 @@ class DraftGroup(Group):
         current = self._pass
         if index:
             self.commit((context_lens.minimum(current.ends) - current.context_lens).tolist())
-        self._pass = current._replace(context_lens=context_lens, ends=context_lens + starts.diff())
+        self._pass = StepRange(context_lens, context_lens + starts.diff())
         if not index:
             self._step = self._pass
             self._num_missing = self._count_missing(block_tables, context_lens)

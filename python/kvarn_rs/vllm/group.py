@@ -19,7 +19,7 @@ from .prefill import PrefillAttention
 _logger = logging.getLogger("vllm.kvarn_rs")
 
 
-class _Range(NamedTuple):
+class StepRange(NamedTuple):
     """Tokens of the sequences of a step, or of a pass of a draft model, `[num_sequences]`, int32."""
 
     context_lens: torch.Tensor
@@ -73,7 +73,7 @@ class Group:
         self._seals = seals
         self._window = window
         self._num_open_pages = 0 if impl.open_pages is None else len(impl.open_pages)
-        self._step = self._pass = _Range(*2 * (torch.empty(0, dtype=torch.int32),))
+        self._step = self._pass = StepRange(*2 * (torch.empty(0, dtype=torch.int32),))
         self._lengths: dict[str, int] = {}
         if rank == 0:
             _log(self._engine, blocks, impl, num_groups, None if found is None else found.origin)
@@ -108,7 +108,7 @@ class Group:
         Returns:
             The tokens of each sequence that the engine has before the step: `context_lens`, if not said otherwise.
         """
-        self._step = self._pass = _Range(context_lens, context_lens + starts.diff())
+        self._step = self._pass = StepRange(context_lens, context_lens + starts.diff())
         self._engine.begin(block_tables, context_lens, starts)
         return context_lens
 
