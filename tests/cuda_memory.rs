@@ -10,6 +10,7 @@ use kvarn::config::Shape;
 use kvarn::format::{Arrangement, Format};
 use kvarn::paging::{BlockId, PageId, Place};
 use kvarn::{Error, paging};
+use std::io::Write;
 
 fn shape(format: Format) -> Shape {
     CacheConfig { format, ..CacheConfig::new(3, 2, 64) }.shape()
@@ -18,7 +19,8 @@ fn shape(format: Format) -> Shape {
 /// A backend, or `None` where there is no driver.
 fn backend(format: Format) -> Option<Cuda> {
     if let Err(error) = start() {
-        eprintln!("SKIPPED: {error}");
+        // Not `eprintln!`, which the harness keeps to itself.
+        writeln!(std::io::stderr(), "SKIPPED: {error}").expect("stderr");
         return None;
     }
     Some(Cuda::new(shape(format), 0).expect("a backend on the first device"))

@@ -261,18 +261,6 @@ impl<'a> TensorViewMut<'a> {
         self.raw.shape
     }
 
-    /// Address of the first element.
-    #[must_use]
-    pub fn address(&self) -> u64 {
-        self.raw.base as u64
-    }
-
-    /// The strides, in elements.
-    #[must_use]
-    pub fn strides(&self) -> [i64; 4] {
-        self.raw.all_strides()
-    }
-
     /// The element type.
     #[must_use]
     pub fn dtype(&self) -> Dtype {

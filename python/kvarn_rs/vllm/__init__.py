@@ -1,7 +1,7 @@
 """A vLLM plugin: `--kv-cache-dtype kvarn_int8` (or another of kvarn's formats) in stock vLLM, without other flags.
 
 vLLM finds `register` by its entry point and calls it in each of its processes. Everything that moves between vLLM's
-releases is in `compat` and `compat_metrics`.
+releases is in `compat`, `compat_metrics` and `compat_cpu`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Everything that depends on the release of vLLM, with `compat_metrics`: no other file imports vLLM's internals.
+"""Everything that depends on the release of vLLM, with `compat_metrics` and `compat_cpu`.
+
+No other file imports vLLM's internals.
 
 What a release has decides, not its number: with `AttentionBackend.customize_spec` (0.28 on) a backend sizes its blocks,
 before that the specs of layers are replaced by `_PackedSpec`s. The names of cache dtypes are a closed `Literal`, which

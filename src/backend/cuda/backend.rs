@@ -1,4 +1,4 @@
-//! The backend: memory and plans here, its compute verbs in [`super::verbs`].
+//! The backend: memory, plans, copies and counters. Verbs that encode and attend are refused.
 
 use super::driver::Context;
 use super::launch::Grid;
@@ -15,7 +15,7 @@ use crate::backend::{
     TensorViewMut,
 };
 use crate::config::Shape;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::Arrangement;
 use crate::paging::{PageId, Place};
 use crate::plan::{Bounds, StepView};
@@ -84,11 +84,11 @@ impl Cuda {
     pub fn kernels(&self) -> &str {
         &self.kernels.source
     }
+}
 
-    /// Address of the counters of a layer.
-    pub(super) fn health_address(&self, layer: usize) -> u64 {
-        self.health.address + (layer * HEALTH_SLOTS * SLOT_BYTES) as u64
-    }
+/// What a verb says whose kernels this build does not launch.
+fn refused<T>(verb: &str) -> Result<T> {
+    Err(Error::Unsupported(format!("CUDA: this build does not {verb} on a device")))
 }
 
 impl Backend for Cuda {
@@ -158,44 +158,44 @@ impl Backend for Cuda {
         self.plans.unload(&plan);
     }
 
-    fn seal(&mut self, launch: Launch<'_>, layers: Range<usize>, from: Source<'_>, models: &[Model]) -> Result<()> {
-        self.seal_blocks(launch, &layers, from, models)
+    fn seal(&mut self, _: Launch<'_>, _: Range<usize>, _: Source<'_>, _: &[Model]) -> Result<()> {
+        refused("seal blocks")
     }
 
-    fn open(&mut self, launch: Launch<'_>, layers: Range<usize>, from: Source<'_>, models: &[Model]) -> Result<()> {
-        self.open_pages(launch, &layers, from, models)
+    fn open(&mut self, _: Launch<'_>, _: Range<usize>, _: Source<'_>, _: &[Model]) -> Result<()> {
+        refused("open pages")
     }
 
-    fn write(&mut self, launch: Launch<'_>, layer: usize, new: Fresh<'_>) -> Result<()> {
-        self.write_tokens(launch, layer, new)
+    fn write(&mut self, _: Launch<'_>, _: usize, _: Fresh<'_>) -> Result<()> {
+        refused("write tokens")
     }
 
-    fn refit(&mut self, launch: Launch<'_>, layers: Range<usize>, models: &[Model]) -> Result<()> {
-        self.refit_pages(launch, &layers, models)
+    fn refit(&mut self, _: Launch<'_>, _: Range<usize>, _: &[Model]) -> Result<()> {
+        refused("refit pages")
     }
 
     fn attend(
         &self,
-        launch: Launch<'_>,
-        _layer: usize,
-        q: TensorView<'_>,
-        new: Option<Fresh<'_>>,
-        options: AttendOptions<'_>,
-        _output: &Output<'_>,
+        _: Launch<'_>,
+        _: usize,
+        _: TensorView<'_>,
+        _: Option<Fresh<'_>>,
+        _: AttendOptions<'_>,
+        _: &Output<'_>,
     ) -> Result<()> {
-        self.attend_step(launch, q, new, options)
+        refused("attend")
     }
 
     fn dequantize(
         &self,
-        _layer: usize,
-        _places: &[Place],
-        _start: usize,
-        k: &TensorViewMut<'_>,
-        _v: &TensorViewMut<'_>,
-        _stream: Stream,
+        _: usize,
+        _: &[Place],
+        _: usize,
+        _: &TensorViewMut<'_>,
+        _: &TensorViewMut<'_>,
+        _: Stream,
     ) -> Result<()> {
-        self.dequantize_tokens(k)
+        refused("dequantize tokens")
     }
 
     fn check_finite(&self, _: Launch<'_>, _: Fresh<'_>) -> Result<()> {
@@ -231,10 +231,9 @@ impl Backend for Cuda {
 mod tests {
     use super::*;
     use crate::config::CacheConfig;
-    use crate::error::Error;
 
     #[test]
-    fn without_a_driver_the_error_is_typed() {
+    fn without_a_driver_or_such_a_device_the_error_is_typed() {
         let found = Cuda::new(CacheConfig::new(1, 1, 64).shape(), 9_999);
         assert!(matches!(found, Err(Error::Unsupported(_))), "{found:?}");
     }

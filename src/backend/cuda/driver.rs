@@ -130,16 +130,6 @@ impl Context {
         Ok((self.attribute(MAJOR)? * 10 + self.attribute(MINOR)?) as u32)
     }
 
-    /// Multiprocessors, by which persistent grids are sized.
-    ///
-    /// # Errors
-    /// Those of the driver.
-    #[expect(dead_code, reason = "for the grid of decode")]
-    pub fn num_multiprocessors(&self) -> Result<u32> {
-        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        Ok(self.attribute(count)? as u32)
-    }
-
     /// Bytes of the device's memory.
     ///
     /// # Errors

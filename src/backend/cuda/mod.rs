@@ -4,8 +4,8 @@
 //! feature, as the tests that compare the header are. With it, `Cuda` loads the driver when it is first made: a machine
 //! without one can import and build all of this.
 //!
-//! A verb launches kernels and returns: it neither allocates, nor waits, nor makes events or modules, so that a step can
-//! be captured in a graph. [`crate::backend::Backend::load`] copies the plan before that, and `grow` makes room.
+//! There are memory, plans and copies. The verbs that encode and attend launch nothing yet: they are refused
+//! (`docs/design/20261128-cuda.md`).
 
 pub mod constants;
 pub mod layout;
@@ -27,8 +27,6 @@ mod plan;
 mod records;
 #[cfg(feature = "cuda")]
 mod rows;
-#[cfg(feature = "cuda")]
-mod verbs;
 
 #[cfg(feature = "cuda")]
 pub use backend::Cuda;

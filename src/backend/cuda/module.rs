@@ -53,14 +53,13 @@ unsafe impl Sync for Function {}
 #[derive(Debug)]
 pub struct Kernels {
     functions: HashMap<String, Function>,
-    modules: HashMap<&'static str, usize>,
     /// What each module came from: `sm_90`, or `compute_90` where the driver had to compile.
     pub source: String,
 }
 
 impl Kernels {
-    /// The kernels on a device. The first call loads them, in some tenths of a second where there is a cubin; they stay
-    /// loaded while the process lives, as its primary context does in torch.
+    /// The kernels on a device. The first call loads them; they stay loaded while the
+    /// process lives, as its primary context does in torch.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a device before compute capability 8.0, those of the driver.
@@ -81,14 +80,13 @@ impl Kernels {
         let _entered = context.enter()?;
         let capability = context.capability()?;
         let manifest: Value = serde_json::from_str(MANIFEST).map_err(|error| damaged(&error))?;
-        let (mut functions, mut modules, mut source) = (HashMap::new(), HashMap::new(), String::new());
+        let (mut functions, mut source) = (HashMap::new(), String::new());
         for module in PREBUILT {
             let (image, name) = module.image(capability)?;
             source = name;
             let mut handle = ptr::null_mut();
             // SAFETY: a whole cubin, or PTX that ends with a zero.
             unsafe { call!(cuModuleLoadData(&raw mut handle, image.as_ptr().cast())) }?;
-            modules.insert(module.name, handle as usize);
             let kernels = manifest["modules"][module.name]["kernels"].as_object();
             for name in kernels.into_iter().flatten().map(|(name, _)| name) {
                 let (mut function, c_name) = (ptr::null_mut(), c_string(name)?);
@@ -97,7 +95,7 @@ impl Kernels {
                 functions.insert(name.clone(), Function(function));
             }
         }
-        Ok(Self { functions, modules, source })
+        Ok(Self { functions, source })
     }
 
     /// A kernel by its name.
@@ -107,25 +105,6 @@ impl Kernels {
     pub fn function(&self, name: &str) -> Result<Function> {
         let function = self.functions.get(name).copied();
         function.ok_or_else(|| Error::Unsupported(format!("CUDA: there is no kernel {name}")))
-    }
-
-    /// A constant that a module exports, `extern "C" __device__ const int name[N]`. The context is current.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for a module that was not compiled, those of the driver.
-    #[expect(dead_code, reason = "for the shapes that decode kernels export")]
-    pub fn constants<const N: usize>(&self, module: &str, name: &str) -> Result<[i32; N]> {
-        let missing = || Error::Unsupported(format!("CUDA: there is no constant {name} of {N} in {module}"));
-        let handle = *self.modules.get(module).ok_or_else(missing)? as sys::CUmodule;
-        let (mut address, mut bytes, c_name, mut values) = (0, 0, c_string(name)?, [0; N]);
-        // SAFETY: the module is loaded and the name is terminated.
-        unsafe { call!(cuModuleGetGlobal_v2(&raw mut address, &raw mut bytes, handle, c_name.as_ptr())) }?;
-        if bytes != size_of_val(&values) {
-            return Err(missing());
-        }
-        // SAFETY: so many bytes are there, and here.
-        unsafe { call!(cuMemcpyDtoH_v2(values.as_mut_ptr().cast(), address, bytes)) }?;
-        Ok(values)
     }
 }
 

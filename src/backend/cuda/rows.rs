@@ -4,8 +4,7 @@ use super::driver::Context;
 use super::records::copy_rows;
 use crate::backend::TensorView;
 use crate::error::Result;
-use crate::format::Dtype;
-use half::{bf16, f16};
+use crate::quant::record::read_element;
 
 /// Rows of a tensor, `[rows, heads, head_dim]`: runs of neighbouring rows are copied at once, head by head.
 pub(super) fn read_rows(context: &Context, view: TensorView<'_>, rows: &[usize]) -> Result<Vec<f32>> {
@@ -31,22 +30,12 @@ pub(super) fn read_rows(context: &Context, view: TensorView<'_>, rows: &[usize])
             unsafe { copy_rows(bytes.as_mut_ptr(), device, width, run, false) }?;
             for (index, row) in bytes.chunks_exact(width).take(run).enumerate() {
                 let at = ((first + index) * heads + head) * head_dim;
-                widen(row, dtype, &mut values[at..at + head_dim]);
+                for (channel, value) in values[at..at + head_dim].iter_mut().enumerate() {
+                    *value = read_element(row, dtype, channel * dtype.bytes());
+                }
             }
         }
         first += run;
     }
     Ok(values)
-}
-
-fn widen(row: &[u8], dtype: Dtype, out: &mut [f32]) {
-    match dtype {
-        Dtype::F32 => out.iter_mut().zip(row.as_chunks().0).for_each(|(x, bytes)| *x = f32::from_le_bytes(*bytes)),
-        Dtype::F16 => {
-            out.iter_mut().zip(row.as_chunks().0).for_each(|(x, bytes)| *x = f16::from_le_bytes(*bytes).to_f32());
-        }
-        Dtype::Bf16 => {
-            out.iter_mut().zip(row.as_chunks().0).for_each(|(x, bytes)| *x = bf16::from_le_bytes(*bytes).to_f32());
-        }
-    }
 }

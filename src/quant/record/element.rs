@@ -12,7 +12,8 @@ pub(super) fn write_f16(record: &mut [u8], at: usize, value: f16) {
 }
 
 #[inline(always)]
-pub(super) fn read(record: &[u8], dtype: Dtype, at: usize) -> f32 {
+/// The element of this type at a byte.
+pub(crate) fn read(record: &[u8], dtype: Dtype, at: usize) -> f32 {
     match dtype {
         Dtype::F32 => f32::from_le_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]]),
         Dtype::F16 => read_f16(record, at).to_f32(),

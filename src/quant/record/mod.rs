@@ -17,6 +17,8 @@ mod reorder;
 pub mod tile;
 
 pub use check::check;
+#[cfg(feature = "cuda")]
+pub(crate) use element::read as read_element;
 pub use reorder::{clear_rows, reorder};
 
 use super::tile::{decode_tile_k, decode_tile_v};
